@@ -1,0 +1,199 @@
+"""Scoring: models x domains -> counts, IoU per class and mIoU. Labels are never resized: predictions are, to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from setlib import domains
+from setlib.experiment import Run
+from setlib.labels import IGNORE, ClassSet
+from setlib.model import Segmenter, label_map
+
+
+class MeanIoU(evaluate.Metric):
+    """IoU per class and their mean over any number of pictures, kept as one K x K matrix of pixel counts.
+
+    A class that neither label nor prediction holds has no IoU (NaN) and is left out of the mean. IoU in percent.
+    """
+
+    def __init__(self, num_classes: int, **options: Any) -> None:
+        self.counts = np.zeros((num_classes, num_classes), np.int64)  # rows: label, columns: prediction
+        super().__init__(**options)
+
+    def _info(self) -> evaluate.MetricInfo:
+        pixels = datasets.Sequence(datasets.Sequence(datasets.Value("uint8")))
+        return evaluate.MetricInfo(
+            description="Mean intersection over union from pixel counts.",
+            citation="",
+            inputs_description="predictions and references: (h, w) class indices; references of 255 are ignored.",
+            features=datasets.Features({"predictions": pixels, "references": pixels}),
+        )
+
+    def add(self, *, prediction: np.ndarray, reference: np.ndarray, **_: Any) -> None:
+        """Counts one picture. Raises ValueError if the shapes differ."""
+        self.add_batch(predictions=[prediction], references=[reference])
+
+    def add_batch(self, *, predictions: Sequence[np.ndarray], references: Sequence[np.ndarray], **_: Any) -> None:
+        """Counts pictures, each (h, w). Raises ValueError if a prediction and its reference differ in shape."""
+        size = len(self.counts)
+        for prediction, reference in zip(predictions, references, strict=True):
+            if prediction.shape != reference.shape:
+                raise ValueError(f"Prediction {prediction.shape} and label {reference.shape} differ in size.")
+            kept = reference != IGNORE
+            pairs = reference[kept].astype(np.int64) * size + prediction[kept]
+            self.counts += np.bincount(pairs, minlength=size * size).reshape(size, size)
+
+    def compute(self, **inputs: Any) -> dict[str, Any]:
+        """{"miou": percent, "iou": (K,) percent} of all that was added, now (by keywords as in add_batch) or before."""
+        if inputs:
+            self.add_batch(**inputs)
+        iou = iou_per_class(self.counts)
+        return {"miou": mean_iou(iou), "iou": iou}
+
+    def _compute(self, **_: Any) -> dict[str, Any]:
+        return self.compute()
+
+
+def iou_per_class(counts: np.ndarray) -> np.ndarray:
+    """(K,) percent from (K, K) pixel counts; NaN where neither label nor prediction holds the class."""
+    hit = np.diag(counts)
+    union = counts.sum(0) + counts.sum(1) - hit
+    return np.where(union > 0, 100 * hit / np.maximum(union, 1), np.nan)
+
+
+def mean_iou(iou: np.ndarray) -> float:
+    """Mean over the classes that have an IoU; NaN if none has."""
+    return float(np.nanmean(iou)) if not np.isnan(iou).all() else float("nan")
+
+
+@dataclass
+class Score:
+    """One model on one domain. `pictures` holds (place in the domain, name, mIoU of that picture alone)."""
+
+    domain: str
+    class_set: ClassSet
+    counts: np.ndarray
+    pictures: list[tuple[int, str, float]] = field(default_factory=list)
+
+    @property
+    def iou(self) -> np.ndarray:
+        """(K,) percent, NaN for absent classes."""
+        return iou_per_class(self.counts)
+
+    @property
+    def miou(self) -> float:
+        """Percent."""
+        return mean_iou(self.iou)
+
+    def to_dict(self) -> dict:
+        """The entry of metrics.json."""
+        iou = [None if np.isnan(v) else round(float(v), 4) for v in self.iou]
+        return {
+            "domain": self.domain,
+            "miou": None if np.isnan(self.miou) else round(self.miou, 4),
+            "per_class": dict(zip(self.class_set.classes, iou, strict=True)),
+            "images": len(self.pictures),
+            "pixels": int(self.counts.sum()),
+            "class_set": self.class_set.name,
+        }
+
+
+def evaluate_models(models: dict[str, Segmenter], domain: domains.Domain, progress: bool = True) -> dict[str, Score]:
+    """Scores models that share one backbone on a domain; the layers that none of them touches run once a picture.
+
+    The 19 classes are merged into the domain's own by summed probabilities.
+    Raises ValueError if the domain has no labels.
+    """
+    if not domain.has_labels:
+        raise ValueError(f"Domain '{domain.spec.text}' has no labels: it can be predicted and looked at, not scored.")
+    first = next(iter(models.values()))
+    stop = min(model.frozen_until for model in models.values())
+    layers = sorted({layer for model in models.values() for layer in model.feature_layers})
+    merge = torch.from_numpy(domain.class_set.merge_matrix())
+    scores = {name: Score(domain.spec.text, domain.class_set, _empty(domain.class_set)) for name in models}
+    with tqdm(range(len(domain)), desc=f"evaluate {domain.spec.text}", unit="img", disable=not progress) as bar:
+        for index in bar:
+            sample = domain.sample(index)
+            reference = domain.ids.to_score[sample.label]
+            windows = first.windows(sample.image)
+            prefix = first.backbone.prefix(windows.images, stop, layers)
+            for name, model in models.items():
+                merged = torch.einsum("khw,kc->chw", model.probabilities(windows, prefix), merge)
+                metric = MeanIoU(len(domain.class_set))
+                metric.add(prediction=label_map(merged, reference.shape), reference=reference)
+                scores[name].counts += metric.counts
+                scores[name].pictures.append((index, sample.name, metric.compute()["miou"]))
+            bar.set_postfix({name: f"{score.miou:.1f}" for name, score in list(scores.items())[:3]}, refresh=False)
+    return scores
+
+
+def _empty(classes: ClassSet) -> np.ndarray:
+    return np.zeros((len(classes), len(classes)), np.int64)
+
+
+def evaluate_run(
+    run: Run, models: dict[str, Segmenter], names: Sequence[str], progress: bool = True
+) -> dict[str, list[Score]]:
+    """Scores the run's models on every named domain: {model: [Score, ...]}; one decode and one frozen pass for all."""
+    table: dict[str, list[Score]] = {name: [] for name in models}
+    for text in names:
+        domain = domains.load(text, run.experiment.data, role="target")
+        for name, score in evaluate_models(models, domain, progress).items():
+            table[name].append(score)
+    return table
+
+
+def summary(table: dict[str, list[Score]], source: str) -> list[dict]:
+    """Rows of mIoU per domain, one column per model, and each model's drop against the source; percent and points."""
+    rows = []
+    for place, score in enumerate(next(iter(table.values()))):
+        row: dict[str, Any] = {"domain": score.domain + (" (source)" if score.domain == source else "")}
+        row |= {name: scores[place].miou for name, scores in table.items()}
+        row |= {f"drop {name}": _source_miou(scores, source) - scores[place].miou for name, scores in table.items()}
+        rows.append(row | {"pictures": len(score.pictures), "classes": score.class_set.name})
+    return rows
+
+
+def _source_miou(scores: list[Score], source: str) -> float:
+    return next((score.miou for score in scores if score.domain == source), float("nan"))
+
+
+def target_mean(scores: list[Score], source: str) -> float:
+    """Mean mIoU over the domains that are not the source, percent."""
+    return float(np.mean([score.miou for score in scores if score.domain != source]))
+
+
+def verdict(table: dict[str, list[Score]], source: str) -> str:
+    """What the table shows, in words made from its numbers."""
+    means = {name: target_mean(scores, source) for name, scores in table.items()}
+    best = max(means, key=lambda name: means[name])
+    hardest = min((s for s in table[best] if s.domain != source), key=lambda s: s.miou)
+    text = "Mean over the unseen domains: " + ", ".join(f"{n} {v:.1f}" for n, v in means.items()) + " % mIoU. "
+    text += f"The hardest for {best} is {hardest.domain} ({hardest.miou:.1f} %)"
+    own = _source_miou(table[best], source)
+    text += f", {own - hardest.miou:.1f} points from its own source ({own:.1f} %). " if own == own else ". "
+    return text + "One seed each: a difference of a few points can be chance (notebook 05 shows the spread)."
+
+
+def write_metrics(run: Run, scores: Sequence[Score]) -> dict:
+    """RUN/metrics.json: what was scored now, and what was scored on other domains before. Returns its content."""
+    path, experiment = run.path / "metrics.json", run.experiment
+    results = {r["domain"]: r for r in run.read_json("metrics.json")["results"]} if path.is_file() else {}
+    results |= {score.domain: score.to_dict() for score in scores}
+    content = {
+        "profile": experiment.profile,
+        "seed": experiment.seed,
+        "source": experiment.data.source,
+        "config": experiment.to_dict(),
+        "results": list(results.values()),
+    }
+    run.write_json("metrics.json", content)
+    return content

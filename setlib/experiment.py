@@ -1,0 +1,405 @@
+"""The configuration of an experiment, its three profiles, and the run folder that holds what it makes.
+
+No data is read and no model is built here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import tempfile
+import types
+import typing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which domains, how many pictures of them, and how pictures are cut for training."""
+
+    source: str = "scenes:game"
+    targets: tuple[str, ...] = (
+        "scenes:clear",
+        "scenes:dusk",
+        "scenes:night",
+        "scenes:fog",
+        "scenes:rain",
+        "scenes:snow",
+    )
+    height: int = 224  # of the training crop, the inference window and the rendered scenes, pixels
+    width: int = 448
+    long_edge: int = 448  # pictures are resized to it before cropping and before inference
+    train_images: int = 240  # at most this many of the source, evenly spaced; 0 = all
+    eval_images: int = 24  # at most this many of each domain, evenly spaced; 0 = all
+    content_seed: int = 0  # layouts of the rendered scenes
+    scale_min: float = 0.75  # random resize before the crop, relative to long_edge
+    scale_max: float = 1.75
+    max_class_share: float = 0.75  # of one class in a training crop
+    photometric: float = 1.0  # strength of brightness, contrast, saturation and hue distortion; 0 = off
+
+
+@dataclass(frozen=True)
+class Model:
+    """Backbone, refiner and head."""
+
+    backbone: str = "dinov2-small-saliency"
+    refiner: str = "set"
+    refined_layers: tuple[int, ...] = (9, 10, 11, 12)  # counted from 1; empty = all
+    feature_layers: tuple[int, ...] = (6, 9, 11, 12)  # what the head reads; empty = evenly spaced
+    num_tokens: int = 100
+    rank: int = 16
+    head_channels: int = 128
+
+
+@dataclass(frozen=True)
+class Train:
+    """The loop."""
+
+    steps: int = 200
+    batch_size: int = 4
+    views: int = (
+        320  # augmented crops made once, with the frozen first layers' features kept; 0 = a fresh crop each time
+    )
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05  # none on tokens, norms, biases and scales
+    power: float = 0.9  # of the polynomial decay
+    clip_norm: float = 1.0  # largest gradient norm; 0 = off
+    ema: float = 0.0  # decay of the moving average of the weights; 0 = off
+    checkpoint_every: int = 100  # steps
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Variants x seeds of notebook 05; `overrides` make each training smaller than the main one."""
+
+    variants: tuple[str, ...] = ("none", "rein", "set", "set-amplitude", "set-phase", "set-unnormalised")
+    seeds: tuple[int, ...] = (0, 1)
+    overrides: tuple[str, ...] = ("train.steps=60", "train.views=120", "train.batch_size=2", "data.eval_images=8")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that decides a run's numbers. `build` makes one from a profile and overrides."""
+
+    profile: str = "quick"
+    seed: int = 0
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    train: Train = field(default_factory=Train)
+    ablation: Ablation = field(default_factory=Ablation)
+
+    @classmethod
+    def build(
+        cls,
+        profile: str = "quick",
+        source: str | None = None,
+        targets: typing.Sequence[str] | None = None,
+        seed: int | None = None,
+        overrides: typing.Sequence[str] = (),
+    ) -> Experiment:
+        """A profile with domains, seed and dotted `key=value` overrides put in.
+
+        Raises ValueError for an unknown profile or key (the nearest are named) and for a value of the wrong type.
+        """
+        if profile not in PROFILES:
+            raise ValueError(f"Unknown profile '{profile}': expected one of {', '.join(PROFILES)}.")
+        experiment = PROFILES[profile]
+        data = replace(
+            experiment.data,
+            source=source or experiment.data.source,
+            targets=tuple(targets or ()) or experiment.data.targets,
+        )
+        experiment = replace(experiment, data=data, seed=experiment.seed if seed is None else int(seed))
+        for override in overrides:
+            experiment = _override(experiment, override)
+        _validate(experiment)
+        return experiment
+
+    def to_dict(self) -> dict:
+        """As plain JSON types."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Experiment:
+        """The inverse of `to_dict`. Raises ValueError if a field is unknown or missing."""
+        groups = {"data": Data, "model": Model, "train": Train, "ablation": Ablation}
+        try:
+            parts = {k: groups[k](**{f: tuple(v) if isinstance(v, list) else v for f, v in values[k].items()}) for k in groups}
+            return cls(**(values | parts))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"This configuration is not one of this version of setlib ({error}).") from None
+
+
+def _smoke() -> Experiment:
+    data = Data(
+        targets=("scenes:night", "scenes:fog"),
+        height=64,
+        width=128,
+        long_edge=128,
+        train_images=12,
+        eval_images=4,
+    )
+    model = Model(
+        backbone="tiny-random",
+        refined_layers=(3, 4),
+        feature_layers=(1, 2, 3, 4),
+        num_tokens=8,
+        rank=4,
+        head_channels=16,
+    )
+    train = Train(steps=12, batch_size=2, views=8, checkpoint_every=6)
+    ablation = Ablation(variants=("none", "rein", "set"), overrides=("train.steps=6", "data.eval_images=2"))
+    return Experiment(profile="smoke", data=data, model=model, train=train, ablation=ablation)
+
+
+def _paper() -> Experiment:
+    data = Data(
+        source="",
+        targets=(),
+        height=512,
+        width=512,
+        long_edge=1024,
+        train_images=0,
+        eval_images=0,
+        scale_min=0.5,
+        scale_max=2.0,
+    )
+    model = Model(
+        backbone="facebook/dinov2-large", refined_layers=(), feature_layers=(8, 12, 16, 24), head_channels=256
+    )
+    train = Train(steps=40_000, views=0, learning_rate=1e-4, checkpoint_every=1000)
+    return Experiment(profile="paper", data=data, model=model, train=train, ablation=Ablation(overrides=()))
+
+
+PROFILES: dict[str, Experiment] = {"smoke": _smoke(), "quick": Experiment(), "paper": _paper()}
+
+
+def nearest(name: str, choices: typing.Iterable[str]) -> str:
+    """The end of an error sentence: the nearest known names, or all of them."""
+    choices = list(choices)
+    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.4)
+    return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(choices)}"
+
+
+def _override(experiment: Experiment, text: str) -> Experiment:
+    """`experiment` with one dotted `key=value` put in."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"Option '{text}' is not KEY=VALUE: write for example model.refiner=rein.")
+    known = _dotted_fields()
+    if key not in known:
+        raise ValueError(f"Unknown option '{key}' ({nearest(key, known)}).")
+    parsed = _parse(key, value, known[key])
+    if "." not in key:
+        return replace(experiment, **{key: parsed})
+    group, name = key.split(".")
+    return replace(experiment, **{group: replace(getattr(experiment, group), **{name: parsed})})
+
+
+def _dotted_fields() -> dict[str, typing.Any]:
+    """Type of every field that an override can set, by dotted name."""
+    fields: dict[str, typing.Any] = {}
+    for name, kind in typing.get_type_hints(Experiment).items():
+        if dataclasses.is_dataclass(kind):
+            fields |= {f"{name}.{inner}": hint for inner, hint in typing.get_type_hints(kind).items()}
+        elif name != "profile":
+            fields[name] = kind
+    return fields
+
+
+def _parse(key: str, value: str, kind: typing.Any) -> typing.Any:
+    try:
+        if isinstance(kind, types.GenericAlias) or typing.get_origin(kind) is tuple:
+            item = typing.get_args(kind)[0]
+            return tuple(item(part.strip()) for part in value.split(",") if part.strip())
+        return kind(value)
+    except ValueError:
+        name = getattr(kind, "__name__", str(kind))
+        raise ValueError(
+            f"Option {key} expects {'a list of ' if name == 'tuple' else ''}{name}, not '{value}'."
+        ) from None
+
+
+def _validate(experiment: Experiment) -> None:
+    """Raises ValueError for values that cannot work."""
+    data, train, model = experiment.data, experiment.train, experiment.model
+    positive = {
+        "data.height": data.height,
+        "data.width": data.width,
+        "data.long_edge": data.long_edge,
+        "data.scale_min": data.scale_min,
+        "model.num_tokens": model.num_tokens - 1,
+        "model.rank": model.rank,
+        "model.head_channels": model.head_channels,
+        "train.steps": train.steps,
+        "train.batch_size": train.batch_size,
+        "train.learning_rate": train.learning_rate,
+        "train.checkpoint_every": train.checkpoint_every,
+        "ablation.seeds": len(experiment.ablation.seeds),
+    }
+    for key, value in positive.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"Option {key} must be {'at least 2' if key == 'model.num_tokens' else 'above 0'}.")
+    not_negative = {
+        "seed": experiment.seed,
+        "data.train_images": data.train_images,
+        "data.eval_images": data.eval_images,
+        "data.content_seed": data.content_seed,
+        "train.views": train.views,
+        "train.weight_decay": train.weight_decay,
+        "train.clip_norm": train.clip_norm,
+        "data.photometric": data.photometric,
+    }
+    for key, value in not_negative.items():
+        if not value >= 0:
+            raise ValueError(f"Option {key} must not be negative, got {value}.")
+    if data.scale_max < data.scale_min:
+        raise ValueError(f"Option data.scale_max ({data.scale_max}) is below data.scale_min ({data.scale_min}).")
+    if not 0 <= train.ema < 1:
+        raise ValueError(f"Option train.ema must lie in [0, 1), got {train.ema}.")
+    if not data.source or not data.targets:
+        raise ValueError(
+            f"Profile {experiment.profile} has no domains of its own: name yours with --source and --target."
+        )
+
+
+class Run:
+    """A run folder: configuration, history, weights, metrics, figures, executed notebooks, report."""
+
+    def __init__(self, path: Path, experiment: Experiment) -> None:
+        self.path = Path(path)
+        self.experiment = experiment
+
+    @classmethod
+    def open(cls, path: str | Path | None, experiment: Experiment) -> Run:
+        """The folder for this experiment, made when missing; `path` None or "" names it after the experiment.
+
+        Raises ValueError if the folder holds another configuration or cannot be written.
+        """
+        path = Path(path) if path else default_run_folder(experiment)
+        stored = path / "experiment.json"
+        if stored.is_file():
+            other = cls.load(path).experiment
+            differing = _differences(experiment, other)
+            if differing:
+                raise ValueError(
+                    f"Run folder {path} holds another configuration ({'; '.join(differing[:3])}): "
+                    "choose another with --run, or the same options."
+                )
+        run = cls(path, experiment)
+        run.write_json("experiment.json", experiment.to_dict())
+        return run
+
+    @classmethod
+    def load(cls, path: str | Path) -> Run:
+        """An existing run folder. Raises ValueError if there is none or its configuration cannot be read."""
+        stored = Path(path) / "experiment.json"
+        if not stored.is_file():
+            raise ValueError(
+                f"{path} is no run folder (no experiment.json): make one with python -m setlib run --run {path}."
+            )
+        try:
+            return cls(Path(path), Experiment.from_dict(json.loads(stored.read_text(encoding="utf-8"))))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{stored} cannot be read ({error}): delete the run folder or restore the file.") from None
+
+    def nested(self, name: str, *overrides: str) -> Run:
+        """A run of its own inside this one, with some options changed: the baseline, an ablation's variant."""
+        experiment = self.experiment
+        for override in overrides:
+            experiment = _override(experiment, override)
+        return Run.open(self.path / name, experiment)
+
+    def file(self, name: str) -> Path:
+        """A path inside the folder; its parent is made."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write_json(self, name: str, values: typing.Any) -> Path:
+        """Writes JSON into the folder, whole or not at all; NaN is refused."""
+        return write_atomic(self.path / name, json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> typing.Any:
+        """Reads JSON of the folder. Raises ValueError naming the step that writes it when it is missing."""
+        path = self.path / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: run the notebook or command that writes it first.")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def finish(self, name: str, values: dict) -> dict:
+        """Writes a notebook's numbers to results/<name>.json, with the peak memory of its process in bytes; returns them."""
+        values = values | {"peak_bytes": peak_bytes()}
+        self.write_json(f"results/{name}.json", values)
+        return values
+
+    def save_figure(self, figure: typing.Any, name: str) -> typing.Any:
+        """Saves a matplotlib figure as figures/name.png and returns it, for showing."""
+        with tempfile.TemporaryDirectory(dir=self.file("figures/x").parent) as folder:
+            made = Path(folder) / "figure.png"
+            figure.savefig(made, dpi=100, bbox_inches="tight")
+            os.replace(made, self.path / "figures" / f"{name}.png")
+        return figure
+
+
+def _differences(one: Experiment, other: Experiment) -> list[str]:
+    a, b = one.to_dict(), other.to_dict()
+    pairs = [(k, a[k], b.get(k)) for k in a if not isinstance(a[k], dict)]
+    pairs += [(f"{g}.{k}", a[g][k], b[g].get(k)) for g in a if isinstance(a[g], dict) for k in a[g]]
+    return [f"{key} is {theirs}, not {ours}" for key, ours, theirs in pairs if ours != theirs]
+
+
+def default_run_folder(experiment: Experiment) -> Path:
+    """runs/<profile>, with what differs from the profile's model, source and seed in the name."""
+    parts = [experiment.profile]
+    base = PROFILES[experiment.profile]
+    if experiment.data.source != base.data.source:
+        parts.append(experiment.data.source.partition("@")[0].replace(":", "-"))
+    if experiment.model.refiner != base.model.refiner:
+        parts.append(experiment.model.refiner)
+    if experiment.seed != base.seed:
+        parts.append(f"seed{experiment.seed}")
+    return PROJECT / "runs" / "-".join(parts)
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far, bytes; 0 where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def cache_folder() -> Path:
+    """Where converted weights and rendered scenes are kept: SETLIB_CACHE, else ~/.cache/setlib."""
+    return Path(os.environ.get("SETLIB_CACHE") or Path.home() / ".cache" / "setlib")
+
+
+def write_atomic(path: Path, content: str | bytes) -> Path:
+    """Writes a file whole or not at all (temporary file, then a rename); the folder is made.
+
+    Raises ValueError naming the path if it cannot be written (full disk, no permission).
+    """
+    content = content.encode("utf-8") if isinstance(content, str) else content
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise ValueError(
+            f"Cannot write {path}: {error.strerror or error}: choose another folder or free some space."
+        ) from None
+    return path

@@ -1,0 +1,264 @@
+"""The training loop: views of the source, loss, optimiser, schedule, checkpoint, resume, history.
+
+Only the source domain is touched here. Same seed and machine give the same numbers, also after a kill and a resume.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from setlib import domains
+from setlib.backbone import FrozenBackbone, Prefix
+from setlib.experiment import Experiment, Run, write_atomic
+from setlib.labels import IGNORE
+from setlib.model import Segmenter
+from setlib.transforms import augment
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass
+class Views:
+    """Augmented crops of the source by number: view i is the same picture, crop and colours at every call."""
+
+    domain: domains.Domain
+    experiment: Experiment
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Crop (3, h, w) uint8 and labels (h, w) uint8 train ids."""
+        data, train = self.experiment.data, self.experiment.train
+        seed = data.content_seed if train.views else self.experiment.seed  # kept views are shared by all seeds
+        epoch, place = divmod(index, len(self.domain))
+        order = np.random.default_rng([seed, 0, epoch]).permutation(len(self.domain))
+        sample = self.domain.sample(int(order[place]))
+        generator = Generator().manual_seed(
+            int(np.random.SeedSequence([seed, 1, index]).generate_state(1, np.uint64)[0] >> 1)
+        )
+        image = torch.from_numpy(sample.image.copy()).permute(2, 0, 1).float() / 255
+        label = torch.from_numpy(self.domain.ids.to_train[sample.label]).long()
+        image, label = augment(image, label, data, generator)
+        return (image * 255).round().byte(), label.byte()
+
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, h, w) in [0, 1] and labels (B, h, w) int64."""
+        images, labels = zip(*(self[i] for i in indices), strict=True)
+        return torch.stack(images).float() / 255, torch.stack(labels).long()
+
+
+@dataclass
+class Bank:
+    """Views with the features of the frozen first layers, computed once. Shared by refiners and seeds."""
+
+    images: Tensor  # (V, 3, h, w) uint8
+    labels: Tensor  # (V, h, w) uint8
+    prefix: Prefix
+
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, Prefix]:
+        """Images, labels and frozen features of some views."""
+        maps = {layer: features[indices] for layer, features in self.prefix.maps.items()}
+        prefix = replace(self.prefix, hidden=self.prefix.hidden[indices], maps=maps)
+        return self.images[indices].float() / 255, self.labels[indices].long(), prefix
+
+
+def make_bank(model: Segmenter, domain: domains.Domain, progress: bool = True) -> Bank:
+    """Runs the layers that nothing trainable touches once over train.views crops of the source."""
+    experiment = model.experiment
+    views, batch = Views(domain, experiment), experiment.train.batch_size
+    images, labels, hidden, maps = [], [], [], {}
+    chunks = torch.arange(experiment.train.views).split(batch)
+    with tqdm(total=experiment.train.views, desc="frozen features", unit="crop", disable=not progress) as bar:
+        for chunk in chunks:
+            image, label = views.batch(chunk.tolist())
+            prefix = model.backbone.prefix(image.to(DEVICE), model.frozen_until, model.feature_layers)
+            images.append((image * 255).round().byte())
+            labels.append(label.byte())
+            hidden.append(prefix.hidden)
+            for layer, features in prefix.maps.items():
+                maps.setdefault(layer, []).append(features)
+            bar.update(len(chunk))
+    joined = replace(prefix, hidden=torch.cat(hidden), maps={layer: torch.cat(parts) for layer, parts in maps.items()})
+    return Bank(torch.cat(images), torch.cat(labels), joined)
+
+
+def batch_indices(experiment: Experiment, step: int) -> list[int]:
+    """Views of one step: always new ones, or all kept ones in a new order each epoch."""
+    size, views = experiment.train.batch_size, experiment.train.views
+    positions = range(step * size, (step + 1) * size)
+    if not views:
+        return list(positions)
+    orders = {
+        e: np.random.default_rng([experiment.seed, 2, e]).permutation(views) for e in {p // views for p in positions}
+    }
+    return [int(orders[p // views][p % views]) for p in positions]
+
+
+def loss_function(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy at label size, 255 ignored; logits: (B, K, H, W), labels: (B, h, w). 0 if nothing is labelled."""
+    logits = F.interpolate(logits.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    return total / (labels != IGNORE).sum().clamp(min=1)
+
+
+def make_optimiser(model: Segmenter) -> torch.optim.AdamW:
+    """AdamW over refiner and head; no decay on tokens, norms, biases and scales. Source: Rein's released settings."""
+    matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.requires_grad]
+    decayed = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in decayed]
+    train = model.experiment.train
+    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=train.learning_rate)
+
+
+class Trainer:
+    """Everything that changes from step to step, with its checkpoint."""
+
+    def __init__(self, model: Segmenter, run: Run) -> None:
+        self.model, self.run, self.train = model, run, model.experiment.train
+        self.optimiser = make_optimiser(model)
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if self.train.ema else {}
+        self.history: list[dict] = []
+        self.next_step = 0
+
+    def step(self, images: Tensor, labels: Tensor, prefix: Prefix | None) -> dict:
+        """One optimiser step; returns its history entry. Raises ValueError when the loss is not finite."""
+        began, number = time.perf_counter(), self.next_step + 1
+        rate = self.train.learning_rate * (1 - self.next_step / self.train.steps) ** self.train.power
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        loss = loss_function(self.model(images, prefix), labels)
+        self.optimiser.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), self.train.clip_norm or math.inf)
+        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+            raise ValueError(
+                f"Training stopped at step {number}: the loss is {loss.item()}, its gradient norm {norm.item()}; "
+                f"lower train.learning_rate ({self.train.learning_rate})."
+            )
+        self.optimiser.step()
+        for name, value in self.average.items():
+            value.lerp_(self.parameters[name].detach(), 1 - self.train.ema)
+        self.next_step = number
+        seconds = round(time.perf_counter() - began, 4)
+        entry = {"step": number, "loss": loss.item(), "lr": rate, "grad_norm": norm.item(), "seconds": seconds}
+        self.history.append(entry)
+        return entry
+
+    def save(self) -> None:
+        """Writes history.jsonl and checkpoint.safetensors (weights, optimiser, average, step), whole or not at all."""
+        tensors = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.items()}
+        for name, p in self.parameters.items():
+            tensors |= {f"optimiser.{name}.{key}": value for key, value in self.optimiser.state.get(p, {}).items()}
+        content = save_bytes(
+            {k: v.cpu().contiguous() for k, v in tensors.items()}, metadata={"step": str(self.next_step)}
+        )
+        write_atomic(self.run.path / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
+        write_atomic(self.run.path / "checkpoint.safetensors", content)
+
+    def resume(self) -> None:
+        """Goes on from the run's checkpoint, if there is one. Raises ValueError if it cannot be read."""
+        path = self.run.path / "checkpoint.safetensors"
+        if not path.is_file():
+            return
+        content = path.read_bytes()
+        try:
+            tensors = load_bytes(content)
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            self.next_step = int(header["__metadata__"]["step"])
+            self.history = read_history(self.run)[: self.next_step]
+            with torch.no_grad():
+                for name, p in self.parameters.items():
+                    p.copy_(tensors[f"model.{name}"])
+                    keys = ("step", "exp_avg", "exp_avg_sq")
+                    state = {
+                        key: tensors[f"optimiser.{name}.{key}"] for key in keys if f"optimiser.{name}.{key}" in tensors
+                    }
+                    if state:
+                        self.optimiser.state[p] = state
+                    if name in self.average:
+                        self.average[name].copy_(tensors[f"average.{name}"])
+        except Exception as error:
+            raise ValueError(f"{path} cannot be resumed ({error}): delete it to train from the start.") from None
+
+    def use_average(self) -> None:
+        """Puts the moving average of the weights, if one is kept, in place of the weights."""
+        with torch.no_grad():
+            for name, value in self.average.items():
+                self.parameters[name].copy_(value)
+
+
+def train(
+    run: Run,
+    *,
+    source: domains.Domain | None = None,
+    backbone: FrozenBackbone | None = None,
+    bank: Bank | None = None,
+    progress: bool = True,
+) -> tuple[Segmenter, list[dict]]:
+    """Trains the run's segmenter on its source and returns it, in evaluation mode, with its history.
+
+    A finished run is loaded as it is, an interrupted one goes on from its checkpoint; the model ends in RUN/model.
+    `bank` (of `make_bank`) may be shared by runs that differ only in refiner and seed.
+    Raises ValueError when the loss is not finite or the source cannot be used.
+    """
+    experiment, settings = run.experiment, run.experiment.train
+    if is_finished(run):
+        return Segmenter.load(run.path / "model", backbone), read_history(run)
+    model = Segmenter(experiment, backbone).to(DEVICE)
+    trainer = Trainer(model, run)
+    trainer.resume()
+    source = source or domains.load(experiment.data.source, experiment.data, role="source")
+    bank = bank or (make_bank(model, source, progress) if settings.views else None)
+    views = Views(source, experiment)
+    model.train()
+    label, done = f"train {experiment.model.refiner}, seed {experiment.seed}", trainer.next_step
+    with tqdm(total=settings.steps, initial=done, desc=label, unit="step", disable=not progress) as bar:
+        while trainer.next_step < settings.steps:
+            indices = batch_indices(experiment, trainer.next_step)
+            images, labels, prefix = bank.batch(indices) if bank else (*views.batch(indices), None)
+            entry = trainer.step(images.to(DEVICE), labels.to(DEVICE), prefix)
+            bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
+            bar.update()
+            if trainer.next_step % settings.checkpoint_every == 0 or trainer.next_step == settings.steps:
+                trainer.save()
+    trainer.use_average()
+    model.save(run.path / "model")
+    (run.path / "checkpoint.safetensors").unlink(missing_ok=True)
+    return model.eval(), trainer.history
+
+
+def train_together(runs: dict[str, Run], progress: bool = True) -> dict[str, tuple[Segmenter, list[dict]]]:
+    """Trains runs that share source, views and backbone one after the other: the frozen layers are computed once."""
+    first = next(iter(runs.values())).experiment
+    backbone = FrozenBackbone.load(first.model.backbone).to(DEVICE)
+    source = domains.load(first.data.source, first.data, role="source")
+    bank = None
+    if first.train.views and not all(is_finished(run) for run in runs.values()):
+        models = [Segmenter(run.experiment, backbone) for run in runs.values()]
+        bank = make_bank(min(models, key=lambda model: model.frozen_until), source, progress)
+    return {
+        name: train(run, source=source, backbone=backbone, bank=bank, progress=progress) for name, run in runs.items()
+    }
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the run holds a trained model."""
+    return (run.path / "model" / "config.json").is_file()
+
+
+def read_history(run: Run) -> list[dict]:
+    """Entries of the run's history.jsonl: step, loss, lr, grad_norm, seconds."""
+    path = run.path / "history.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
