@@ -124,7 +124,7 @@ def evaluate_models(models: dict[str, Segmenter], domain: domains.Domain, progre
             sample = domain.sample(index)
             reference = domain.ids.to_score[sample.label]
             windows = first.windows(sample.image)
-            prefix = first.backbone.prefix(windows.images, stop, layers)
+            prefix = first.backbone.prefix(windows.images.to(first.device), stop, layers) if stop else None
             for name, model in models.items():
                 merged = torch.einsum("khw,kc->chw", model.probabilities(windows, prefix), merge)
                 metric = MeanIoU(len(domain.class_set))

@@ -75,6 +75,11 @@ class Segmenter(nn.Module):
         maps = self.backbone(images, self.refiner, self.feature_layers, prefix)
         return self.head([maps[layer] for layer in self.feature_layers])
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.head.classify.weight.device
+
     def trainable_state(self) -> dict[str, Tensor]:
         """Everything that learns, by name: refiner.* and head.*."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("backbone.")}
@@ -102,9 +107,8 @@ class Segmenter(nn.Module):
     @torch.no_grad()
     def probabilities(self, windows: Windows, prefix: Prefix | None = None) -> Tensor:
         """Class probabilities at inference size, (19, h, w); windows are averaged where they overlap."""
-        device = next(self.head.parameters()).device
         h, w = windows.images.shape[-2:]
-        scores = self(windows.images.to(device), prefix).softmax(1).float()
+        scores = self(windows.images.to(self.device), prefix).softmax(1).float()
         scores = F.interpolate(scores, size=(h, w), mode="bilinear", align_corners=False).cpu()
         extent = [max(corner[i] for corner in windows.corners) + side for i, side in enumerate((h, w))]
         total, count = torch.zeros(scores.shape[1], *extent), torch.zeros(extent)

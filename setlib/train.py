@@ -62,33 +62,32 @@ class Bank:
 
     images: Tensor  # (V, 3, h, w) uint8
     labels: Tensor  # (V, h, w) uint8
-    prefix: Prefix
+    prefix: Prefix | None  # None when the first layer is refined already
 
-    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, Prefix]:
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, Prefix | None]:
         """Images, labels and frozen features of some views."""
-        maps = {layer: features[indices] for layer, features in self.prefix.maps.items()}
-        prefix = replace(self.prefix, hidden=self.prefix.hidden[indices], maps=maps)
-        return self.images[indices].float() / 255, self.labels[indices].long(), prefix
+        images, labels, prefix = self.images[indices].float() / 255, self.labels[indices].long(), self.prefix
+        if prefix is not None:
+            maps = {layer: features[indices].to(DEVICE) for layer, features in prefix.maps.items()}
+            prefix = replace(prefix, hidden=prefix.hidden[indices].to(DEVICE), maps=maps)
+        return images, labels, prefix
 
 
 def make_bank(model: Segmenter, domain: domains.Domain, progress: bool = True) -> Bank:
-    """Runs the layers that nothing trainable touches once over train.views crops of the source."""
-    experiment = model.experiment
-    views, batch = Views(domain, experiment), experiment.train.batch_size
-    images, labels, hidden, maps = [], [], [], {}
-    chunks = torch.arange(experiment.train.views).split(batch)
+    """Cuts train.views crops of the source and runs the layers that nothing trainable touches over them, once."""
+    experiment, stop = model.experiment, model.frozen_until
+    views, kept = Views(domain, experiment), []
     with tqdm(total=experiment.train.views, desc="frozen features", unit="crop", disable=not progress) as bar:
-        for chunk in chunks:
-            image, label = views.batch(chunk.tolist())
-            prefix = model.backbone.prefix(image.to(DEVICE), model.frozen_until, model.feature_layers)
-            images.append((image * 255).round().byte())
-            labels.append(label.byte())
-            hidden.append(prefix.hidden)
-            for layer, features in prefix.maps.items():
-                maps.setdefault(layer, []).append(features)
+        for chunk in torch.arange(experiment.train.views).split(experiment.train.batch_size):
+            images, labels = views.batch(chunk.tolist())
+            prefix = model.backbone.prefix(images.to(DEVICE), stop, model.feature_layers) if stop else None
+            kept.append(Bank((images * 255).round().byte(), labels.byte(), prefix))
             bar.update(len(chunk))
-    joined = replace(prefix, hidden=torch.cat(hidden), maps={layer: torch.cat(parts) for layer, parts in maps.items()})
-    return Bank(torch.cat(images), torch.cat(labels), joined)
+    prefix = None
+    if stop:
+        maps = {layer: torch.cat([bank.prefix.maps[layer].cpu() for bank in kept]) for layer in kept[0].prefix.maps}
+        prefix = replace(kept[0].prefix, hidden=torch.cat([bank.prefix.hidden.cpu() for bank in kept]), maps=maps)
+    return Bank(torch.cat([bank.images for bank in kept]), torch.cat([bank.labels for bank in kept]), prefix)
 
 
 def batch_indices(experiment: Experiment, step: int) -> list[int]:
@@ -215,7 +214,7 @@ def train(
     """
     experiment, settings = run.experiment, run.experiment.train
     if is_finished(run):
-        return Segmenter.load(run.path / "model", backbone), read_history(run)
+        return Segmenter.load(run.path / "model", backbone).to(DEVICE), read_history(run)
     model = Segmenter(experiment, backbone).to(DEVICE)
     trainer = Trainer(model, run)
     trainer.resume()

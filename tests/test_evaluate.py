@@ -1,0 +1,118 @@
+"""The metric: counts, absent classes, ignored pixels, merged classes, credit to the right domain."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from setlib import domains, evaluate
+from setlib.evaluate import MeanIoU
+from setlib.experiment import Data, Experiment, Run
+from setlib.labels import CAMVID, CITYSCAPES
+from setlib.model import Segmenter, label_map
+
+
+def naive_iou(prediction, reference, classes):
+    values = []
+    for k in range(classes):
+        p, r = (prediction == k) & (reference != 255), reference == k
+        values.append(100 * (p & r).sum() / (p | r).sum() if (p | r).sum() else np.nan)
+    return np.array(values)
+
+
+def test_equals_an_independent_computation_and_adds_up_over_batches():
+    rng = np.random.default_rng(0)
+    prediction, reference = rng.integers(0, 5, (6, 20, 30)), rng.integers(0, 6, (6, 20, 30))
+    reference = np.where(reference == 5, 255, reference).astype(np.uint8)
+    metric = MeanIoU(5)
+    metric.add_batch(predictions=prediction[:4], references=reference[:4])
+    metric.add(prediction=prediction[4], reference=reference[4])
+    result = metric.compute(predictions=prediction[5:], references=reference[5:])
+    expected = naive_iou(prediction, reference, 5)
+    np.testing.assert_allclose(result["iou"], expected, atol=1e-9)
+    assert result["miou"] == pytest.approx(expected.mean(), abs=1e-9)
+
+
+def test_absent_classes_have_no_iou_and_ignored_pictures_no_mean():
+    metric = MeanIoU(3)
+    metric.add(prediction=np.zeros((2, 2), np.uint8), reference=np.full((2, 2), 255, np.uint8))
+    assert np.isnan(metric.compute()["miou"])
+    metric.add(prediction=np.array([[0, 1]]), reference=np.array([[0, 0]]))
+    result = metric.compute()
+    assert result["iou"][:2].tolist() == [50, 0] and np.isnan(result["iou"][2])
+    assert result["miou"] == 25
+
+
+def test_sizes_must_agree():
+    with pytest.raises(ValueError, match="differ in size"):
+        MeanIoU(3).add(prediction=np.zeros((2, 2), np.uint8), reference=np.zeros((2, 3), np.uint8))
+
+
+def test_classes_are_merged_by_summed_probabilities():
+    probabilities = torch.zeros(19, 1, 1)
+    train, car, building = (CITYSCAPES.classes.index(name) for name in ("train", "car", "building"))
+    probabilities[[train, car, building], 0, 0] = torch.tensor([0.3, 0.3, 0.4])
+    merged = torch.einsum("khw,kc->chw", probabilities, torch.from_numpy(CAMVID.merge_matrix()))
+    assert CAMVID.classes[label_map(merged, (1, 1))[0, 0]] == "Car"
+    assert merged.sum() == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Five labelled pictures with train ids and five CamVid frames, 64 x 128."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name, ids in (("train", 19), ("camvid", 12)):
+        for kind in ("images", "labels"):
+            (root / name / kind).mkdir(parents=True)
+        for i in range(5):
+            Image.fromarray(rng.integers(0, 256, (64, 128, 3), np.uint8)).save(root / name / f"images/{i}.png")
+            Image.fromarray(rng.integers(0, ids, (64, 128), np.uint8)).save(root / name / f"labels/{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Segmenter(Experiment.build("smoke")).eval()
+
+
+def test_every_domain_is_scored_in_its_own_classes(folder, model, tmp_path):
+    run = Run.open(tmp_path, Experiment.build("smoke"))
+    names = [f"folder@{folder}/train", f"camvid@{folder}/camvid"]
+    scores = evaluate.evaluate_run(run, {"set": model}, names, progress=False)["set"]
+    assert [score.class_set.name for score in scores] == ["cityscapes-19", "camvid-11"]
+    metrics = evaluate.write_metrics(run, scores)
+    assert [result["domain"] for result in metrics["results"]] == names
+    assert metrics["results"][0]["pixels"] == 4 * 64 * 128  # data.eval_images = 4 of the five
+    assert set(metrics["results"][1]["per_class"]) == set(CAMVID.classes)
+    again = evaluate.write_metrics(run, scores[1:])
+    assert [result["domain"] for result in again["results"]] == names
+
+
+def test_scores_are_those_of_predict(folder, model):
+    domain = domains.load(f"folder@{folder}/train", Data(eval_images=3))
+    score = evaluate.evaluate_models({"a": model}, domain, progress=False)["a"]
+    counts = np.zeros((19, 19), np.int64)
+    for i in range(3):
+        sample = domain.sample(i)
+        metric = MeanIoU(19)
+        metric.add(prediction=model.predict(sample.image), reference=sample.label)
+        counts += metric.counts
+    assert np.array_equal(score.counts, counts)
+
+
+def test_a_domain_without_labels_is_not_scored(tmp_path, model):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (20, 10)).save(tmp_path / "images" / "a.png")
+    domain = domains.load(f"folder@{tmp_path}", Data())
+    with pytest.raises(ValueError, match="has no labels"):
+        evaluate.evaluate_models({"a": model}, domain)
+
+
+def test_verdict_names_the_hardest_domain():
+    def score(domain, hit):
+        return evaluate.Score(domain, CITYSCAPES, np.diag([hit] * 19) + np.ones((19, 19), np.int64))
+
+    table = {"none": [score("s", 50), score("t", 20)], "set": [score("s", 40), score("t", 30), score("u", 5)]}
+    text = evaluate.verdict(table, "s")
+    assert "hardest for set is u" in text or "hardest for none is t" in text
+    assert evaluate.summary({"none": table["none"]}, "s")[1]["drop none"] > 0

@@ -1,0 +1,101 @@
+"""Configuration and run folders: overrides, errors, files written whole or not at all."""
+
+import json
+import os
+
+import pytest
+
+from setlib.experiment import PROFILES, Experiment, Run, default_run_folder, write_atomic
+
+
+@pytest.mark.parametrize("profile", ["smoke", "quick"])
+def test_experiment_survives_json(profile):
+    experiment = Experiment.build(profile, overrides=["model.refined_layers=1,2", "train.learning_rate=3e-4", "seed=7"])
+    assert experiment.model.refined_layers == (1, 2)
+    assert experiment.seed == 7
+    assert Experiment.from_dict(json.loads(json.dumps(experiment.to_dict()))) == experiment
+
+
+def test_domains_with_commas_survive_json():
+    experiment = Experiment.build("smoke", targets=["folder@a,b"])
+    assert Experiment.from_dict(experiment.to_dict()).data.targets == ("folder@a,b",)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.refinr=rein", "Unknown option 'model.refinr' .nearest: model.refiner"),
+        ("train.steps=many", "train.steps expects int, not 'many'"),
+        ("train.steps=0", "train.steps must be above 0"),
+        ("train.views=-1", "train.views must not be negative"),
+        ("train.learning_rate=nan", "train.learning_rate must be above 0"),
+        ("train.ema=1", "train.ema must lie in"),
+        ("model.num_tokens=1", "at least 2"),
+        ("data.scale_max=0.1", "below data.scale_min"),
+        ("model.refiner", "is not KEY=VALUE"),
+        ("profile=paper", "Unknown option 'profile'"),
+    ],
+)
+def test_bad_override_is_one_sentence(override, message):
+    with pytest.raises(ValueError, match=message):
+        Experiment.build("smoke", overrides=[override])
+
+
+def test_unknown_profile_names_the_profiles():
+    with pytest.raises(ValueError, match="smoke, quick, paper"):
+        Experiment.build("quik")
+
+
+def test_paper_profile_asks_for_domains():
+    with pytest.raises(ValueError, match="--source"):
+        Experiment.build("paper")
+    assert Experiment.build("paper", source="folder@x", targets=["folder@y"]).train.steps == 40_000
+
+
+def test_run_folder_refuses_another_configuration(tmp_path):
+    Run.open(tmp_path / "run", Experiment.build("smoke"))
+    assert Run.open(tmp_path / "run", Experiment.build("smoke")).experiment == PROFILES["smoke"]
+    with pytest.raises(ValueError, match="holds another configuration .seed is 0, not 3"):
+        Run.open(tmp_path / "run", Experiment.build("smoke", seed=3))
+
+
+def test_run_load_says_what_is_missing_or_broken(tmp_path):
+    with pytest.raises(ValueError, match="no run folder"):
+        Run.load(tmp_path)
+    (tmp_path / "experiment.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        Run.load(tmp_path)
+    (tmp_path / "experiment.json").write_text('{"profile": "smoke", "colour": 1}')
+    with pytest.raises(ValueError, match="not one of this version"):
+        Run.load(tmp_path)
+
+
+def test_default_folder_names_what_differs():
+    experiment = Experiment.build("quick", source="camvid:day-train@x/y", seed=2, overrides=["model.refiner=rein"])
+    assert default_run_folder(experiment).name == "quick-camvid-day-train-rein-seed2"
+
+
+def test_write_atomic_leaves_nothing_half_written(tmp_path, monkeypatch):
+    target = tmp_path / "file.json"
+    write_atomic(target, "old")
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(ValueError, match=r"Cannot write .*No space left on device"):
+        write_atomic(target, "new")
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_run_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="Cannot write"):
+        Run.open(tmp_path / "file" / "run", Experiment.build("smoke"))
+
+
+def test_metrics_refuse_nan(tmp_path):
+    run = Run.open(tmp_path, Experiment.build("smoke"))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run.write_json("metrics.json", {"miou": float("nan")})

@@ -1,0 +1,162 @@
+"""The segmenter: pictures of any size, one image at a time, frozen, saved and loaded whole."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from setlib.experiment import Experiment
+from setlib.model import Segmenter, label_map, read_picture
+
+
+def build(*overrides):
+    return Segmenter(Experiment.build("smoke", overrides=overrides)).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+def picture(h, w, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8)
+
+
+@pytest.mark.parametrize("size", [(64, 128), (1, 1), (3, 700), (700, 3), (97, 131), (300, 200)])
+def test_any_size_is_predicted_at_its_own_size(model, size):
+    labels = model.predict(picture(*size))
+    assert labels.shape == size and labels.dtype == np.uint8 and labels.max() < 19
+
+
+def test_strips_equal_plain_interpolation(monkeypatch):
+    scores = torch.randn(5, 9, 13, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("setlib.model.STRIP_PIXELS", 200)
+    for size in [(9, 13), (50, 41), (4, 5), (1, 1), (100, 3)]:
+        expected = F.interpolate(scores[None], size=size, mode="bilinear", align_corners=False)[0].argmax(0)
+        assert np.array_equal(label_map(scores, size), expected.numpy())
+
+
+def test_windows_cover_the_picture_and_agree_with_themselves(model):
+    windows = model.windows(picture(128, 128))  # the window is 64 x 128: two and a half of them
+    assert windows.images.shape == (3, 3, 64, 128) and windows.corners == [(0, 0), (32, 0), (64, 0)]
+    constant = model.probabilities(model.windows(np.full((128, 128, 3), 90, np.uint8)))
+    assert constant.shape == (19, 128, 128)
+    torch.testing.assert_close(constant.sum(0), torch.ones(128, 128))
+
+
+def test_an_image_does_not_depend_on_its_batch(model):
+    for parameter in model.refiner.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    images = torch.rand(3, 3, 64, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        together, flipped = model(images), model(images.flip(0)).flip(0)
+        for i in range(3):
+            alone = model(images[i : i + 1])[0]
+            assert (together[i] - alone).norm() < 1e-6 * alone.norm()
+            assert (flipped[i] - alone).norm() < 1e-6 * alone.norm()
+
+
+def test_frozen_stays_frozen():
+    model = build()
+    before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
+    model.train().apply(lambda module: module.train())
+    assert model.train() is model and model.training and not model.backbone.model.training
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(torch.rand(2, 3, 64, 128)).square().mean().backward()
+    optimiser.step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.backbone.state_dict().items())
+    assert all(p.grad is None for p in model.backbone.parameters())
+
+
+def test_prefix_gives_the_same_logits_and_gradients(model):
+    images = torch.rand(2, 3, 64, 128)
+    prefix = model.backbone.prefix(images, model.frozen_until, model.feature_layers)
+    torch.testing.assert_close(model(images, prefix), model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_the_seed_decides_the_weights_and_leaves_the_global_one_alone():
+    state = torch.random.get_rng_state()
+    one, same, other = build(), build(), build("seed=1")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(one.head.classify.weight, same.head.classify.weight)
+    assert not torch.equal(one.head.classify.weight, other.head.classify.weight)
+
+
+def test_refiners_share_the_heads_first_weights():
+    assert torch.equal(build().head.classify.weight, build("model.refiner=none").head.classify.weight)
+
+
+def test_save_and_load_give_equal_predictions(model, tmp_path):
+    model.save(tmp_path)
+    again = Segmenter.load(tmp_path)
+    assert not again.training
+    assert np.array_equal(again.predict(picture(64, 128)), model.predict(picture(64, 128)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_loading_says_what_is_wrong(model, tmp_path):
+    with pytest.raises(ValueError, match="holds no saved model"):
+        Segmenter.load(tmp_path)
+    model.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"backbone_fingerprint": "0" * 16}))
+    with pytest.raises(ValueError, match="was trained on a backbone with hash 0000"):
+        Segmenter.load(tmp_path)
+    config["experiment"]["model"]["num_tokens"] += 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="do not fit this model"):
+        Segmenter.load(tmp_path)
+
+
+def test_layers_must_exist():
+    with pytest.raises(ValueError, match="has the layers 1 to 4"):
+        build("model.refined_layers=4,5")
+
+
+def test_empty_layer_options_mean_all_and_evenly_spaced():
+    model = build("model.refined_layers=", "model.feature_layers=")
+    assert model.refiner.layers == (1, 2, 3, 4) == model.feature_layers and model.frozen_until == 0
+
+
+def modes():
+    colours = Image.fromarray(picture(10, 16))
+    grey = Image.fromarray((np.arange(160).reshape(10, 16) * 400).astype(np.uint16))
+    return {
+        "rgb": colours,
+        "grey": colours.convert("L"),
+        "palette": colours.convert("P"),
+        "cmyk": colours.convert("CMYK"),
+        "alpha": colours.convert("RGBA"),
+        "bits": colours.convert("1"),
+        "sixteen": grey,
+        "float": Image.fromarray(np.linspace(0, 1, 160, dtype=np.float32).reshape(10, 16)),
+    }
+
+
+@pytest.mark.parametrize("mode", list(modes()))
+def test_pictures_of_every_mode_are_read(mode):
+    pixels = read_picture(modes()[mode])
+    assert pixels.shape == (10, 16, 3) and pixels.dtype == np.uint8 and pixels.std() > 5
+
+
+def test_rotation_of_the_camera_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture(10, 16)).save(tmp_path / "turned.jpg", exif=exif)
+    assert read_picture(tmp_path / "turned.jpg").shape == (16, 10, 3)
+
+
+def test_what_is_no_picture_is_one_sentence(tmp_path):
+    (tmp_path / "note.txt").write_text("hello")
+    with pytest.raises(ValueError, match="cannot be read as a picture"):
+        read_picture(tmp_path / "note.txt")
+    with pytest.raises(ValueError, match="cannot be read as a picture"):
+        read_picture(tmp_path / "missing.png")
+    Image.fromarray(picture(50, 50)).save(tmp_path / "cut.png")
+    content = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="cannot be read as a picture"):
+        read_picture(tmp_path / "cut.png")

@@ -1,0 +1,148 @@
+"""The mathematics of the transform, property based: inverse, energy, symmetry, swaps."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from setlib import spectral
+
+sizes = st.tuples(st.integers(1, 13), st.integers(1, 13))
+seeds = st.integers(0, 2**31)
+few = settings(max_examples=40, deadline=None)
+
+
+def features(size, seed, batch=2, channels=3):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, *size, channels, generator=generator, dtype=torch.float64)
+
+
+@few
+@given(sizes, seeds)
+def test_split_and_join_is_the_identity(size, seed):
+    x = features(size, seed)
+    torch.testing.assert_close(spectral.join_spectrum(spectral.split_spectrum(x), size), x)
+
+
+@pytest.mark.parametrize("size", [(37, 37), (16, 32), (1, 37), (37, 1), (224, 448)])
+def test_pictures_and_grids_of_any_size(size):
+    x = features(size, 0).permute(0, 3, 1, 2)
+    spectrum = spectral.split_spectrum(x, spectral.PIXELS)
+    assert spectrum.amplitude.shape == (2, 3, size[0], size[1] // 2 + 1)
+    torch.testing.assert_close(spectral.join_spectrum(spectrum, size, spectral.PIXELS), x)
+
+
+@few
+@given(sizes, seeds)
+def test_energy_is_kept(size, seed):
+    x = features(size, seed)
+    full = spectral.full_spectrum(spectral.transform(x), size[1])
+    assert full.shape == x.shape
+    torch.testing.assert_close(full.abs().square().sum(), x.square().sum())
+
+
+@few
+@given(sizes, seeds)
+def test_half_spectrum_and_symmetry_give_the_full_one(size, seed):
+    x = features(size, seed)
+    expected = torch.fft.fft2(x, dim=(1, 2), norm="ortho")
+    torch.testing.assert_close(spectral.full_spectrum(spectral.transform(x), size[1]), expected)
+
+
+@few
+@given(sizes, seeds)
+def test_odd_phase_change_keeps_the_signal_real(size, seed):
+    x = features(size, seed)
+    spectrum = spectral.transform(x)
+    change = spectral.make_phase_change_odd(torch.randn_like(spectrum.real) * 3, size[1])
+    full = spectral.full_spectrum(spectrum * torch.polar(torch.ones_like(change), change), size[1])
+    signal = torch.fft.ifft2(full, dim=(1, 2), norm="ortho")
+    assert signal.imag.abs().max() < 1e-12 * (1 + signal.real.abs().max())
+    torch.testing.assert_close(signal.abs().square().sum(), x.square().sum())  # no amplitude was lost
+
+
+@few
+@given(sizes, seeds)
+def test_swap_with_itself_changes_nothing(size, seed):
+    x = features(size, seed)
+    torch.testing.assert_close(spectral.mix_amplitude(x, x, weight=0.7), x)
+
+
+@few
+@given(sizes, seeds)
+def test_full_swap_moves_exactly_the_amplitude(size, seed):
+    content, style = features(size, seed), features(size, seed + 1)
+    swapped = spectral.split_spectrum(spectral.mix_amplitude(content, style))
+    torch.testing.assert_close(swapped.amplitude, spectral.split_spectrum(style).amplitude)
+    turn = swapped.phase - spectral.split_spectrum(content).phase
+    assert torch.cos(turn).min() > 1 - 1e-9
+
+
+def test_low_band_swap_leaves_high_frequencies_alone():
+    content, style = features((12, 20), 0), features((12, 20), 1)
+    result = spectral.transform(spectral.mix_amplitude(content, style, high=0.3))
+    outside = spectral.frequency_radius((12, 20)) > 0.3
+    torch.testing.assert_close(result[:, outside], spectral.transform(content)[:, outside])
+    inside = spectral.transform(style).abs()[:, ~outside]
+    torch.testing.assert_close(result.abs()[:, ~outside], inside)
+
+
+@few
+@given(sizes, seeds, st.integers(0, 12), st.integers(0, 12))
+def test_shifting_the_picture_leaves_amplitude_unchanged(size, seed, down, right):
+    x = features(size, seed)
+    moved = x.roll((down, right), (1, 2))
+    torch.testing.assert_close(spectral.transform(moved).abs(), spectral.transform(x).abs())
+
+
+def test_only_the_grid_is_transformed():
+    x = features((6, 8), 0)
+    changed = x.clone()
+    changed[1] += 1
+    changed[..., 2] += 1
+    same = spectral.transform(changed)[0, ..., :2]
+    assert torch.equal(same, spectral.transform(x)[0, ..., :2])
+
+
+def test_gradients_are_finite_where_the_amplitude_is_zero():
+    x = torch.zeros(1, 4, 6, 2, requires_grad=True)
+    spectrum = spectral.split_spectrum(x)
+    (spectrum.amplitude.sum() + spectrum.phase.sum() + spectral.unit_phasor(spectral.transform(x)).real.sum()).backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32_and_returned_as_it_came(dtype):
+    x = features((6, 8), 0).to(dtype)
+    assert spectral.transform(x).dtype == torch.complex64
+    mixed = spectral.mix_amplitude(x, x)
+    assert mixed.dtype == dtype
+    torch.testing.assert_close(mixed, x)
+
+
+def test_bands_cover_the_spectrum_once():
+    low, high = spectral.band_mask((9, 12), 0, 0.5), spectral.band_mask((9, 12), 0.5 + 1e-6, 1.5)
+    assert (low + high).eq(1).all()
+    assert low[0, 0] == 1 and high[0, 0] == 0
+
+
+def test_radial_profile_finds_a_wave():
+    x = torch.arange(64).float()
+    picture = torch.cos(2 * math.pi * 16 * x / 64).expand(1, 3, 64, 64)  # 16 cycles in 64 pixels: half of Nyquist
+    radii, profile = spectral.radial_profile(picture, bins=28)
+    assert abs(radii[profile[0].argmax()].item() - 0.5) < 0.06
+
+
+def test_log_amplitude_picture_has_the_mean_in_the_middle():
+    picture = spectral.log_amplitude_picture(torch.ones(1, 3, 8, 12))
+    assert picture.shape == (1, 8, 12)
+    assert picture[0].argmax() == 4 * 12 + 6
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match="4-D"):
+        spectral.transform(torch.zeros(3, 4, 5))
+    with pytest.raises(ValueError, match="differ in shape"):
+        spectral.mix_amplitude(torch.zeros(1, 4, 4, 1), torch.zeros(1, 4, 5, 1))

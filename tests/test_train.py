@@ -1,0 +1,158 @@
+"""The loop: same seed same numbers, killed and resumed alike, frozen features once, clear failure."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from setlib import train
+from setlib.domains import load
+from setlib.experiment import Experiment, Run
+from setlib.labels import IGNORE
+from setlib.model import Segmenter
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Pictures whose colour tells the class: left road, right sky."""
+    root = tmp_path_factory.mktemp("source")
+    (root / "images").mkdir()
+    (root / "labels").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        label = np.where(np.arange(128) < 40 + 10 * i, 0, 10)[None].repeat(64, 0).astype(np.uint8)
+        image = np.where(label[..., None] == 0, [90, 80, 90], [120, 180, 250]) + rng.integers(-9, 9, (64, 128, 3))
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / f"images/{i}.png")
+        Image.fromarray(label).save(root / f"labels/{i}.png")
+    return f"folder@{root}"
+
+
+def experiment(source, *overrides):
+    return Experiment.build("smoke", source=source, targets=[source], overrides=overrides)
+
+
+def losses(history):
+    return [entry["loss"] for entry in history]
+
+
+def test_it_learns(source, tmp_path):
+    run = Run.open(tmp_path, experiment(source, "train.steps=40", "train.learning_rate=3e-3"))
+    model, history = train.train(run, progress=False)
+    assert np.mean(losses(history)[-5:]) < 0.5 * np.mean(losses(history)[:3])
+    sample = load(source, run.experiment.data).sample(0)
+    assert (model.predict(sample.image) == sample.label).mean() > 0.9
+    assert not model.training
+
+
+def test_same_seed_same_numbers(source, tmp_path):
+    for name in "ab":
+        run = Run.open(tmp_path / name, experiment(source, "train.steps=4"))
+        train.train(run, progress=False)
+    one, other = (losses(train.read_history(Run.load(tmp_path / name))) for name in "ab")
+    assert one == other
+    assert (tmp_path / "a/model/model.safetensors").read_bytes() == (tmp_path / "b/model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("options", [(), ("train.views=0",), ("train.ema=0.5",)])
+def test_killed_and_resumed_is_as_never_killed(source, tmp_path, monkeypatch, options):
+    settings = experiment(source, "train.steps=7", "train.checkpoint_every=3", *options)
+    whole, _ = train.train(Run.open(tmp_path / "whole", settings), progress=False)
+    step, run = train.Trainer.step, Run.open(tmp_path / "cut", settings)
+
+    def killed(self, *inputs):
+        if self.next_step == 5:
+            raise KeyboardInterrupt
+        return step(self, *inputs)
+
+    monkeypatch.setattr(train.Trainer, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(run, progress=False)
+    monkeypatch.setattr(train.Trainer, "step", step)
+    assert (run.path / "checkpoint.safetensors").is_file()
+    model, history = train.train(run, progress=False)
+    assert [entry["step"] for entry in history] == list(range(1, 8))
+    expected = whole.trainable_state()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.trainable_state().items())
+    assert not (run.path / "checkpoint.safetensors").exists()
+
+
+def test_a_finished_run_is_loaded_not_trained_again(source, tmp_path, monkeypatch):
+    run = Run.open(tmp_path, experiment(source, "train.steps=2"))
+    model, history = train.train(run, progress=False)
+    monkeypatch.setattr(train.Trainer, "step", None)
+    again, same = train.train(run, progress=False)
+    assert same == history and torch.equal(again.head.classify.weight, model.head.classify.weight)
+
+
+def test_a_damaged_checkpoint_is_named(source, tmp_path):
+    run = Run.open(tmp_path, experiment(source))
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="cannot be resumed .* delete it"):
+        train.train(run, progress=False)
+
+
+def test_kept_features_give_the_same_loss_as_the_plain_path(source):
+    settings = experiment(source)
+    model, domain = Segmenter(settings), load(source, settings.data, role="source")
+    bank = train.make_bank(model, domain, progress=False)
+    images, labels, prefix = bank.batch([5, 1])
+    again, same_labels = train.Views(domain, settings).batch([5, 1])
+    assert torch.equal(images, again) and torch.equal(labels, same_labels)
+    torch.testing.assert_close(model(images, prefix), model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_bank_serves_refiners_that_start_later_and_layers_from_the_first(source, tmp_path):
+    runs = {
+        name: Run.open(tmp_path / name, experiment(source, "train.steps=2", f"model.refiner={name}"))
+        for name in ("none", "rein", "set")
+    }
+    assert all(len(history) == 2 for _, history in train.train_together(runs, progress=False).values())
+    alone, _ = train.train(Run.open(tmp_path / "alone", runs["none"].experiment), progress=False)
+    shared = Segmenter.load(tmp_path / "none" / "model")
+    torch.testing.assert_close(shared.head.classify.weight, alone.head.classify.weight, rtol=1e-4, atol=1e-6)
+    every = Run.open(tmp_path / "every", experiment(source, "train.steps=2", "model.refined_layers="))
+    assert train.train(every, progress=False)[0].frozen_until == 0
+
+
+def test_a_loss_that_is_not_finite_stops_at_once(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "loss_function", lambda logits, labels: logits.sum() * float("nan"))
+    with pytest.raises(ValueError, match="stopped at step 1: the loss is nan.*lower train.learning_rate"):
+        train.train(Run.open(tmp_path, experiment(source)), progress=False)
+    assert not (tmp_path / "model").exists()
+
+
+def test_ignored_pixels_do_not_count():
+    logits = torch.randn(1, 19, 4, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(1, 8, 8, dtype=torch.int64)
+    half = labels.clone()
+    half[:, 4:] = IGNORE
+    plain = torch.nn.functional.interpolate(logits, size=(8, 8), mode="bilinear", align_corners=False)[:, :, :4]
+    expected = torch.nn.functional.cross_entropy(plain, labels[:, :4])
+    torch.testing.assert_close(train.loss_function(logits, half), expected)
+    assert train.loss_function(logits, torch.full_like(labels, IGNORE)) == 0
+
+
+def test_only_matrices_decay(source):
+    model = Segmenter(experiment(source))
+    decayed, others = train.make_optimiser(model).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert decayed["weight_decay"] > 0 == others["weight_decay"]
+    assert all(names[id(p)].endswith("weight") for p in decayed["params"])
+    assert {"refiner.phase.tokens.a", "head.maps.0.0.weight"} <= {names[id(p)] for p in others["params"]}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(decayed["params"]) + len(others["params"]) == len(trained)
+
+
+def test_views_repeat_and_every_epoch_shows_every_picture(source):
+    views = train.Views(load(source, experiment(source).data, role="source"), experiment(source))
+    one, same, next_epoch = views[2], views[2], views[6]
+    assert torch.equal(one[0], same[0]) and not torch.equal(one[0], next_epoch[0])
+    order = train.batch_indices(experiment(source, "train.batch_size=8"), 3)
+    assert sorted(order) == list(range(8)) != order
+
+
+def test_a_source_without_labels_is_refused(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (20, 10)).save(tmp_path / "images" / "a.png")
+    with pytest.raises(ValueError, match="Source .* has no labels"):
+        train.train(Run.open(tmp_path / "run", experiment(f"folder@{tmp_path}")), progress=False)
