@@ -66,6 +66,10 @@ class Domain:
         """The classes that this domain is scored in."""
         return self.ids.class_set
 
+    def to_score(self, label: np.ndarray | None) -> np.ndarray | None:
+        """Raw label ids -> places in the class set that this domain is scored in, 255 ignored; None stays None."""
+        return None if label is None else self.ids.to_score[label]
+
     def sample(self, index: int) -> Sample:
         """Picture `index`, decoded. Raises ValueError naming the file when it is damaged or holds unknown ids."""
         name = self.dataset.data.column("name")[index].as_py()

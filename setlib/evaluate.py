@@ -122,7 +122,7 @@ def evaluate_models(models: dict[str, Segmenter], domain: domains.Domain, progre
     with tqdm(range(len(domain)), desc=f"evaluate {domain.spec.text}", unit="img", disable=not progress) as bar:
         for index in bar:
             sample = domain.sample(index)
-            reference = domain.ids.to_score[sample.label]
+            reference = domain.to_score(sample.label)
             windows = first.windows(sample.image)
             prefix = first.backbone.prefix(windows.images.to(first.device), stop, layers) if stop else None
             for name, model in models.items():
@@ -169,6 +169,12 @@ def _source_miou(scores: list[Score], source: str) -> float:
 def target_mean(scores: list[Score], source: str) -> float:
     """Mean mIoU over the domains that are not the source, percent."""
     return float(np.mean([score.miou for score in scores if score.domain != source]))
+
+
+def extremes(score: Score, count: int = 2) -> list[tuple[int, str, float]]:
+    """The `count` best and the `count` worst pictures of a domain, best first; fewer if there are not so many."""
+    ranked = sorted((p for p in score.pictures if p[2] == p[2]), key=lambda picture: -picture[2])
+    return ranked[:count] + ranked[count:][-count:]
 
 
 def verdict(table: dict[str, list[Score]], source: str) -> str:

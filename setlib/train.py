@@ -261,3 +261,25 @@ def read_history(run: Run) -> list[dict]:
     """Entries of the run's history.jsonl: step, loss, lr, grad_norm, seconds."""
     path = run.path / "history.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def summary(trained: dict[str, tuple[Segmenter, list[dict]]], window: int = 10) -> list[dict]:
+    """Rows per model: trainable parameters by part, mean loss of the first and last `window` steps, seconds per step."""
+    rows = []
+    for name, (model, history) in trained.items():
+        losses = [entry["loss"] for entry in history]
+        parts = {f"parameters of the {part}": count for part, count in model.num_trainable().items()}
+        ends = {"first loss": float(np.mean(losses[:window])), "last loss": float(np.mean(losses[-window:]))}
+        seconds = {"seconds per step": float(np.median([entry["seconds"] for entry in history]))}
+        rows.append({"model": name} | parts | {"steps": len(history)} | ends | seconds)
+    return rows
+
+
+def verdict(rows: list[dict]) -> str:
+    """What `summary` shows, in words made from its numbers."""
+    parts = [f"{row['model']} from {row['first loss']:.2f} to {row['last loss']:.2f}" for row in rows]
+    text = f"Cross-entropy on the source went, over {rows[0]['steps']} steps: {'; '.join(parts)}. "
+    low = min(rows, key=lambda row: row["last loss"])
+    if len(rows) > 1:
+        text += f"Lowest at the end is {low['model']}. "
+    return text + "A low loss on the source says nothing yet of other domains: that is asked in notebook 04."
