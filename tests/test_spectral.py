@@ -109,7 +109,9 @@ def test_only_the_grid_is_transformed():
 def test_gradients_are_finite_where_the_amplitude_is_zero():
     x = torch.zeros(1, 4, 6, 2, requires_grad=True)
     spectrum = spectral.split_spectrum(x)
-    (spectrum.amplitude.sum() + spectrum.phase.sum() + spectral.unit_phasor(spectral.transform(x)).real.sum()).backward()
+    (
+        spectrum.amplitude.sum() + spectrum.phase.sum() + spectral.unit_phasor(spectral.transform(x)).real.sum()
+    ).backward()
     assert x.grad.isfinite().all()
 
 

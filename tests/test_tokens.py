@@ -117,7 +117,9 @@ def test_half_precision_comes_back_as_it_came():
 
 
 def test_tokens_at_the_papers_size():
-    count = {n: sum(p.numel() for p in build_refiner(n, range(24), 1024, 100, 16).parameters()) for n in ("rein", "set")}
+    count = {
+        n: sum(p.numel() for p in build_refiner(n, range(24), 1024, 100, 16).parameters()) for n in ("rein", "set")
+    }
     assert count["rein"] == 24 * 16 * (100 + 1024) + 2 * (1024**2 + 1024) + 1
     assert count["set"] == 2 * (count["rein"] - 1) <= 5_600_000
 

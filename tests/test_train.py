@@ -50,7 +50,9 @@ def test_same_seed_same_numbers(source, tmp_path):
         train.train(run, progress=False)
     one, other = (losses(train.read_history(Run.load(tmp_path / name))) for name in "ab")
     assert one == other
-    assert (tmp_path / "a/model/model.safetensors").read_bytes() == (tmp_path / "b/model/model.safetensors").read_bytes()
+    assert (tmp_path / "a/model/model.safetensors").read_bytes() == (
+        tmp_path / "b/model/model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("options", [(), ("train.views=0",), ("train.ema=0.5",)])

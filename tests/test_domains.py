@@ -1,0 +1,138 @@
+"""Domains: names, layouts, class sets, and one clear sentence for everything that can be wrong with a folder."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from setlib import domains
+from setlib.experiment import Data
+from setlib.labels import CAMVID, CITYSCAPES, id_map
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Four labelled CamVid-like pictures, 24 x 32, in two splits."""
+    rng = np.random.default_rng(0)
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).save(tmp_path / f"images/ä {i}.jpg")
+        Image.fromarray(rng.integers(0, 12, (24, 32), np.uint8)).save(tmp_path / f"labels/ä {i}.png")
+    splits = {"splits": {"day": ["ä 0", "ä 1", "ä 2"], "dusk": ["ä 3"]}}
+    (tmp_path / "splits.json").write_text(json.dumps(splits), encoding="utf-8")
+    return tmp_path
+
+
+def test_labels_come_back_id_by_id(root):
+    domain = domains.load(f"camvid:day@{root}", Data())
+    assert domain.dataset.column_names == ["image", "name", "domain", "label"]
+    for i in range(len(domain)):
+        sample = domain.sample(i)
+        written = np.asarray(Image.open(root / f"labels/{sample.name}.png"))
+        assert np.array_equal(sample.label, written)
+        assert sample.image.shape == (24, 32, 3)
+        assert np.array_equal(domain.to_score(sample.label), np.where(written == 11, 255, written))
+    row = domain.dataset[0]
+    assert row["name"] == "ä 0" and row["domain"] == f"camvid:day@{root}"
+
+
+def test_split_limit_and_whole_set(root):
+    assert len(domains.load(f"camvid:dusk@{root}", Data())) == 1
+    assert len(domains.load(f"camvid@{root}", Data())) == 4
+    limited = domains.load(f"camvid@{root}", Data(eval_images=2, train_images=3))
+    assert [limited.sample(i).name for i in range(2)] == ["ä 0", "ä 3"]
+    assert len(domains.load(f"camvid@{root}", Data(train_images=3), role="source")) == 3
+
+
+def test_camvid_ids_mean_the_right_train_classes():
+    ids = id_map("camvid")
+    for raw, name in {3: "road", 4: "sidewalk", 5: "vegetation", 8: "car", 9: "person", 10: "rider"}.items():
+        assert CITYSCAPES.classes[ids.to_train[raw]] == name
+        assert CAMVID.merge[ids.to_train[raw]] == ids.to_score[raw]  # trained and scored as the same class
+    assert ids.to_train[11] == ids.to_score[11] == 255
+
+
+def test_folder_with_and_without_labels(root):
+    with pytest.raises(ValueError, match=r"label of .* holds the unknown ids \[19, 20\]"):
+        label = np.zeros((24, 32), np.uint8)
+        label[0, :2] = (19, 20)
+        Image.fromarray(label).save(root / "labels/ä 0.png")
+        domains.load(f"folder@{root}", Data()).sample(0)
+    for path in (root / "labels").iterdir():
+        path.unlink()
+    domain = domains.load(f"folder@{root}", Data())
+    assert not domain.has_labels and domain.sample(0).label is None and domain.to_score(None) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("camvit@x", "Unknown domain 'camvit' .* .nearest: camvid"),
+        ("scenes:nite", "Unknown style 'nite' .* .nearest: night"),
+        ("camvid:day", "needs its folder: write camvid:day@FOLDER"),
+        ("folder@/no/such", "folder /no/such does not exist"),
+        ("camvid:dask@{root}", "Unknown split 'dask' .* .nearest: "),
+        ("folder@{root}/images", "expected pictures in .*images.images, but there is no such folder"),
+    ],
+)
+def test_bad_names_are_one_sentence(root, text, message):
+    with pytest.raises(ValueError, match=message):
+        domains.load(text.format(root=root), Data())
+
+
+def test_an_image_without_label_is_named(root):
+    (root / "labels/ä 2.png").unlink()
+    with pytest.raises(ValueError, match="image 'ä 2' has no label: expected"):
+        domains.load(f"camvid:day@{root}", Data())
+    assert "has no label" in domains.check(f"camvid:day@{root}", Data()).problems[0]
+
+
+def test_a_label_of_another_size_is_named(root):
+    Image.new("L", (32, 23)).save(root / "labels/ä 1.png")
+    with pytest.raises(ValueError, match="'ä 1' is 32 x 24 but its label is 32 x 23"):
+        domains.load(f"camvid:day@{root}", Data())
+    assert any("32 x 23" in problem for problem in domains.check(f"camvid@{root}", Data()).problems)
+
+
+@pytest.mark.parametrize("kind", ["images/ä 1.jpg", "labels/ä 1.png"])
+def test_a_truncated_file_is_named(root, kind):
+    content = (root / kind).read_bytes()
+    (root / kind).write_bytes(content[: int(len(content) * 0.7)])
+    with pytest.raises(ValueError, match="'ä 1' cannot be decoded"):
+        domain = domains.load(f"camvid@{root}", Data())
+        [domain.sample(i) for i in range(4)]
+    assert any("cannot be decoded" in problem for problem in domains.check(f"camvid@{root}", Data()).problems)
+
+
+def test_a_colour_label_is_refused(root):
+    Image.new("RGB", (32, 24)).save(root / "labels/ä 0.png")
+    with pytest.raises(ValueError, match="is a colour picture"):
+        domains.load(f"camvid@{root}", Data()).sample(0)
+
+
+def test_an_empty_folder_and_broken_splits_are_named(tmp_path, root):
+    (tmp_path / "empty" / "images").mkdir(parents=True)
+    with pytest.raises(ValueError, match="is empty: no picture in"):
+        domains.load(f"folder@{tmp_path}/empty", Data())
+    (root / "splits.json").write_text("[]")
+    with pytest.raises(ValueError, match="splits.json cannot be read"):
+        domains.load(f"camvid:day@{root}", Data())
+
+
+def test_check_counts_pixels_and_sizes(root):
+    found = domains.check(f"camvid@{root}", Data())
+    assert found.pairs == 4 and found.sizes == {(32, 24): 4} and not found.problems
+    labels = np.stack([np.asarray(Image.open(p)) for p in (root / "labels").iterdir()])
+    assert found.class_pixels == {name: int((labels == i).sum()) for i, name in enumerate(CAMVID.classes)}
+
+
+def test_scenes_source_and_targets_are_different_streets():
+    data = Data(height=32, width=64, train_images=2, eval_images=2)
+    night, fog = (domains.load(f"scenes:{style}", data) for style in ("night", "fog"))
+    source = domains.load("scenes:game", data, role="source")
+    assert np.array_equal(night.sample(1).label, fog.sample(1).label)
+    assert not np.array_equal(night.sample(1).image, fog.sample(1).image)
+    assert not np.array_equal(night.sample(0).label, source.sample(0).label)
+    assert night.class_set is CITYSCAPES and len(source) == 2
