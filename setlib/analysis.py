@@ -1,0 +1,356 @@
+"""What spectra, domains and tokens look like in numbers: movement with style and content, attention of tokens, shares.
+
+Everything here measures; drawing is in `plots.py`, the transforms in `spectral.py`. The functions `say_...` put results
+into a Markdown sentence, made from the numbers alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from setlib import domains, spectral
+from setlib.backbone import FrozenBackbone
+from setlib.experiment import Data
+from setlib.labels import IGNORE, ClassSet
+from setlib.model import Segmenter
+from setlib.plots import coloured, short_name
+from setlib.scenes import STYLES
+from setlib.tokens import TokenBranch
+from setlib.transforms import fit, resize
+
+PARTS = ("amplitude", "phase")
+
+
+def as_tensor(image: np.ndarray) -> Tensor:
+    """A picture (h, w, 3) uint8 as (1, 3, h, w) float in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+
+
+def as_picture(images: Tensor) -> np.ndarray:
+    """The first of (B, 3, h, w) in [0, 1] as (h, w, 3) uint8; what lies outside is cut."""
+    return (images[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def styled_scenes(data: Data, layouts: int, styles: Sequence[str] = STYLES) -> dict[str, Tensor]:
+    """The same rendered streets in several styles: {style: (layouts, 3, h, w)} in [0, 1]; rendered when missing."""
+    some = replace(data, eval_images=layouts)
+    loaded = {style: domains.load(f"scenes:{style}", some) for style in styles}
+    return {s: torch.cat([as_tensor(d.sample(i).image) for i in range(layouts)]) for s, d in loaded.items()}
+
+
+def spectrum_pictures(x: Tensor) -> dict[str, np.ndarray]:
+    """What `plots.spectra` draws of pictures (B, 3, h, w) in [0, 1]: {name: (B, h, w)}, 0 frequency in the middle.
+
+    Log amplitude of grey values of 0 to 255, phase, and the phase minus that of the first picture.
+    """
+    phase = torch.fft.fftshift(torch.fft.fft2(x.mean(1)), dim=(1, 2)).angle()
+    against = torch.remainder(phase - phase[:1] + math.pi, 2 * math.pi) - math.pi
+    parts = {"log(1 + amplitude)": spectral.log_amplitude_picture(255 * x), "phase (rad)": phase}
+    return {name: part.numpy() for name, part in (parts | {"phase minus the first's": against}).items()}
+
+
+def _counts(size: tuple[int, int], axes: tuple[int, int]) -> Tensor:
+    """How often a position of the half spectrum occurs in the full one, 1 or 2, shaped to go with a 4-D spectrum."""
+    counts = torch.full((size[1] // 2 + 1,), 2.0)
+    counts[0] = 1
+    counts[-1] = 2 - (size[1] % 2 == 0)
+    return counts[:, None] if axes == spectral.GRID else counts
+
+
+def round_trip(x: Tensor, axes: tuple[int, int] = spectral.PIXELS) -> dict[str, float]:
+    """What splitting into amplitude and phase and joining again changes: largest error, and energy on both sides.
+
+    x: 4-D. Parseval: the energies (sums of squares) of x and of its orthonormal spectrum are equal.
+    """
+    spectrum = spectral.split_spectrum(x, axes)
+    size = (x.shape[axes[0]], x.shape[axes[1]])
+    error = (spectral.join_spectrum(spectrum, size, axes) - x).abs().max().item()
+    inside = (spectrum.amplitude.double().square() * _counts(size, axes)).sum().item()
+    return {"largest error": error, "energy": x.double().square().sum().item(), "energy of the spectrum": inside}
+
+
+def compare(x: Tensor, y: Tensor, axes: tuple[int, int] = spectral.GRID) -> dict[str, float]:
+    """How far apart two tensors are in amplitude and in phase; x, y: 4-D of one shape, transformed over `axes`.
+
+    Over all images, channels and frequencies but zero (a mean has no phase), with the weights w = sqrt(A_x A_y):
+    amplitude = sum w |ln A_x - ln A_y| / sum w: 0 for equal amplitudes, 0.69 where one is twice the other;
+    phase = 1 - sum w cos(rho_x - rho_y) / sum w: 0 for equal phases, 1 for unrelated ones, 2 for opposed ones.
+    The weights silence positions that are empty in x or y, whose phase is noise; their square root lets every octave of
+    a natural picture count twice as much as the one below it. Both are 0 if there is nothing to compare.
+    """
+    size = (x.shape[axes[0]], x.shape[axes[1]])
+    one, other = (spectral.transform(z, axes) for z in (x, y))
+    smallest = torch.finfo(one.real.dtype).tiny
+    a, b = (z.abs().clamp(min=smallest) for z in (one, other))
+    kept = (spectral.frequency_radius(size) > 0).to(a)
+    weights = (a * b).sqrt() * ((a > smallest) & (b > smallest)) * _counts(size, axes).to(a)
+    weights = weights * (kept[:, :, None] if axes == spectral.GRID else kept)
+    total = weights.sum().clamp(min=smallest)
+    turned = 1 - (spectral.unit_phasor(one) * spectral.unit_phasor(other).conj()).real
+    moved = {"amplitude": (a.log() - b.log()).abs(), "phase": turned}
+    return {part: ((weights * value).sum() / total).item() for part, value in moved.items()}
+
+
+def movement(backbone: FrozenBackbone, pictures: Mapping[str, Tensor], layers: Sequence[int]) -> list[dict]:
+    """How much amplitude and phase move with style and with content, in the pixels and after frozen layers.
+
+    pictures: {style: (layouts, 3, h, w)} in [0, 1], the same layouts in every style, sides multiples of the patch size.
+    style: mean of `compare` over all pairs of styles of one layout; content: over all pairs of layouts of one style.
+    Returns rows with layer ("pixels" or the number), part, style, content and ratio = style / content.
+    Raises ValueError if there are not at least two styles and two layouts.
+    """
+    if len(pictures) < 2 or min(len(images) for images in pictures.values()) < 2:
+        raise ValueError("Movement needs at least two styles and two layouts of each.")
+    spaces = {"pixels": (pictures, spectral.PIXELS)}
+    maps = {style: [backbone(image[None], layers=layers) for image in images] for style, images in pictures.items()}
+    for layer in layers:
+        spaces[layer] = ({s: torch.cat([one[layer] for one in found]) for s, found in maps.items()}, spectral.GRID)
+    rows = []
+    for layer, (features, axes) in spaces.items():
+        near = [compare(features[s], features[t], axes) for s, t in combinations(features, 2)]
+        pairs = [list(pair) for pair in zip(*combinations(range(len(next(iter(features.values())))), 2), strict=True)]
+        far = [compare(x[pairs[0]], x[pairs[1]], axes) for x in features.values()]
+        for part in PARTS:
+            style, content = (float(np.mean([one[part] for one in found])) for found in (near, far))
+            ratio = style / content if content else None
+            rows.append({"layer": layer, "part": part, "style": style, "content": content, "ratio": ratio})
+    return rows
+
+
+def say_movement(rows: Sequence[Mapping]) -> str:
+    """The rows of `movement` as Markdown sentences."""
+    found = {(row["layer"], row["part"]): row for row in rows}
+    places, lines = list(dict.fromkeys(row["layer"] for row in rows)), []
+    for place in places:
+        a, p = found[place, "amplitude"], found[place, "phase"]
+        lines.append(
+            f"- {'In the **pixels**' if place == 'pixels' else f'After **layer {place}**'} the log amplitude moved by "
+            f"{a['style']:.2f} between styles and {a['content']:.2f} between layouts, "
+            f"the phase by {p['style']:.2f} and {p['content']:.2f}."
+        )
+    gaps = [(found[place, "amplitude"]["ratio"] or 0) - (found[place, "phase"]["ratio"] or 0) for place in places]
+    return "\n".join(lines) + (
+        f"\n- In units of what another layout changes, style moved the amplitude more than the phase in "
+        f"{sum(gap > 0 for gap in gaps)} of {len(gaps)} places, and the phase more than the amplitude in "
+        f"{sum(gap < 0 for gap in gaps)}."
+    )
+
+
+def feature_pictures(features: Sequence[Tensor]) -> list[np.ndarray]:
+    """Feature maps as pictures in common colours: their first three principal components, fitted on all of them.
+
+    features: (1, H, W, C) each. Returns (H, W, 3) floats in [0, 1] each; the sign of a component is fixed.
+    """
+    flat = torch.cat([f.flatten(0, 2) for f in features]).double()
+    flat = flat - flat.mean(0)
+    axes = torch.linalg.eigh(flat.T @ flat)[1][:, -3:].flip(1)  # (C, 3), the strongest first
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    values = flat @ axes
+    low, high = values.quantile(0.01, dim=0), values.quantile(0.99, dim=0)
+    values = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float()
+    sizes = [f.shape[1] * f.shape[2] for f in features]
+    return [v.view(*f.shape[1:3], 3).numpy() for v, f in zip(values.split(sizes), features, strict=True)]
+
+
+def mix_phase(
+    content: Tensor, style: Tensor, weight: float = 1.0, low: float = 0.0, high: float = 1.5, axes=spectral.GRID
+) -> Tensor:
+    """Content with its phase turned towards the style's by `weight` within a band; its amplitude is kept.
+
+    The counterpart of `spectral.mix_amplitude`: 4-D tensors of one shape. Phases are mixed on the unit circle.
+    """
+    size = (content.shape[axes[0]], content.shape[axes[1]])
+    one, other = (spectral.transform(x, axes) for x in (content, style))
+    mask = weight * spectral.band_mask(size, low, high).to(one)
+    mask = mask[:, :, None] if axes == spectral.GRID else mask
+    turned = torch.lerp(spectral.unit_phasor(one), spectral.unit_phasor(other), mask.expand_as(one))
+    return spectral.invert(one.abs() * spectral.unit_phasor(turned), size, axes).to(content.dtype)
+
+
+class Survey(NamedTuple):
+    """A look at one domain: pictures there and read, their commonest size, mean brightness and contrast, class shares.
+
+    brightness, contrast: mean and standard deviation of the grey values of a picture, 0 to 255, averaged over pictures.
+    shares: (K,) of the labelled pixels, in the class set that was asked for; None without labels.
+    """
+
+    domain: str
+    pictures: int
+    size: str
+    brightness: float
+    contrast: float
+    shares: np.ndarray | None
+
+
+def common_class_set(several: Sequence[domains.Domain]) -> ClassSet:
+    """The class set that all labelled domains can be counted in: the smallest of theirs."""
+    return min((domain.class_set for domain in several), key=len)
+
+
+def label_lookup(domain: domains.Domain, class_set: ClassSet) -> np.ndarray:
+    """(256,) uint8: from a domain's raw label ids to places in class_set, its own or one it can be merged into."""
+    if domain.class_set is class_set:
+        return domain.ids.to_score
+    return np.array([*class_set.merge, *[IGNORE] * (256 - len(class_set.merge))], np.uint8)[domain.ids.to_train]
+
+
+def examples(domain: domains.Domain, indices: Sequence[int], class_set: ClassSet) -> list[np.ndarray | None]:
+    """Pictures and coloured labels in turns, (h, w, 3) uint8 each; None where a domain has no labels."""
+    samples = [domain.sample(index) for index in indices]
+    lookup = label_lookup(domain, class_set)
+    labels = [None if s.label is None else coloured(s.image, lookup[s.label], class_set, 0.75) for s in samples]
+    return [shown for sample, label in zip(samples, labels, strict=True) for shown in (sample.image, label)]
+
+
+def survey(domain: domains.Domain, class_set: ClassSet, limit: int = 100) -> Survey:
+    """Reads at most `limit` pictures of a domain, evenly spaced; its labels are merged into class_set."""
+    lookup, counts, greys, sizes = label_lookup(domain, class_set), np.zeros(256, np.int64), [], Counter()
+    for index in _evenly(len(domain), limit):
+        sample = domain.sample(index)
+        sizes[f"{sample.image.shape[1]} x {sample.image.shape[0]}"] += 1
+        grey = sample.image.mean(-1)
+        greys.append((grey.mean(), grey.std()))
+        if sample.label is not None:
+            counts += np.bincount(lookup[sample.label].ravel(), minlength=256)
+    counts = counts[: len(class_set)]
+    shares = counts / max(counts.sum(), 1) if domain.has_labels else None
+    brightness, contrast = np.mean(greys, axis=0).tolist()
+    return Survey(domain.spec.text, len(domain), sizes.most_common(1)[0][0], brightness, contrast, shares)
+
+
+def domain_profile(domain: domains.Domain, long_edge: int, limit: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """`spectral.radial_profile` averaged over pictures of one long edge (grey values 0 to 255): radii, profile."""
+    images = [as_tensor(domain.sample(index).image) for index in _evenly(len(domain), limit)]
+    found = [spectral.radial_profile(255 * resize(image, fit(image, long_edge))) for image in images]
+    return found[0][0].numpy(), torch.cat([profile for _, profile in found]).mean(0).numpy()
+
+
+def _evenly(length: int, limit: int) -> list[int]:
+    return sorted({round(i) for i in np.linspace(0, length - 1, min(limit, length)).tolist()})
+
+
+def say_survey(source: Survey, targets: Sequence[Survey], class_set: ClassSet) -> str:
+    """What the surveys hold, as Markdown sentences."""
+    darkest, brightest = (pick(targets, key=lambda one: one.brightness) for pick in (min, max))
+    order = np.argsort(-source.shares)
+    largest = " and ".join(f"{class_set.classes[i]} ({100 * source.shares[i]:.0f} %)" for i in order[:2])
+    rare = [class_set.classes[i] for i in order if 0 < source.shares[i] < 0.01]
+    absent = [class_set.classes[i] for i in order if source.shares[i] == 0]
+    gaps = {one.domain: 50 * np.abs(one.shares - source.shares).sum() for one in targets if one.shares is not None}
+    lines = [
+        f"- The mean grey value of the source {short_name(source.domain)} is {source.brightness:.0f} of 255; the "
+        f"targets lie between {darkest.brightness:.0f} ({short_name(darkest.domain)}) and "
+        f"{brightest.brightness:.0f} ({short_name(brightest.domain)}).",
+        f"- The largest shares of the source's labelled pixels are {largest}; {len(rare)} of {len(class_set)} classes "
+        f"hold less than 1 % each{': ' * bool(rare)}{', '.join(rare)}; {len(absent)} do not occur"
+        f"{': ' * bool(absent)}{', '.join(absent)}.",
+    ]
+    if gaps:
+        lines.append(
+            f"- To give a target the source's class shares, between {min(gaps.values()):.0f} and "
+            f"{max(gaps.values()):.0f} % of its labelled pixels would have to change class (most: "
+            f"{short_name(max(gaps, key=gaps.get))})."
+        )
+    return "\n".join(lines)
+
+
+class Attention(NamedTuple):
+    """What one branch of a refiner attends to after one layer.
+
+    branch: "amplitude" or "phase" (share over the half spectrum, (H, W // 2 + 1, M)) or "patches" ((H, W, M)).
+    share: of each token at each position, sums to 1 over the tokens. influence: (M,) mean share times the length of
+    what the token adds; token 0 adds nothing.
+    """
+
+    layer: int
+    branch: str
+    share: np.ndarray
+    influence: np.ndarray
+
+
+class Reading(NamedTuple):
+    """`read_tokens`: the window (h, w, 3) uint8 that was read, attention by branch and layer, change by layer."""
+
+    picture: np.ndarray
+    attention: list[Attention]
+    changes: list[dict]
+
+
+@torch.no_grad()
+def read_tokens(model: Segmenter, image: np.ndarray) -> Reading:
+    """What the tokens attend to and change on one picture (h, w, 3) uint8 (the middle window of a large one).
+
+    The branches' own inputs are caught while the model runs. changes: per refined layer, `compare` of the features
+    before and after the refiner. Without tokens (refiner none) attention and changes are empty.
+    """
+    windows = model.windows(image).images
+    window = windows[len(windows) // 2][None]
+    found: dict[tuple[int, str], Attention] = {}
+    changes: list[dict] = []
+
+    def attend(name: str, branch: TokenBranch, inputs: tuple[Tensor, int]) -> None:
+        x, index = inputs
+        rows = window.shape[2] // model.backbone.patch_size
+        share = branch.attention(x, index)[0].unflatten(0, (rows, -1))
+        added = branch.token_map(branch.tokens(index)) @ branch.delta_map.weight.T  # (M, C)
+        influence = share.mean((0, 1)) * added.norm(dim=1)
+        influence[0] = 0
+        layer = model.refiner.layers[index]
+        name = "patches" if name == "branch" else name
+        found[layer, name] = Attention(layer, name, share.numpy(), influence.numpy())
+
+    def change(refiner: torch.nn.Module, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        changes.append({"layer": inputs[1], **compare(inputs[0], output)})
+
+    branches = [(n, b) for n, b in model.refiner.named_children() if isinstance(b, TokenBranch)]
+    hooks = [branch.register_forward_pre_hook(partial(attend, name)) for name, branch in branches]
+    hooks.append(model.refiner.register_forward_hook(change))
+    try:
+        model.backbone(window, model.refiner)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Reading(as_picture(window), [found[key] for key in sorted(found)], changes)
+
+
+def attention_table(reading: Reading, top: int = 3) -> list[dict]:
+    """Per layer and branch: entropy (1 = spread evenly over all tokens), share of token 0, most influential tokens."""
+    rows = []
+    for layer, branch, share, influence in reading.attention:
+        entropy = -(share * np.log(np.maximum(share, 1e-30))).sum(-1).mean() / math.log(share.shape[-1])
+        strongest = [int(i) for i in np.argsort(-influence, kind="stable")[:top] if influence[i] > 0]
+        unused = 100 * share[..., 0].mean()
+        rows.append(
+            {"layer": layer, "branch": branch, "entropy": entropy, "token 0 (%)": unused, "top tokens": strongest}
+        )
+    return rows
+
+
+def token_attention(
+    model: Segmenter, image: np.ndarray, layer: int, branch: str, token: int | None = None
+) -> np.ndarray:
+    """Share of one token over the half spectrum or the patches (`Attention.share`); None: the most influential one.
+
+    Empty, (0, 0), for a model without tokens. Raises ValueError for a layer, branch or token that the model has not.
+    """
+    known = {(one.layer, one.branch): one for one in read_tokens(model, image).attention}
+    if not known:
+        return np.zeros((0, 0), np.float32)
+    if (layer, branch) not in known:
+        raise ValueError(
+            f"No branch '{branch}' after layer {layer}: known are {', '.join(f'{b} of layer {k}' for k, b in known)}."
+        )
+    one = known[layer, branch]
+    if token is not None and not 0 <= token < len(one.influence):
+        raise ValueError(f"Token {token} does not exist: expected 0 to {len(one.influence) - 1}.")
+    return one.share[..., int(one.influence.argmax()) if token is None else token]
