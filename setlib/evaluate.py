@@ -15,7 +15,7 @@ from tqdm import tqdm
 from setlib import domains
 from setlib.experiment import Run
 from setlib.labels import IGNORE, ClassSet
-from setlib.model import Segmenter, label_map
+from setlib.model import DEVICE, Segmenter, label_map
 
 
 class MeanIoU(evaluate.Metric):
@@ -124,7 +124,7 @@ def evaluate_models(models: dict[str, Segmenter], domain: domains.Domain, progre
             sample = domain.sample(index)
             reference = domain.to_score(sample.label)
             windows = first.windows(sample.image)
-            prefix = first.backbone.prefix(windows.images.to(first.device), stop, layers) if stop else None
+            prefix = first.backbone.prefix(windows.images.to(DEVICE), stop, layers) if stop else None
             for name, model in models.items():
                 merged = torch.einsum("khw,kc->chw", model.probabilities(windows, prefix), merge)
                 metric = MeanIoU(len(domain.class_set))

@@ -5,6 +5,7 @@ No data is read and no model is built here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -130,7 +131,10 @@ class Experiment:
         """The inverse of `to_dict`. Raises ValueError if a field is unknown or missing."""
         groups = {"data": Data, "model": Model, "train": Train, "ablation": Ablation}
         try:
-            parts = {k: groups[k](**{f: tuple(v) if isinstance(v, list) else v for f, v in values[k].items()}) for k in groups}
+            parts = {
+                k: groups[k](**{f: tuple(v) if isinstance(v, list) else v for f, v in values[k].items()})
+                for k in groups
+            }
             return cls(**(values | parts))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"This configuration is not one of this version of setlib ({error}).") from None
@@ -323,8 +327,8 @@ class Run:
         return path
 
     def write_json(self, name: str, values: typing.Any) -> Path:
-        """Writes JSON into the folder, whole or not at all; NaN is refused."""
-        return write_atomic(self.path / name, json.dumps(values, indent=1, allow_nan=False) + "\n")
+        """Writes JSON into the folder, whole or not at all; NaN as null, numpy's numbers as plain ones."""
+        return write_atomic(self.path / name, json.dumps(_plain(values), indent=1, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> typing.Any:
         """Reads JSON of the folder. Raises ValueError naming the step that writes it when it is missing."""
@@ -334,7 +338,7 @@ class Run:
         return json.loads(path.read_text(encoding="utf-8"))
 
     def finish(self, name: str, values: dict) -> dict:
-        """Writes a notebook's numbers to results/<name>.json, with the peak memory of its process in bytes; returns them."""
+        """Writes a notebook's numbers to results/<name>.json, with its process's peak memory in bytes; returns them."""
         values = values | {"peak_bytes": peak_bytes()}
         self.write_json(f"results/{name}.json", values)
         return values
@@ -346,6 +350,16 @@ class Run:
             figure.savefig(made, dpi=100, bbox_inches="tight")
             os.replace(made, self.path / "figures" / f"{name}.png")
         return figure
+
+
+def _plain(value: typing.Any) -> typing.Any:
+    """Dictionaries and lists of JSON's own types: numpy's numbers and arrays unpacked, NaN as None."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return None if isinstance(value, float) and value != value else value
 
 
 def _differences(one: Experiment, other: Experiment) -> list[str]:
@@ -389,16 +403,14 @@ def write_atomic(path: Path, content: str | bytes) -> Path:
     Raises ValueError naming the path if it cannot be written (full disk, no permission).
     """
     content = content.encode("utf-8") if isinstance(content, str) else content
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise ValueError(
             f"Cannot write {path}: {error.strerror or error}: choose another folder or free some space."
         ) from None

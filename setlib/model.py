@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +23,7 @@ from setlib.tokens import build_refiner
 from setlib.transforms import fit, resize
 from setlib.weights import fingerprint
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STRIP_PIXELS = 2**21  # rows of the output are scored in strips of at most so many pixels, to bound memory
 OVERLAP = 1 / 3  # of neighbouring windows; the released configurations slide 512-pixel windows by 341
 
@@ -61,6 +63,7 @@ class Segmenter(nn.Module):
             self.refiner = build_refiner(
                 config.refiner, refined, self.backbone.channels, config.num_tokens, config.rank
             )
+        self.to(DEVICE)
 
     @property
     def frozen_until(self) -> int:
@@ -74,11 +77,6 @@ class Segmenter(nn.Module):
         """
         maps = self.backbone(images, self.refiner, self.feature_layers, prefix)
         return self.head([maps[layer] for layer in self.feature_layers])
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.head.classify.weight.device
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Everything that learns, by name: refiner.* and head.*."""
@@ -108,7 +106,7 @@ class Segmenter(nn.Module):
     def probabilities(self, windows: Windows, prefix: Prefix | None = None) -> Tensor:
         """Class probabilities at inference size, (19, h, w); windows are averaged where they overlap."""
         h, w = windows.images.shape[-2:]
-        scores = self(windows.images.to(self.device), prefix).softmax(1).float()
+        scores = self(windows.images.to(DEVICE), prefix).softmax(1).float()
         scores = F.interpolate(scores, size=(h, w), mode="bilinear", align_corners=False).cpu()
         extent = [max(corner[i] for corner in windows.corners) + side for i, side in enumerate((h, w))]
         total, count = torch.zeros(scores.shape[1], *extent), torch.zeros(extent)
@@ -139,15 +137,20 @@ class Segmenter(nn.Module):
         folder = Path(folder)
         if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
             raise ValueError(f"{folder} holds no saved model (config.json and model.safetensors): train one first.")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model = cls(Experiment.from_dict(config["experiment"]), backbone)
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            experiment = Experiment.from_dict(config["experiment"])
+            tensors = load_file(folder / "model.safetensors")
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(f"The model in {folder} cannot be read ({error}): train it again.") from None
+        model = cls(experiment, backbone)
         found = fingerprint(model.backbone.model)
         if found != config["backbone_fingerprint"]:
             raise ValueError(
                 f"{folder} was trained on a backbone with hash {config['backbone_fingerprint']}, "
                 f"but {model.backbone.name} has {found}: use the same weights."
             )
-        model.load_state(load_file(folder / "model.safetensors"))
+        model.load_state(tensors)
         return model.eval()
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:

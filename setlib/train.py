@@ -22,10 +22,8 @@ from setlib import domains
 from setlib.backbone import FrozenBackbone, Prefix
 from setlib.experiment import Experiment, Run, write_atomic
 from setlib.labels import IGNORE
-from setlib.model import Segmenter
+from setlib.model import DEVICE, Segmenter
 from setlib.transforms import augment
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass
@@ -214,8 +212,8 @@ def train(
     """
     experiment, settings = run.experiment, run.experiment.train
     if is_finished(run):
-        return Segmenter.load(run.path / "model", backbone).to(DEVICE), read_history(run)
-    model = Segmenter(experiment, backbone).to(DEVICE)
+        return Segmenter.load(run.path / "model", backbone), read_history(run)
+    model = Segmenter(experiment, backbone)
     trainer = Trainer(model, run)
     trainer.resume()
     source = source or domains.load(experiment.data.source, experiment.data, role="source")
@@ -241,7 +239,7 @@ def train(
 def train_together(runs: dict[str, Run], progress: bool = True) -> dict[str, tuple[Segmenter, list[dict]]]:
     """Trains runs that share source, views and backbone one after the other: the frozen layers are computed once."""
     first = next(iter(runs.values())).experiment
-    backbone = FrozenBackbone.load(first.model.backbone).to(DEVICE)
+    backbone = FrozenBackbone.load(first.model.backbone)
     source = domains.load(first.data.source, first.data, role="source")
     bank = None
     if first.train.views and not all(is_finished(run) for run in runs.values()):
@@ -264,7 +262,7 @@ def read_history(run: Run) -> list[dict]:
 
 
 def summary(trained: dict[str, tuple[Segmenter, list[dict]]], window: int = 10) -> list[dict]:
-    """Rows per model: trainable parameters by part, mean loss of the first and last `window` steps, seconds per step."""
+    """Rows per model: parameters by part, mean loss of the first and last `window` steps, median seconds per step."""
     rows = []
     for name, (model, history) in trained.items():
         losses = [entry["loss"] for entry in history]

@@ -122,13 +122,13 @@ def _pretrained(source: str | Path, **options: object) -> PreTrainedModel:
     from transformers import AutoModel
     from transformers.utils import logging
 
-    hidden = logging.is_progress_bar_enabled() and options.get("local_files_only", False)
-    if hidden:  # the bar of copying weights into modules; downloads keep theirs
+    quiet = logging.is_progress_bar_enabled() and options.get("local_files_only", False)
+    if quiet:  # the bar of copying weights into modules; downloads keep theirs
         logging.disable_progress_bar()
     try:
         return AutoModel.from_pretrained(source, use_safetensors=True, **options)
     finally:
-        if hidden:
+        if quiet:
             logging.enable_progress_bar()
 
 

@@ -1,0 +1,281 @@
+"""The command line, `python -m setlib`: run, train, evaluate, predict, check.
+
+Only the standard library is imported until a sub-command starts, so that help and usage errors come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from itertools import chain, count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from setlib.experiment import Experiment, Run, nearest, write_atomic
+
+if TYPE_CHECKING:
+    from setlib.domains import Check
+    from setlib.model import Segmenter
+
+BAR = 40  # characters of a class that covers everything
+LISTED = 10  # problems of a domain that are shown
+
+
+class Parser(argparse.ArgumentParser):
+    """Usage errors as one sentence, with the nearest names that exist."""
+
+    def error(self, message: str) -> None:
+        """Raises ValueError in place of printing the usage."""
+        wrong = re.search(r"invalid choice: '?([^'\s]+)'?", message)
+        known = [choice for action in self._actions for choice in action.choices or ()]
+        message = f"unknown command '{wrong[1]}' ({nearest(wrong[1], known)})" if wrong else message
+        raise ValueError(f"{message}; see: {self.prog} --help")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line taken apart. Raises ValueError for anything that is not known, naming what is near."""
+    many = {"nargs": "+", "action": "extend"}
+    base, config, made, target = (Parser(add_help=False) for _ in range(4))
+    base.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    config.add_argument("--profile", default="quick", help="smoke, quick (default) or paper")
+    text = "any field of the configuration, for example model.refiner=rein"
+    config.add_argument("-o", dest="options", metavar="KEY=VALUE", default=[], help=text, **many)
+    text = "domains to score on, name[:split][@folder]; default: the profile's or the run's"
+    target.add_argument("--target", metavar="DOMAIN", help=text, **many)
+    made.add_argument("--run", metavar="DIR", default="", help="run folder; default: runs/<profile>")
+    made.add_argument("--source", metavar="DOMAIN", help="domain to train on, name[:split][@folder]")
+    made.add_argument("--seed", metavar="N", type=int, help="of weights, order and augmentation; default 0")
+
+    text = "Domain-generalised segmentation with spectral tokens."
+    parser = Parser(prog="python -m setlib", description=text, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, text: str, *parents: Parser) -> Parser:
+        return commands.add_parser(name, help=text, description=text, parents=[base, *parents], allow_abbrev=False)
+
+    run = add("run", "Run the notebooks headless, in order, and write the report.", config, made, target)
+    run.add_argument("--only", metavar="NN", default=[], help="notebooks to run, for example 01 03", **many)
+    add("train", "Train on the source; no notebooks, no scores.", config, made, target)
+    add("evaluate", "Score a run's model on its targets or on others.", target).add_argument("run", metavar="RUN")
+    predict = add("predict", "Predict pictures of any size and format: a colour overlay and a PNG of train ids each.")
+    predict.add_argument("run", metavar="RUN", help="run folder")
+    predict.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
+    predict.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for what is made")
+    check = add("check", "Say what a domain holds, and whether it can be used.", config)
+    check.add_argument("domains", metavar="DOMAIN", nargs="+", help="name[:split][@folder]")
+
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+        known = [option for action in commands.choices[args.command]._actions for option in action.option_strings]
+        parser.error(f"unknown option '{name}' of {args.command} ({nearest(name, known)})")
+    return args
+
+
+def open_run(args: argparse.Namespace) -> Run:
+    """The run folder of these options, after everything that can be checked at once is checked.
+
+    Raises ValueError for an unknown refiner, a domain that cannot be used, and a folder of another configuration.
+    """
+    experiment = Experiment.build(args.profile, args.source, args.target, args.seed, args.options)
+    from setlib.tokens import REFINERS
+
+    for name in (experiment.model.refiner, *experiment.ablation.variants):
+        if name not in REFINERS:
+            raise ValueError(f"Unknown refiner '{name}' ({nearest(name, REFINERS)}).")
+    check_labelled(experiment, dict.fromkeys(experiment.data.targets, "target") | {experiment.data.source: "source"})
+    return Run.open(args.run, experiment)
+
+
+def check_labelled(experiment: Experiment, roles: dict[str, str]) -> None:
+    """Raises ValueError if a domain is unknown, cannot be listed, or has no labels to train or score with."""
+    from setlib import domains
+
+    specs = [domains.parse(text) for text in roles]
+    for spec in specs:
+        if spec.name != "scenes" and not domains.load(spec.text, experiment.data, roles[spec.text]).has_labels:
+            raise ValueError(f"Domain '{spec.text}' has no labels: it can be predicted and looked at, not scored.")
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """run: notebooks, tables, report."""
+    from setlib import workbook
+
+    workbook.find_notebooks(args.only)
+    run, stopped = open_run(args), None
+    print(f"Run folder: {workbook.shown(run.path)}", flush=True)
+    try:
+        workbook.run_notebooks(run, args.only)
+    except workbook.NotebookStopped as error:
+        stopped = error
+    for rows in (workbook.cost_rows(run), workbook.metric_rows(run)):
+        if rows[1:]:
+            print(f"\n{text_table(rows)}", flush=True)
+    try:
+        print(f"\nReport: {workbook.shown(workbook.write_report(run))}")
+    except ValueError:  # a full disk: what stopped the notebook matters more
+        if not stopped:
+            raise
+    return fail(stopped, 1) if stopped else 0
+
+
+def train_command(args: argparse.Namespace) -> int:
+    """train: the model alone."""
+    run = open_run(args)
+    from setlib.train import train
+    from setlib.workbook import shown
+
+    model, history = train(run)
+    trained = " + ".join(f"{number:,} ({part})" for part, number in model.num_trainable().items())
+    print(f"{len(history)} steps, last loss {history[-1]['loss']:.3f}; trained values: {trained}")
+    print(f"Model: {shown(run.path / 'model')}\nScore it with: python -m setlib evaluate {shown(run.path)}")
+    return 0
+
+
+def evaluate_command(args: argparse.Namespace) -> int:
+    """evaluate: scores of RUN/model, put into metrics.json."""
+    run = Run.load(args.run)
+    targets = args.target or run.experiment.data.targets
+    check_labelled(run.experiment, dict.fromkeys(targets, "target"))
+    from setlib import evaluate, workbook
+    from setlib.model import Segmenter
+
+    name = run.experiment.model.refiner
+    scores = evaluate.evaluate_run(run, {name: Segmenter.load(run.path / "model")}, targets)[name]
+    evaluate.write_metrics(run, scores)
+    print(text_table(workbook.metric_rows(run)))
+    if (run.path / "report.html").is_file():
+        print(f"Report: {workbook.shown(workbook.write_report(run))}")
+    return 0
+
+
+def predict_command(args: argparse.Namespace) -> int:
+    """predict: two PNGs for every picture that can be read; the others are named at the end."""
+    run, images = Run.load(args.run), list(dict.fromkeys(args.images))
+    for path in images:
+        if not path.is_file():
+            raise ValueError(
+                f"{path} is a folder: name its pictures." if path.is_dir() else f"There is no file {path}."
+            )
+    outputs = dict(zip(images, output_names(images), strict=True))
+    made = {
+        (args.out / f"{name}_{kind}.png").resolve() for name in outputs.values() for kind in ("overlay", "trainids")
+    }
+    for path in images:
+        if path.resolve() in made:
+            raise ValueError(f"{path} would be overwritten by a prediction: name another folder with --out.")
+    from tqdm import tqdm
+
+    from setlib.model import Segmenter
+
+    model, problems = Segmenter.load(run.path / "model"), []
+    for path, name in tqdm(outputs.items(), desc="predict", unit="img"):
+        try:
+            for kind, content in predict_picture(model, path).items():
+                write_atomic(args.out / f"{name}_{kind}.png", content)
+        except ValueError as error:
+            problems.append(str(error))
+    print(f"{len(images) - len(problems)} of {len(images)} pictures predicted into {args.out}")
+    if problems:
+        raise ValueError(" ".join(problems))
+    return 0
+
+
+def predict_picture(model: Segmenter, path: Path) -> dict[str, bytes]:
+    """Two PNGs at the picture's own size: "overlay", the classes' colours over it, and "trainids"."""
+    from io import BytesIO
+
+    import numpy as np
+    from PIL import Image
+
+    from setlib.labels import CITYSCAPES
+    from setlib.model import read_picture
+
+    picture = read_picture(path)
+    labels = model.predict(picture)
+    overlay = picture // 2 + CITYSCAPES.palette[labels] // 2
+    pngs = {"overlay": BytesIO(), "trainids": BytesIO()}
+    for file, pixels in zip(pngs.values(), (overlay.astype(np.uint8), labels), strict=True):
+        Image.fromarray(pixels).save(file, "PNG")
+    return {kind: file.getvalue() for kind, file in pngs.items()}
+
+
+def output_names(images: Sequence[Path]) -> list[str]:
+    """One name per picture: its stem; where that is taken, with folder, suffix and at last a number."""
+    names: list[str] = []
+    for path in images:
+        long = f"{path.absolute().parent.name}_{path.stem}"
+        wider = (path.stem, long, f"{long}_{path.suffix[1:]}")
+        taken = {name.lower() for name in names}  # some file systems do not tell A from a
+        names.append(next(n for n in chain(wider, (f"{long}_{i}" for i in count(2))) if n.lower() not in taken))
+    return names
+
+
+def check_command(args: argparse.Namespace) -> int:
+    """check: what each domain holds; 1 if one of them cannot be used."""
+    data = Experiment.build(args.profile, args.domains[0], args.domains, overrides=args.options).data
+    from setlib import domains
+
+    unusable = []
+    for text in args.domains:
+        try:
+            found = domains.check(text, data)
+        except (ValueError, OSError) as error:
+            found = domains.Check(text, problems=[sentence(error)])
+        print(describe(found), flush=True)
+        if found.problems:
+            unusable.append(f"'{text}' cannot be used: {found.problems[0].rstrip('.')}")
+    return fail(f"{'; '.join(unusable)}.", 1) if unusable else 0
+
+
+def describe(found: Check) -> str:
+    """One domain as text: pairs, sizes, class shares as bars, problems."""
+    kind = "pairs" if found.labelled else "pictures without labels (to predict and look at, not to score)"
+    sizes = ", ".join(f"{w} x {h} ({n})" for (w, h), n in found.sizes.most_common(5))
+    lines = [f"{found.domain}: {found.pairs} {kind}" + (f"; sizes: {sizes}" if sizes else "")]
+    total = sum(found.class_pixels.values())
+    for name, pixels in found.class_pixels.items() if total else ():
+        lines.append(f"  {name:<14}{100 * pixels / total:5.1f} %  {'#' * round(BAR * pixels / total)}".rstrip())
+    lines += [f"  problem: {problem}" for problem in found.problems[:LISTED]]
+    lines += [f"  and {len(found.problems) - LISTED} more problems"] if found.problems[LISTED:] else []
+    return "\n".join(lines)
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Header and rows as aligned text, the first column to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    form = "  ".join(f"{{:{'>' if place else '<'}{width}}}" for place, width in enumerate(widths))
+    return "\n".join(form.format(*row) for row in rows)
+
+
+def sentence(error: object) -> str:
+    """An error on one line; a system error names its file."""
+    if isinstance(error, OSError) and error.strerror:
+        error = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return " ".join(str(error).split())
+
+
+def fail(error: object, code: int) -> int:
+    """Prints the one line of an error; returns the exit code."""
+    print(f"error: {sentence(error)}", file=sys.stderr)
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns 0, 1 (a notebook stopped, a domain is unusable), 2 (bad input) or 130 (interrupted)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        args = parse(argv)
+        return globals()[f"{args.command}_command"](args)
+    except (ValueError, OSError) as error:
+        if "--debug" in argv:
+            raise
+        return fail(error, 2)
+    except KeyboardInterrupt:
+        return fail("stopped; what was finished is kept, and the same command goes on from there", 130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

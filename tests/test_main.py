@@ -1,0 +1,279 @@
+"""The command line: usage errors, train, evaluate, predict and check on small hand-made domains."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from setlib import __main__ as cli
+from setlib.experiment import Experiment
+
+TINY = ["-o", "train.steps=2", "train.views=2", "data.height=32", "data.width=32", "data.long_edge=64"]
+HEAVY = {"torch", "transformers", "papermill", "datasets", "matplotlib", "numpy"}
+
+
+def make_domain(folder: Path, count: int = 2, labels: bool = True) -> Path:
+    """A `folder@` domain of noise with the labels road and sky."""
+    random = np.random.default_rng(0)
+    for name in ("images", "labels")[: 1 + labels]:
+        (folder / name).mkdir(parents=True)
+    for index in range(count):
+        Image.fromarray(random.integers(0, 255, (48, 64, 3), np.uint8)).save(folder / "images" / f"p{index}.png")
+        if labels:
+            label = np.where(np.arange(48)[:, None] < 24, 10, 0) * np.ones((1, 64), int)
+            Image.fromarray(label.astype(np.uint8)).save(folder / "labels" / f"p{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a model, made by the command line."""
+    folder = tmp_path_factory.mktemp("trained")
+    domain = f"folder@{make_domain(folder / 'domain')}"
+    options = ["--profile", "smoke", "--run", str(folder / "run"), "--source", domain, "--target", domain, *TINY]
+    assert cli.main(["train", *options]) == 0
+    return folder / "run"
+
+
+def read_error(capsys: pytest.CaptureFixture) -> str:
+    """The one line of an error."""
+    lines = [line for line in capsys.readouterr().err.split("\n") if "error: " in line]
+    assert len(lines) == 1
+    return lines[0].partition("error: ")[2]
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ("rnu", ["unknown command 'rnu'", "nearest: run"]),
+        ("", ["required: COMMAND"]),
+        ("run --profle smoke", ["unknown option '--profle' of run", "nearest: --profile"]),
+        ("evaluate somewhere --profile smoke", ["unknown option '--profile' of evaluate"]),
+        ("run --profile smok", ["Unknown profile 'smok'", "smoke, quick"]),
+        ("run --seed one", ["--seed", "'one'"]),
+        ("run --seed -1", ["seed must not be negative"]),
+        ("train -o model.refner=set", ["Unknown option 'model.refner'", "nearest: model.refine"]),
+        ("train -o model.refiner=sett", ["Unknown refiner 'sett'", "nearest: set"]),
+        ("train -o ablation.variants=set,rain", ["Unknown refiner 'rain'", "nearest: rein"]),
+        ("train -o train.steps=many", ["train.steps expects int", "many"]),
+        ("train --source scene:night", ["Unknown domain 'scene'", "nearest: scenes"]),
+        ("train --target scenes:nite", ["Unknown style 'nite'", "nearest: night"]),
+        ("train --target folder@nowhere", ["folder nowhere does not exist"]),
+        ("run --only 07", ["'07'"]),
+        ("evaluate nowhere", ["nowhere is no run folder"]),
+        ("predict nowhere picture.png --out out", ["nowhere is no run folder"]),
+        ("predict nowhere picture.png", ["required: --out"]),
+    ],
+)
+def test_usage_errors_are_one_sentence_that_names_the_cure(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = ["--run", "made"] if argv.startswith(("run", "train")) else []
+    assert cli.main([*argv.split(), *folder]) == 2
+    error = read_error(capsys)
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "made").exists()
+
+
+def test_help_and_usage_errors_import_nothing_heavy():
+    code = "import sys; from setlib.__main__ import main; code = main(['run', '--profle']); print(code, *sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stdout.startswith("2 ")
+    assert not HEAVY & set(result.stdout.split())
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="Unknown profile"):
+        cli.main(["run", "--debug", "--profile", "nothing"])
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "train_command", interrupt)
+    assert cli.main(["train"]) == 130
+    assert "stopped" in read_error(capsys)
+
+
+def test_system_errors_name_the_file():
+    error = OSError(28, "No space left on device", "runs/x")
+    assert cli.sentence(error) == "No space left on device: runs/x"
+    assert cli.sentence(ValueError("two\n lines")) == "two lines"
+
+
+def test_run_folder_must_be_writable_and_hold_the_same_configuration(trained, capsys, tmp_path):
+    domain = f"folder@{trained.parent / 'domain'}"
+    options = ["--profile", "smoke", "--source", domain, "--target", domain, *TINY]
+    (tmp_path / "file").write_text("")
+    assert cli.main(["run", "--run", str(tmp_path / "file" / "run"), *options]) == 2
+    assert "Cannot write" in read_error(capsys)
+    assert cli.main(["train", "--run", str(trained), "--seed", "1", *options]) == 2
+    assert "another configuration (seed is 0, not 1)" in read_error(capsys)
+
+
+def test_a_domain_without_labels_is_refused_before_training(capsys, tmp_path):
+    domain = f"folder@{make_domain(tmp_path / 'domain', labels=False)}"
+    options = ["--profile", "smoke", "--run", str(tmp_path / "run")]
+    assert cli.main(["train", *options, "--source", domain]) == 2
+    assert "no labels" in read_error(capsys)
+    assert cli.main(["run", *options, "--target", domain]) == 2
+    assert "no labels" in read_error(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_says_where_the_model_is(trained, capsys):
+    domain = f"folder@{trained.parent / 'domain'}"
+    options = ["--profile", "smoke", "--run", str(trained), "--source", domain, "--target", domain, *TINY]
+    before = (trained / "model" / "model.safetensors").read_bytes()
+    assert cli.main(["train", *options]) == 0
+    output = capsys.readouterr().out
+    assert str(trained / "model") in output and "2 steps" in output
+    assert (trained / "model" / "model.safetensors").read_bytes() == before
+    assert not (trained / "metrics.json").exists()
+
+
+def test_evaluate_adds_to_the_metrics(trained, capsys, tmp_path):
+    own = f"folder@{trained.parent / 'domain'}"
+    other = f"folder@{make_domain(tmp_path / 'other', count=1)}"
+    assert cli.main(["evaluate", str(trained)]) == 0
+    assert cli.main(["evaluate", str(trained), "--target", other]) == 0
+    metrics = json.loads((trained / "metrics.json").read_text(encoding="utf-8"))
+    assert {result["domain"]: result["images"] for result in metrics["results"]} == {own: 2, other: 1}
+    assert Experiment.from_dict(metrics["config"]).data.source == own
+    table = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    for result in metrics["results"]:
+        assert table[result["domain"]] == [f"{result['miou']:.1f}", "cityscapes-19", str(result["images"])]
+    unlabelled = f"folder@{make_domain(tmp_path / 'unlabelled', labels=False)}"
+    assert cli.main(["evaluate", str(trained), "--target", unlabelled]) == 2
+    assert "no labels" in read_error(capsys)
+
+
+def save_pictures(folder: Path) -> dict[str, tuple[int, int]]:
+    """Pictures of many formats and modes; file name -> the size they are shown at."""
+    pixels = np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8)
+    picture = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    (folder / "sub").mkdir(parents=True)
+    picture.save(folder / "a.png")
+    picture.save(folder / "a.jpg")
+    picture.save(folder / "sub" / "a.png")
+    picture.convert("L").save(folder / "grey.jpg")
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    picture.convert("RGBA").save(folder / "clear.webp")
+    picture.convert("P").save(folder / "palette.gif")
+    picture.save(folder / "turned.jpg", exif=exif)
+    Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 257).save(folder / "deep.png")
+    Image.new("1", (9, 400)).save(folder / "thin.tif")
+    Image.new("RGB", (1, 1)).save(folder / "one.bmp")
+    sizes = dict.fromkeys(
+        ["a.png", "a.jpg", "sub/a.png", "grey.jpg", "cmyk.jpg", "clear.webp", "palette.gif"], (70, 50)
+    )
+    return sizes | {"deep.png": (70, 50), "turned.jpg": (50, 70), "thin.tif": (9, 400), "one.bmp": (1, 1)}
+
+
+def test_predict_reads_every_format_and_overwrites_nothing(trained, capsys, tmp_path):
+    sizes = save_pictures(tmp_path / "in")
+    images = [str(tmp_path / "in" / name) for name in sizes]
+    assert cli.main(["predict", str(trained), *images, "--out", str(tmp_path / "out")]) == 0
+    assert f"{len(sizes)} of {len(sizes)}" in capsys.readouterr().out
+    names = cli.output_names([Path(image) for image in images])
+    assert names[:3] == ["a", "in_a", "sub_a"]
+    assert len(list((tmp_path / "out").iterdir())) == 2 * len(sizes)
+    for name, size in zip(names, sizes.values(), strict=True):
+        labels = Image.open(tmp_path / "out" / f"{name}_trainids.png")
+        overlay = Image.open(tmp_path / "out" / f"{name}_overlay.png")
+        assert (labels.mode, labels.size, overlay.mode, overlay.size) == ("L", size, "RGB", size)
+        assert np.asarray(labels).max() < 19
+
+
+def test_predict_does_what_it_can_and_names_the_rest(trained, capsys, tmp_path):
+    save_pictures(tmp_path)
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.png").write_text("no picture")
+    images = [str(tmp_path / name) for name in ("cut.png", "text.png", "grey.jpg")]
+    assert cli.main(["predict", str(trained), *images, "--out", str(tmp_path / "out")]) == 2
+    error = read_error(capsys)
+    assert "cut.png cannot be read" in error and "text.png cannot be read" in error
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["grey_overlay.png", "grey_trainids.png"]
+
+
+@pytest.mark.parametrize(
+    "images, words",
+    [
+        (["missing.png"], "There is no file"),
+        (["sub"], "is a folder"),
+        (["a.png", "a_overlay.png"], "would be overwritten"),
+    ],
+)
+def test_predict_refuses_before_it_starts(trained, capsys, tmp_path, images, words):
+    save_pictures(tmp_path)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a_overlay.png")
+    before = (tmp_path / "a_overlay.png").read_bytes()
+    images = [str(tmp_path / name) for name in images]
+    assert cli.main(["predict", str(trained), *images, "--out", str(tmp_path)]) == 2
+    assert words in read_error(capsys)
+    assert (tmp_path / "a_overlay.png").read_bytes() == before and not list(tmp_path.glob("*_trainids.png"))
+
+
+def test_output_names_never_meet():
+    paths = [Path(name) for name in ("x/A.png", "y/a.png", "z/y/a.png", "z/y/a.jpg", "q/y/a.jpg")]
+    names = cli.output_names(paths)
+    assert names[:3] == ["A", "y_a", "y_a_png"]
+    assert len({name.lower() for name in names}) == len(paths)
+
+
+def test_check_describes_what_is_there(capsys, tmp_path):
+    domain = f"folder@{make_domain(tmp_path / 'domain')}"
+    unlabelled = f"folder@{make_domain(tmp_path / 'unlabelled', labels=False)}"
+    assert cli.main(["check", domain, unlabelled, "--profile", "paper"]) == 0
+    output = capsys.readouterr().out
+    assert f"{domain}: 2 pairs; sizes: 64 x 48 (2)" in output
+    assert any(line.split()[:3] == ["road", "50.0", "%"] and "#" * 20 in line for line in output.splitlines())
+    assert f"{unlabelled}: 2 pictures without labels" in output
+
+
+def cut_picture(domain: Path) -> str:
+    path = domain / "images" / "p1.png"
+    path.write_bytes(path.read_bytes()[:300])
+    return "p1"
+
+
+def drop_label(domain: Path) -> str:
+    (domain / "labels" / "p1.png").unlink()
+    return "image 'p1' has no label"
+
+
+def shrink_label(domain: Path) -> str:
+    Image.new("L", (32, 48)).save(domain / "labels" / "p0.png")
+    return "64 x 48 but its label is 32 x 48"
+
+
+def spoil_ids(domain: Path) -> str:
+    Image.new("L", (64, 48), 77).save(domain / "labels" / "p0.png")
+    return "unknown ids [77]"
+
+
+def drop_all(domain: Path) -> str:
+    for path in (domain / "images").iterdir():
+        path.unlink()
+    return "is empty"
+
+
+@pytest.mark.parametrize("spoil", [cut_picture, drop_label, shrink_label, spoil_ids, drop_all])
+def test_check_looks_at_all_domains_and_names_what_is_unusable(spoil, capsys, tmp_path):
+    good, bad = make_domain(tmp_path / "good"), make_domain(tmp_path / "bad")
+    words = spoil(bad)
+    assert cli.main(["check", f"folder@{bad}", f"folder@{good}"]) == 1
+    captured = capsys.readouterr()
+    assert f"folder@{good}: 2 pairs" in captured.out
+    assert words in captured.out and "problem: " in captured.out
+    error = captured.err.rpartition("error: ")[2]
+    assert words in error and f"'folder@{bad}' cannot be used" in error and str(good) not in error
