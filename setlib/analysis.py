@@ -56,7 +56,7 @@ def spectrum_pictures(x: Tensor) -> dict[str, np.ndarray]:
     phase = torch.fft.fftshift(torch.fft.fft2(x.mean(1)), dim=(1, 2)).angle()
     against = torch.remainder(phase - phase[:1] + math.pi, 2 * math.pi) - math.pi
     parts = {"log(1 + amplitude)": spectral.log_amplitude_picture(255 * x), "phase (rad)": phase}
-    return {name: part.numpy() for name, part in (parts | {"phase minus the first's": against}).items()}
+    return {name: part.numpy() for name, part in (parts | {"phase - first's (rad)": against}).items()}
 
 
 def _counts(size: tuple[int, int], axes: tuple[int, int]) -> Tensor:
@@ -112,9 +112,8 @@ def movement(backbone: FrozenBackbone, pictures: Mapping[str, Tensor], layers: S
     if len(pictures) < 2 or min(len(images) for images in pictures.values()) < 2:
         raise ValueError("Movement needs at least two styles and two layouts of each.")
     spaces = {"pixels": (pictures, spectral.PIXELS)}
-    maps = {style: [backbone(image[None], layers=layers) for image in images] for style, images in pictures.items()}
-    for layer in layers:
-        spaces[layer] = ({s: torch.cat([one[layer] for one in found]) for s, found in maps.items()}, spectral.GRID)
+    maps = {style: backbone(images, layers=layers) for style, images in pictures.items()}
+    spaces |= {layer: ({style: found[layer] for style, found in maps.items()}, spectral.GRID) for layer in layers}
     rows = []
     for layer, (features, axes) in spaces.items():
         near = [compare(features[s], features[t], axes) for s, t in combinations(features, 2)]
@@ -160,21 +159,6 @@ def feature_pictures(features: Sequence[Tensor]) -> list[np.ndarray]:
     values = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float()
     sizes = [f.shape[1] * f.shape[2] for f in features]
     return [v.view(*f.shape[1:3], 3).numpy() for v, f in zip(values.split(sizes), features, strict=True)]
-
-
-def mix_phase(
-    content: Tensor, style: Tensor, weight: float = 1.0, low: float = 0.0, high: float = 1.5, axes=spectral.GRID
-) -> Tensor:
-    """Content with its phase turned towards the style's by `weight` within a band; its amplitude is kept.
-
-    The counterpart of `spectral.mix_amplitude`: 4-D tensors of one shape. Phases are mixed on the unit circle.
-    """
-    size = (content.shape[axes[0]], content.shape[axes[1]])
-    one, other = (spectral.transform(x, axes) for x in (content, style))
-    mask = weight * spectral.band_mask(size, low, high).to(one)
-    mask = mask[:, :, None] if axes == spectral.GRID else mask
-    turned = torch.lerp(spectral.unit_phasor(one), spectral.unit_phasor(other), mask.expand_as(one))
-    return spectral.invert(one.abs() * spectral.unit_phasor(turned), size, axes).to(content.dtype)
 
 
 class Survey(NamedTuple):
@@ -247,19 +231,19 @@ def say_survey(source: Survey, targets: Sequence[Survey], class_set: ClassSet) -
     rare = [class_set.classes[i] for i in order if 0 < source.shares[i] < 0.01]
     absent = [class_set.classes[i] for i in order if source.shares[i] == 0]
     gaps = {one.domain: 50 * np.abs(one.shares - source.shares).sum() for one in targets if one.shares is not None}
+    rare_names = f" ({', '.join(rare)})" if rare else ""
+    ends = dict.fromkeys(f"{one.brightness:.0f} ({short_name(one.domain)})" for one in (darkest, brightest))
     lines = [
-        f"- The mean grey value of the source {short_name(source.domain)} is {source.brightness:.0f} of 255; the "
-        f"targets lie between {darkest.brightness:.0f} ({short_name(darkest.domain)}) and "
-        f"{brightest.brightness:.0f} ({short_name(brightest.domain)}).",
+        f"- Mean grey value, of 255: {source.brightness:.0f} ({short_name(source.domain)}) in the source, "
+        f"{' to '.join(ends)} in the targets.",
         f"- The largest shares of the source's labelled pixels are {largest}; {len(rare)} of {len(class_set)} classes "
-        f"hold less than 1 % each{': ' * bool(rare)}{', '.join(rare)}; {len(absent)} do not occur"
-        f"{': ' * bool(absent)}{', '.join(absent)}.",
+        f"hold less than 1 % each{rare_names}"
+        + (f"; {len(absent)} of {len(class_set)} do not occur ({', '.join(absent)})." if absent else "."),
     ]
     if gaps:
+        span = " to ".join(dict.fromkeys(f"{gap:.0f}" for gap in (min(gaps.values()), max(gaps.values()))))
         lines.append(
-            f"- To give a target the source's class shares, between {min(gaps.values()):.0f} and "
-            f"{max(gaps.values()):.0f} % of its labelled pixels would have to change class (most: "
-            f"{short_name(max(gaps, key=gaps.get))})."
+            f"- For the source's class shares, {span} % of a target's labelled pixels would have to change class."
         )
     return "\n".join(lines)
 
@@ -347,9 +331,8 @@ def token_attention(
     if not known:
         return np.zeros((0, 0), np.float32)
     if (layer, branch) not in known:
-        raise ValueError(
-            f"No branch '{branch}' after layer {layer}: known are {', '.join(f'{b} of layer {k}' for k, b in known)}."
-        )
+        names = ", ".join(f"{name} of layer {number}" for number, name in known)
+        raise ValueError(f"No branch '{branch}' of layer {layer} in this model: expected {names}.")
     one = known[layer, branch]
     if token is not None and not 0 <= token < len(one.influence):
         raise ValueError(f"Token {token} does not exist: expected 0 to {len(one.influence) - 1}.")

@@ -21,6 +21,7 @@ from setlib.experiment import Data, cache_folder, nearest
 from setlib.labels import ClassSet, IdMap, id_map
 
 READERS = ("scenes", "camvid", "folder")
+ENDLESS = 500  # rendered scenes that "all" stands for
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 
@@ -72,14 +73,14 @@ class Domain:
 
     def sample(self, index: int) -> Sample:
         """Picture `index`, decoded. Raises ValueError naming the file when it is damaged or holds unknown ids."""
-        name = self.dataset.data.column("name")[index].as_py()
         try:
             row = self.dataset[index]
         except (OSError, SyntaxError, ValueError) as error:
+            name = self.dataset.select_columns("name")[index]["name"]
             raise ValueError(
                 f"{self.spec.text}: '{name}' cannot be decoded ({error}): download or export it again."
             ) from None
-        image = np.asarray(row["image"])
+        image, name = np.asarray(row["image"]), row["name"]
         if not self.has_labels:
             return Sample(image, None, name)
         label = np.asarray(row["label"])
@@ -116,9 +117,7 @@ def load(text: str, data: Data, role: str = "target") -> Domain:
     """
     spec = parse(text)
     limit = data.train_images if role == "source" else data.eval_images
-    pairs = (
-        _scene_pairs(spec, data, role, limit or 500) if spec.name == "scenes" else _evenly(_folder_pairs(spec), limit)
-    )
+    pairs = _scene_pairs(spec, data, role) if spec.name == "scenes" else _evenly(_folder_pairs(spec), limit)
     has_labels = all(pair.label for pair in pairs)
     if role == "source" and not has_labels:
         raise ValueError(f"Source '{text}' has no labels: a source needs {spec.folder}/labels with one PNG per image.")
@@ -146,7 +145,7 @@ class Check:
     problems: list[str] = field(default_factory=list)
 
 
-def check(text: str, data: Data) -> Check:
+def check(text: str, data: Data, role: str = "target") -> Check:
     """Decodes a whole domain and counts what is there; what is wrong is listed, not raised.
 
     Raises ValueError only when the domain cannot be listed at all.
@@ -154,7 +153,7 @@ def check(text: str, data: Data) -> Check:
     spec = parse(text)
     found = Check(text)
     if spec.name == "scenes":
-        pairs = _scene_pairs(spec, data, "target", data.eval_images or 500)
+        pairs = _scene_pairs(spec, data, role)
     else:
         pairs = _folder_pairs(spec, found.problems)
     ids, counts = _ids(spec), np.zeros(256, np.int64)
@@ -186,7 +185,9 @@ def _ids(spec: Spec) -> IdMap:
     return id_map("camvid" if spec.name == "camvid" else "cityscapes")
 
 
-def _scene_pairs(spec: Spec, data: Data, role: str, count: int) -> list[Pair]:
+def _scene_pairs(spec: Spec, data: Data, role: str) -> list[Pair]:
+    """The first streets of a style; those of the source and those of the targets have different seeds."""
+    count = (data.train_images if role == "source" else data.eval_images) or ENDLESS
     seed = 2 * data.content_seed + (role != "source")
     folder = Path(spec.folder) if spec.folder else cache_folder() / "scenes"
     folder = folder / f"seed{seed}-{data.height}x{data.width}"

@@ -166,6 +166,11 @@ def _source_miou(scores: list[Score], source: str) -> float:
     return next((score.miou for score in scores if score.domain == source), float("nan"))
 
 
+def mean_of_classes(scores: Sequence[Score]) -> np.ndarray:
+    """(K,) IoU of each class, averaged over the domains that have it, percent; the scores share one class set."""
+    return np.ma.masked_invalid([score.iou for score in scores]).mean(0).filled(np.nan)
+
+
 def target_mean(scores: list[Score], source: str) -> float:
     """Mean mIoU over the domains that are not the source, percent."""
     return float(np.mean([score.miou for score in scores if score.domain != source]))

@@ -86,9 +86,13 @@ def overlay(
     return picture(coloured(image, label, class_set, alpha), title, ax)
 
 
+def _columns(count: int, most: int = 10) -> int:
+    return -(-count // (-(-count // most) or 1)) or 1
+
+
 def _class_patches(class_set: ClassSet, places: Sequence[int]) -> dict[str, Any]:
     patches = [Patch(color=np.divide(class_set.colours[i], 255), label=class_set.classes[i]) for i in places]
-    return {"handles": patches, "ncols": min(len(patches), 10) or 1, "handlelength": 1, "columnspacing": 1}
+    return {"handles": patches, "ncols": _columns(len(patches)), "handlelength": 1, "columnspacing": 1}
 
 
 @quiet
@@ -116,7 +120,7 @@ def sheet(
     side = WIDTH / max(num_columns, 2)  # a lone column is half as wide as the page
     line = 0.3 if titles else 0.05
     made = Figure((side * num_columns, len(rows) * (side * height / width + line) + 0.2), layout="compressed")
-    made.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0, wspace=0)
+    made.get_layout_engine().set(w_pad=0.02, h_pad=0.04 if titles else 0.02, hspace=0, wspace=0)
     for i, axes in enumerate(made.subplots(len(rows), num_columns, squeeze=False)):
         for j, ax in enumerate(axes):
             image = rows[i][j] if j < len(rows[i]) else None
@@ -169,7 +173,7 @@ def spectra(
             ax.images[0].set(cmap="twilight" if is_phase else "magma", clim=limits, interpolation="nearest")
         inset = row[-1].inset_axes([1.03, 0, 0.04, 1])
         bar = made.colorbar(row[0].images[0], cax=inset)
-        inset.set_title(name, loc="left", fontsize=8)
+        bar.set_label(name, fontsize=7)
         if is_phase:
             bar.set_ticks([-math.pi, 0, math.pi], labels=["-π", "0", "π"])
     return made
@@ -261,27 +265,25 @@ def attention_over_picture(image: np.ndarray, share: np.ndarray, ax: Axes | None
 
 
 @quiet
-def token_sheet(reading: Any, num_columns: int = 4) -> Figure:
-    """Where the most influential token of every layer and branch attends; a sentence if the model has no tokens.
+def token_sheet(picture: np.ndarray, attention: Sequence[Any], num_columns: int = 4) -> Figure:
+    """Where the most influential token of every layer and branch attends, over the picture or the half spectrum.
 
-    reading: `analysis.read_tokens`. Spectra show the half spectrum, tokens of patches the picture.
+    picture: (h, w, 3) uint8; attention: of `analysis.read_tokens`; without tokens the figure holds a sentence.
     """
-    num_rows = max(1, math.ceil(len(reading.attention) / num_columns))
-    height = 1.4 if {one.branch for one in reading.attention} <= {"patches"} else 2.1
+    num_rows = -(-len(attention) // num_columns) or 1
+    height = 1.4 if {one.branch for one in attention} <= {"patches"} else 2.1
     made = Figure((WIDTH, height * num_rows), layout="constrained")
-    if not reading.attention:
-        made.text(0.5, 0.5, "This model has no tokens.", ha="center", va="center")
-        return made
-    for i, one in enumerate(reading.attention):
-        ax, token = made.add_subplot(num_rows, num_columns, i + 1), int(one.influence.argmax())
-        title = f"layer {one.layer} {one.branch}: token {token}"
+    if not attention:
+        made.text(0.5, 0.5, "This model has no tokens: its features pass unchanged.", ha="center", va="center")
+    for place, one in enumerate(attention, start=1):
+        ax, token = made.add_subplot(num_rows, num_columns, place), int(one.influence.argmax())
         if one.branch == "patches":
-            attention_over_picture(reading.picture, one.share[..., token], ax, title)
+            attention_over_picture(picture, one.share[..., token], ax)
         else:
-            attention_over_spectrum(one.share[..., token], ax, title)
+            attention_over_spectrum(one.share[..., token], ax)
         made.axes[-1].set_ylabel("share (%)")  # of the colour bar
         ax.set(xlabel="", ylabel="")
-        ax.set_title(title, fontsize=8)
+        ax.set_title(f"layer {one.layer} {one.branch}: token {token}", fontsize=8)
     return made
 
 
@@ -400,11 +402,16 @@ def movement(table: Sequence[Mapping], ax: Axes | None = None) -> Axes:
     """
     ax = _axes(ax, 3.2)
     layers, parts = (list(dict.fromkeys(row[key] for row in table)) for key in ("layer", "part"))
+    ends = []
     for i, part in enumerate(parts):
         for kind, line in (("style", "-"), ("content", "--")):
             heights = [row[kind] for layer in layers for row in table if (row["layer"], row["part"]) == (layer, part)]
             ax.plot(heights, line, color=COLOURS[i], marker=MARKERS[i], markersize=4)
-            ax.annotate(f"   {part}, {kind}", (len(layers) - 1, heights[-1]), color=COLOURS[i], fontsize=8, va="center")
+            ends.append((heights[-1], f"   {part}, {kind}", COLOURS[i]))
+    below, step = -math.inf, max(row[kind] for row in table for kind in ("style", "content")) / 16
+    for height, text, colour in sorted(ends):
+        below = max(height, below + step)  # labels of lines that end close together are moved apart
+        ax.annotate(text, (len(layers) - 1, below), color=colour, fontsize=8, va="center")
     ax.set_xticks(range(len(layers)), [layer if isinstance(layer, str) else f"layer {layer}" for layer in layers])
     ax.set(xlim=(-0.2, (len(layers) - 1) * 1.2 + 0.4), ylim=(0, None), ylabel="movement (0 = none)")
     ax.grid(True, axis="y")
@@ -433,11 +440,13 @@ def _text(value: Any, decimals: int) -> str:
         return ", ".join(_text(item, decimals) for item in value) or "–"
     if value is None or value != value:
         return "–"
-    return f"{value:.{decimals}f}" if isinstance(value, float | np.floating) else str(value)
+    if not isinstance(value, float | np.floating):
+        return str(value)
+    return f"{value:.1e}" if 0 < abs(value) < 0.01 * 0.1**decimals else f"{value:.{decimals}f}"
 
 
 def table(rows: Sequence[Mapping[str, Any]], caption: str = "", decimals: int = 1) -> Table:
-    """Rows for a notebook or a report: floats get `decimals` decimals, None and NaN a dash."""
+    """Rows for a notebook or a report: floats get `decimals` decimals (tiny ones an exponent), None and NaN a dash."""
     return Table(rows, caption, decimals)
 
 
@@ -447,32 +456,3 @@ def pivot(rows: Sequence[Mapping[str, Any]], index: str, columns: str, values: s
     for row in rows:
         wide.setdefault(row[index], {index: row[index]})[row[columns]] = row[values]
     return list(wide.values())
-
-
-def pivot(rows: Sequence[Mapping[str, Any]], index: str, columns: str, values: str) -> list[dict[str, Any]]:
-    """Tidy rows as wide ones: a row for each value of `index`, a column for each of `columns`, in order of appearance."""
-    wide: dict[Any, dict[str, Any]] = {}
-    for row in rows:
-        wide.setdefault(row[index], {index: row[index]})[row[columns]] = row[values]
-    return list(wide.values())
-
-
-@quiet
-def token_sheet(picture: np.ndarray, attention: Sequence[Any]) -> Figure:
-    """Where the most influential token attends: a row for each layer, a column for each branch.
-
-    picture: (h, w, 3); attention: of `analysis.read_tokens`, each with layer, branch, share (.., .., M), influence (M,).
-    """
-    layers, branches = (sorted({getattr(one, key) for one in attention}) for key in ("layer", "branch"))
-    made = Figure((WIDTH, 2.3 * max(1, (len(layers) * len(branches) + 1) // 2)), layout="constrained")
-    if not attention:
-        made.set_size_inches(WIDTH, 0.4)
-        made.text(0.5, 0.5, "This model has no tokens: its features pass unchanged.", ha="center", va="center")
-    for one, ax in zip(attention, made.subplots(-(-len(attention) // 2), 2).flat if attention else (), strict=False):
-        token = int(one.influence.argmax())
-        title = f"layer {one.layer}, {one.branch}: token {token}"
-        if one.branch == "patches":
-            attention_over_picture(picture, one.share[..., token], ax, title)
-        else:
-            attention_over_spectrum(one.share[..., token], ax, title)
-    return made

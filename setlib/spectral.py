@@ -121,17 +121,42 @@ def mix_amplitude(
     exchanged it swaps the phase (APR). content, style: 4-D of one shape. Returns content's shape and type.
     Raises ValueError if the shapes differ. Source: FDA (Yang, CVPR 2020), FACT/AmpMix (Xu, CVPR 2021).
     """
+    one, other, mask, size = _pair(content, style, weight, low, high, axes)
+    mixed = torch.lerp(one.abs(), other.abs(), mask)
+    return invert(mixed * unit_phasor(one), size, axes).to(content.dtype)
+
+
+def mix_phase(
+    content: Tensor,
+    style: Tensor,
+    weight: float = 1.0,
+    low: float = 0.0,
+    high: float = 1.5,
+    axes: tuple[int, int] = GRID,
+) -> Tensor:
+    """Content with its phase turned towards the style's by `weight` within a band; its amplitude is kept.
+
+    The counterpart of `mix_amplitude`. Phases are mixed as points of the unit circle: pi and -pi are neighbours.
+    Source: APR (Chen, ICCV 2021) at weight 1.
+    """
+    one, other, mask, size = _pair(content, style, weight, low, high, axes)
+    turned = unit_phasor(torch.lerp(unit_phasor(one), unit_phasor(other), mask.to(one)))
+    return invert(one.abs() * turned, size, axes).to(content.dtype)
+
+
+def _pair(
+    content: Tensor, style: Tensor, weight: float, low: float, high: float, axes: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+    """Both spectra, how far to go at each frequency, and the size of the two axes."""
     if content.shape != style.shape:
         raise ValueError(
             f"Content {tuple(content.shape)} and style {tuple(style.shape)} differ in shape: resize one to the other."
         )
     size = (content.shape[axes[0]], content.shape[axes[1]])
-    spectrum = transform(content, axes)
-    amplitude = spectrum.abs()
-    mask = weight * band_mask(size, low, high).to(amplitude)
+    one, other = transform(content, axes), transform(style, axes)
+    mask = weight * band_mask(size, low, high).to(one.real)
     mask = mask[:, :, None] if axes == GRID else mask
-    mixed = torch.lerp(amplitude, transform(style, axes).abs(), mask.expand_as(amplitude))
-    return invert(torch.polar(mixed, safe_angle(spectrum)), size, axes).to(content.dtype)
+    return one, other, mask.expand_as(one), size
 
 
 def log_amplitude_picture(x: Tensor, axes: tuple[int, int] = PIXELS) -> Tensor:

@@ -178,12 +178,9 @@ class Trainer:
             with torch.no_grad():
                 for name, p in self.parameters.items():
                     p.copy_(tensors[f"model.{name}"])
-                    keys = ("step", "exp_avg", "exp_avg_sq")
-                    state = {
-                        key: tensors[f"optimiser.{name}.{key}"] for key in keys if f"optimiser.{name}.{key}" in tensors
-                    }
-                    if state:
-                        self.optimiser.state[p] = state
+                    saved = {key: tensors.get(f"optimiser.{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+                    if saved["step"] is not None:
+                        self.optimiser.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in saved.items()}
                     if name in self.average:
                         self.average[name].copy_(tensors[f"average.{name}"])
         except Exception as error:

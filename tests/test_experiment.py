@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
 from setlib.experiment import PROFILES, Experiment, Run, default_run_folder, write_atomic
@@ -95,7 +96,13 @@ def test_run_folder_that_cannot_be_made_is_one_sentence(tmp_path):
         Run.open(tmp_path / "file" / "run", Experiment.build("smoke"))
 
 
-def test_metrics_refuse_nan(tmp_path):
+def test_json_takes_numpy_and_writes_nan_as_null(tmp_path):
     run = Run.open(tmp_path, Experiment.build("smoke"))
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        run.write_json("metrics.json", {"miou": float("nan")})
+    run.write_json("results/x.json", {"a": np.float32(0.5), "b": [float("nan"), np.int64(3)], "c": np.arange(2)})
+    assert run.read_json("results/x.json") == {"a": 0.5, "b": [None, 3], "c": [0, 1]}
+
+
+def test_files_are_readable_for_others(tmp_path):
+    write_atomic(tmp_path / "file", "x")
+    (tmp_path / "plain").write_text("x")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode

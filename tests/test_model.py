@@ -111,6 +111,15 @@ def test_loading_says_what_is_wrong(model, tmp_path):
         Segmenter.load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_damaged_model_is_one_sentence(model, tmp_path, name):
+    model.save(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="cannot be read .*: train it again"):
+        Segmenter.load(tmp_path)
+
+
 def test_layers_must_exist():
     with pytest.raises(ValueError, match="has the layers 1 to 4"):
         build("model.refined_layers=4,5")

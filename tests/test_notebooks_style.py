@@ -82,9 +82,9 @@ def find_problems(notebook: NotebookNode) -> list[str]:
         if number == 0 or cells[number - 1].cell_type != "markdown":
             problems.append(where + "no markdown cell before it")
         problems += [where + problem for problem in find_code_problems(cell.source)]
-    if not any("write_json" in cell.source for cell in code):
+    if not any(".finish(" in cell.source for cell in code):
         problems.append("writes no results")
-    if cells[-1].cell_type == "code" and "write_json" not in cells[-1].source:
+    if cells[-1].cell_type == "code" and ".finish(" not in cells[-1].source:
         problems.append("last cell is neither markdown nor writes results")
     return problems
 
@@ -110,7 +110,7 @@ def make_notebook() -> NotebookNode:
         new_markdown_cell("We ask; look for the answer."),
         new_code_cell("from setlib import experiment\n\nrun = experiment.Run.load(RUN)"),
         new_markdown_cell("What we keep."),
-        new_code_cell('run.write_json("results/01_data.json", [x for x in "ab"])'),
+        new_code_cell('run.finish("01_data", {x: 1 for x in "ab"})'),
     ]
     return new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
 
