@@ -190,7 +190,7 @@ def _scene_pairs(spec: Spec, data: Data, role: str) -> list[Pair]:
     count = (data.train_images if role == "source" else data.eval_images) or ENDLESS
     seed = 2 * data.content_seed + (role != "source")
     folder = Path(spec.folder) if spec.folder else cache_folder() / "scenes"
-    folder = folder / f"seed{seed}-{data.height}x{data.width}"
+    folder = folder / f"v{scenes.VERSION}-seed{seed}-{data.height}x{data.width}"
     made = scenes.cache(folder, spec.split, range(count), seed, (data.height, data.width))
     return [Pair(image, label, name) for image, label, name in made]
 

@@ -1,4 +1,4 @@
-"""Rendered scenes: exact shared labels, determinism, classes covered, styles that differ, a cache that resumes."""
+"""Rendered scenes: exact shared labels, determinism, all classes, styles that differ, a cache that resumes."""
 
 import hashlib
 import json
