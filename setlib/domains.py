@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset, Features, Image, Value
+from PIL import ExifTags
 from PIL import Image as PILImage
 from tqdm import tqdm
 
@@ -22,6 +24,7 @@ from setlib.labels import ClassSet, IdMap, id_map
 
 READERS = ("scenes", "camvid", "folder")
 ENDLESS = 500  # rendered scenes that "all" stands for
+BAD_PICTURE = (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError)  # what Pillow raises
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 
@@ -75,7 +78,7 @@ class Domain:
         """Picture `index`, decoded. Raises ValueError naming the file when it is damaged or holds unknown ids."""
         try:
             row = self.dataset[index]
-        except (OSError, SyntaxError, ValueError) as error:
+        except BAD_PICTURE as error:
             name = self.dataset.select_columns("name")[index]["name"]
             raise ValueError(
                 f"{self.spec.text}: '{name}' cannot be decoded ({error}): download or export it again."
@@ -133,6 +136,14 @@ def load(text: str, data: Data, role: str = "target") -> Domain:
     return Domain(spec, Dataset.from_dict(columns, features=Features(features)), _ids(spec), has_labels)
 
 
+def labelled(names: Sequence[str], data: Data) -> list[str]:
+    """Those of the named domains that can be scored, in order. Raises ValueError as `load` does, or if none is left."""
+    kept = [name for name in names if parse(name).name == "scenes" or load(name, data).has_labels]
+    if not kept:
+        raise ValueError(f"Domain '{names[0]}' has no labels: it can be predicted and looked at, not scored.")
+    return kept
+
+
 @dataclass
 class Check:
     """What `check` found in one domain."""
@@ -161,17 +172,17 @@ def check(text: str, data: Data, role: str = "target") -> Check:
     for pair in tqdm(pairs, desc=f"check {text}", unit="img", leave=False):
         problem = _header_problem(pair)
         try:
+            found.sizes[upright_size(pair.image)] += 1
             with PILImage.open(pair.image) as picture:
-                found.sizes[picture.size] += 1
                 picture.load()
             if pair.label and not problem:
                 with PILImage.open(pair.label) as picture:
                     label = np.asarray(picture)
                 problem = _label_problem(label, label.shape[:2], ids)
                 problem = problem and f"label of '{pair.name}' {problem}"
-                if label.dtype == np.uint8 and label.ndim == 2:
-                    counts += np.bincount(label.ravel(), minlength=256)
-        except (OSError, SyntaxError, ValueError) as error:
+                if label.ndim == 2:
+                    counts += np.bincount(label[(label >= 0) & (label < 256)].astype(np.uint8), minlength=256)
+        except BAD_PICTURE as error:
             problem = problem or f"'{pair.name}' cannot be decoded ({error})"
         if problem:
             found.problems.append(problem)
@@ -200,10 +211,13 @@ def _folder_pairs(spec: Spec, problems: list[str] | None = None) -> list[Pair]:
     root = Path(spec.folder).expanduser()
     if not (root / "images").is_dir():
         raise ValueError(f"Domain '{spec.text}': expected pictures in {root / 'images'}, but there is no such folder.")
-    images = {p.stem: p for p in sorted((root / "images").iterdir()) if p.suffix.lower() in SUFFIXES}
+    files = [path for path in sorted((root / "images").iterdir()) if path.suffix.lower() in SUFFIXES]
+    images = {path.stem: path for path in files}
     labels = {p.stem: p for p in sorted((root / "labels").glob("*.png"))}
     names = list(images) if not spec.split else _split_names(spec, root)
     wrong = [f"'{name}' is in splits.json but not in {root / 'images'}" for name in names if name not in images]
+    twins = [path for path in files if path != images[path.stem]]
+    wrong += [f"'{path.name}' and '{images[path.stem].name}' share one name: rename one of them" for path in twins]
     if labels or spec.name == "camvid":
         wrong += [f"image '{n}' has no label: expected {root / 'labels' / n}.png" for n in names if n not in labels]
         if not spec.split:
@@ -225,8 +239,8 @@ def _split_names(spec: Spec, root: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"Domain '{spec.text}' names a split, but {path} does not exist: leave ':{spec.split}' out.")
     try:
-        splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        splits = {name: [*map(str, pictures)] for name, pictures in json.loads(path.read_bytes())["splits"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f'{path} cannot be read: expected {{"splits": {{name: [picture, ...]}}}}.') from None
     if spec.split not in splits:
         raise ValueError(f"Unknown split '{spec.split}' in '{spec.text}' ({nearest(spec.split, splits)}).")
@@ -240,15 +254,23 @@ def _evenly(pairs: list[Pair], limit: int) -> list[Pair]:
     return [pairs[i] for i in np.linspace(0, len(pairs) - 1, limit).round().astype(int)]
 
 
+def upright_size(path: Path) -> tuple[int, int]:
+    """(w, h) of a picture as it is shown: its EXIF rotation, which decoding applies, counted in. Reads the header."""
+    with PILImage.open(path) as picture:
+        w, h = picture.size
+        # a PNG would have to be decoded first: its EXIF may stand at the end
+        turned = picture.format != "PNG" and picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (h, w) if turned else (w, h)
+
+
 def _header_problem(pair: Pair) -> str | None:
     """What is wrong with a pair as far as the files' headers tell, or None."""
     sizes = []
     for path in (pair.image, pair.label):
         if path:
             try:
-                with PILImage.open(path) as picture:
-                    sizes.append(picture.size)
-            except (OSError, SyntaxError, PILImage.DecompressionBombError) as error:
+                sizes.append(upright_size(path))
+            except BAD_PICTURE as error:
                 return f"{path} cannot be opened as a picture ({error})"
     if len(sizes) == 2 and sizes[0] != sizes[1]:
         return "image '{}' is {} x {} but its label is {} x {}: they must be equal".format(
@@ -263,7 +285,7 @@ def _label_problem(label: np.ndarray, size: tuple[int, int], ids: IdMap) -> str 
         return f"is a colour picture of shape {label.shape}: expected one channel of class ids"
     if label.shape != size:
         return f"is {label.shape[1]} x {label.shape[0]} but its image is {size[1]} x {size[0]}"
-    present = np.unique(label)
+    present = np.unique(label.astype(np.int64))
     unknown = [int(i) for i in present if i < 0 or i > 255 or not ids.known[i]]
     if unknown:
         allowed = ", ".join(str(i) for i in np.flatnonzero(ids.known))

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import sys
 import tempfile
 import types
@@ -42,7 +43,7 @@ class Data:
     scale_min: float = 0.75  # random resize before the crop, relative to long_edge
     scale_max: float = 1.75
     max_class_share: float = 0.75  # of one class in a training crop
-    photometric: float = 1.0  # strength of brightness, contrast, saturation and hue distortion; 0 = off
+    photometric: float = 1.0  # strength of brightness, contrast, saturation and colour distortion; 0 = off
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,26 @@ class Experiment:
             targets=tuple(targets or ()) or experiment.data.targets,
         )
         experiment = replace(experiment, data=data, seed=experiment.seed if seed is None else int(seed))
-        for override in overrides:
-            experiment = _override(experiment, override)
+        return experiment.override(*overrides)
+
+    def override(self, *options: str) -> Experiment:
+        """This experiment with dotted `key=value` options put in. Raises ValueError as `build` does."""
+        experiment = self
+        for option in options:
+            experiment = _override(experiment, option)
         _validate(experiment)
+        small = experiment
+        for option in experiment.ablation.overrides:
+            small = _override(small, option)
+        _validate(small)
         return experiment
+
+    def flat(self) -> dict[str, typing.Any]:
+        """Every field by its dotted name, as plain JSON types."""
+        values: dict[str, typing.Any] = {}
+        for key, value in self.to_dict().items():
+            values |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+        return values
 
     def to_dict(self) -> dict:
         """As plain JSON types."""
@@ -166,9 +183,9 @@ def _paper() -> Experiment:
     data = Data(
         source="",
         targets=(),
-        height=512,
-        width=512,
-        long_edge=1024,
+        height=518,  # the paper's 512, rounded up to a multiple of patch 14
+        width=518,
+        long_edge=1036,
         train_images=0,
         eval_images=0,
         scale_min=0.5,
@@ -221,7 +238,8 @@ def _parse(key: str, value: str, kind: typing.Any) -> typing.Any:
     try:
         if isinstance(kind, types.GenericAlias) or typing.get_origin(kind) is tuple:
             item = typing.get_args(kind)[0]
-            return tuple(item(part.strip()) for part in value.split(",") if part.strip())
+            comma = r",(?=\s*[\w.]+=)" if key == "ablation.overrides" else ","  # an override may be a list itself
+            return tuple(item(part.strip()) for part in re.split(comma, value) if part.strip())
         return kind(value)
     except ValueError:
         name = getattr(kind, "__name__", str(kind))
@@ -230,39 +248,34 @@ def _parse(key: str, value: str, kind: typing.Any) -> typing.Any:
         ) from None
 
 
+ABOVE_ZERO = (
+    *("data.height", "data.width", "data.long_edge", "data.scale_min", "model.rank", "model.head_channels"),
+    *("train.steps", "train.batch_size", "train.learning_rate", "train.checkpoint_every"),
+)
+NOT_NEGATIVE = (
+    *("seed", "data.train_images", "data.eval_images", "data.content_seed", "data.photometric"),
+    *("train.views", "train.weight_decay", "train.clip_norm", "train.power", "ablation.seeds"),
+)
+LARGEST = 2**63 - 1  # what a seed or a count can hold
+
+
 def _validate(experiment: Experiment) -> None:
     """Raises ValueError for values that cannot work."""
-    data, train, model = experiment.data, experiment.train, experiment.model
-    positive = {
-        "data.height": data.height,
-        "data.width": data.width,
-        "data.long_edge": data.long_edge,
-        "data.scale_min": data.scale_min,
-        "model.num_tokens": model.num_tokens - 1,
-        "model.rank": model.rank,
-        "model.head_channels": model.head_channels,
-        "train.steps": train.steps,
-        "train.batch_size": train.batch_size,
-        "train.learning_rate": train.learning_rate,
-        "train.checkpoint_every": train.checkpoint_every,
-        "ablation.seeds": len(experiment.ablation.seeds),
-    }
-    for key, value in positive.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(f"Option {key} must be {'at least 2' if key == 'model.num_tokens' else 'above 0'}.")
-    not_negative = {
-        "seed": experiment.seed,
-        "data.train_images": data.train_images,
-        "data.eval_images": data.eval_images,
-        "data.content_seed": data.content_seed,
-        "train.views": train.views,
-        "train.weight_decay": train.weight_decay,
-        "train.clip_norm": train.clip_norm,
-        "data.photometric": data.photometric,
-    }
-    for key, value in not_negative.items():
-        if not value >= 0:
+    values = experiment.flat()
+    for key, value in values.items():
+        numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int | float)]
+        if not all(-LARGEST <= number <= LARGEST for number in numbers):  # NaN neither
+            raise ValueError(f"Option {key} must be a number below 2^63, got {value}.")
+        if key in ABOVE_ZERO and not min(numbers) > 0:
+            raise ValueError(f"Option {key} must be above 0, got {value}.")
+        if key in NOT_NEGATIVE and numbers and min(numbers) < 0:
             raise ValueError(f"Option {key} must not be negative, got {value}.")
+    for key in ("ablation.variants", "ablation.seeds"):
+        if not values[key]:
+            raise ValueError(f"Option {key} is empty: name at least one.")
+    data, train = experiment.data, experiment.train
+    if experiment.model.num_tokens < 2:
+        raise ValueError("Option model.num_tokens must be at least 2: token 0 only absorbs attention.")
     if data.scale_max < data.scale_min:
         raise ValueError(f"Option data.scale_max ({data.scale_max}) is below data.scale_min ({data.scale_min}).")
     if not 0 <= train.ema < 1:
@@ -308,17 +321,11 @@ class Run:
             raise ValueError(
                 f"{path} is no run folder (no experiment.json): make one with python -m setlib run --run {path}."
             )
-        try:
-            return cls(Path(path), Experiment.from_dict(json.loads(stored.read_text(encoding="utf-8"))))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{stored} cannot be read ({error}): delete the run folder or restore the file.") from None
+        return cls(Path(path), Experiment.from_dict(_read_json(stored)))
 
     def nested(self, name: str, *overrides: str) -> Run:
         """A run of its own inside this one, with some options changed: the baseline, an ablation's variant."""
-        experiment = self.experiment
-        for override in overrides:
-            experiment = _override(experiment, override)
-        return Run.open(self.path / name, experiment)
+        return Run.open(self.path / name, self.experiment.override(*overrides))
 
     def file(self, name: str) -> Path:
         """A path inside the folder; its parent is made."""
@@ -335,11 +342,12 @@ class Run:
         path = self.path / name
         if not path.is_file():
             raise ValueError(f"{path} is missing: run the notebook or command that writes it first.")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _read_json(path)
 
     def finish(self, name: str, values: dict) -> dict:
-        """Writes a notebook's numbers to results/<name>.json, with its process's peak memory in bytes; returns them."""
-        values = values | {"peak_bytes": peak_bytes()}
+        """Writes a notebook's numbers to results/<name>.json, with profile, seed and peak memory; returns them."""
+        experiment = self.experiment
+        values = values | {"profile": experiment.profile, "seed": experiment.seed, "peak_bytes": peak_bytes()}
         self.write_json(f"results/{name}.json", values)
         return values
 
@@ -362,11 +370,17 @@ def _plain(value: typing.Any) -> typing.Any:
     return None if isinstance(value, float) and value != value else value
 
 
+def _read_json(path: Path) -> typing.Any:
+    """JSON of a file. Raises ValueError naming the file if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): delete the run folder or restore the file.") from None
+
+
 def _differences(one: Experiment, other: Experiment) -> list[str]:
-    a, b = one.to_dict(), other.to_dict()
-    pairs = [(k, a[k], b.get(k)) for k in a if not isinstance(a[k], dict)]
-    pairs += [(f"{g}.{k}", a[g][k], b[g].get(k)) for g in a if isinstance(a[g], dict) for k in a[g]]
-    return [f"{key} is {theirs}, not {ours}" for key, ours, theirs in pairs if ours != theirs]
+    a, b = one.flat(), other.flat()
+    return [f"{key} is {b[key]}, not {a[key]}" for key in a if a[key] != b[key]]
 
 
 def default_run_folder(experiment: Experiment) -> Path:

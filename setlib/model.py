@@ -189,7 +189,7 @@ def read_picture(image: Any) -> np.ndarray:
 def label_map(scores: Tensor, size: tuple[int, int]) -> np.ndarray:
     """Class of the highest score at every pixel of `size`, (h, w) uint8; scores: (K, h', w'), bilinearly resized.
 
-    Rows are done in strips, so that a picture of 200 megapixels needs no K x 200 megapixels of memory.
+    Rows are done in strips, so that a picture of 100 megapixels needs no K x 100 megapixels of memory.
     """
     h, w = size
     rows = ((torch.arange(h) + 0.5) * scores.shape[1] / h - 0.5).clamp(0, scores.shape[1] - 1)

@@ -390,26 +390,20 @@ def cache(
 
     Files: images/<style>/<index:05d>.png, labels/<index:05d>.png (shared by the styles), scenes.json (seed, size).
     Returns (image path, label path, name) per index.
-    Raises ValueError if the folder holds scenes of another seed, size or version, OSError if it cannot be written.
+    Raises ValueError if the folder holds scenes of another seed, size or version, or cannot be written.
     """
     _check(style, size)
     folder, size = Path(folder), (int(size[0]), int(size[1]))
-    names = [f"{index:05d}" for index in map(int, indices)]
-    found = [(folder / f"images/{style}/{n}.png", folder / f"labels/{n}.png", f"{style}/{n}") for n in names]
-    missing = [int(name[-5:]) for image, label, name in found if not (image.exists() and label.exists())]
-    try:
-        _claim(folder, {"seed": int(seed), "size": list(size), "version": VERSION})
-        _render_all(folder, style, int(seed), size, list(dict.fromkeys(missing)), progress)
-    except OSError as error:
-        reason = f"{error.strerror or error}; free space or name another folder"
-        raise OSError(f"cannot write rendered scenes to {folder}: {reason}") from error
-    return found
+    _claim(folder, {"seed": int(seed), "size": list(size), "version": VERSION})
+    found = {int(index): _files(folder, style, int(index)) for index in indices}
+    missing = [index for index, files in found.items() if not all(path.exists() for path in files.values())]
+    _render_all(folder, style, int(seed), size, missing, progress)
+    return [(found[int(i)]["image"], found[int(i)]["label"], f"{style}/{int(i):05d}") for i in indices]
 
 
 def _claim(folder: Path, content: dict):
     """Writes scenes.json, or checks that it names the same content."""
     path = folder / "scenes.json"
-    folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         write_atomic(path, json.dumps(content))
     try:
@@ -421,14 +415,18 @@ def _claim(folder: Path, content: dict):
         raise ValueError(f"{folder} holds rendered scenes of {held}, asked for {content}; {cure}")
 
 
+def _files(folder: Path, style: str, index: int) -> dict[str, Path]:
+    """Where a scene lies in the cache."""
+    return {"image": folder / f"images/{style}/{index:05d}.png", "label": folder / f"labels/{index:05d}.png"}
+
+
 def _store(folder: Path, style: str, seed: int, size: tuple[int, int], index: int):
-    """Renders one scene into the cache."""
-    scene = render(seed, index, style, size)
-    for path, picture in ((f"images/{style}", scene.image), ("labels", scene.label)):
-        path = folder / path / f"{index:05d}.png"
-        if not path.exists():
-            Image.fromarray(picture).save(file := io.BytesIO(), format="PNG", compress_level=4)
-            write_atomic(path, file.getvalue())
+    """Renders one scene into the cache, where its picture or its label is missing."""
+    missing = {part: path for part, path in _files(folder, style, index).items() if not path.exists()}
+    scene = render(seed, index, style, size) if missing else None
+    for part, path in missing.items():
+        Image.fromarray(getattr(scene, part)).save(file := io.BytesIO(), format="PNG", compress_level=4)
+        write_atomic(path, file.getvalue())
 
 
 def _render_all(folder: Path, style: str, seed: int, size: tuple[int, int], indices: list[int], progress: bool):
@@ -441,8 +439,7 @@ def _render_all(folder: Path, style: str, seed: int, size: tuple[int, int], indi
                 list(pool.map(partial(_run_worker, bar), parts))
         bar.reset()
         for index in indices:  # whatever a worker could not do is done here, and says why
-            if not (folder / f"images/{style}/{index:05d}.png").exists():
-                _store(folder, style, seed, size, index)
+            _store(folder, style, seed, size, index)
             bar.update()
 
 

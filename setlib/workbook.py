@@ -63,18 +63,16 @@ class NotebookStopped(RuntimeError):
     """A notebook did not reach its end; the message is one sentence that says where and why."""
 
 
-def flat(experiment: Experiment) -> dict[str, str]:
+def options(experiment: Experiment) -> dict[str, str]:
     """Every field by its dotted name, written as `Experiment.build` reads it."""
-    values: dict[str, Any] = {}
-    for key, value in experiment.to_dict().items():
-        values |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
-    return {key: ",".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in values.items()}
+    flat = experiment.flat().items()
+    return {key: ",".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in flat}
 
 
 def differing(experiment: Experiment) -> dict[str, str]:
     """The fields that are not as the profile has them."""
-    base = flat(PROFILES[experiment.profile])
-    return {key: value for key, value in flat(experiment).items() if value != base[key]}
+    base = options(PROFILES[experiment.profile])
+    return {key: value for key, value in options(experiment).items() if value != base[key]}
 
 
 def overrides(experiment: Experiment) -> list[str]:
@@ -85,12 +83,12 @@ def overrides(experiment: Experiment) -> list[str]:
 
 def command(run: Run) -> str:
     """The command line that makes this run folder."""
-    experiment, changed, options = run.experiment, differing(run.experiment), overrides(run.experiment)
+    experiment, changed, named = run.experiment, differing(run.experiment), overrides(run.experiment)
     words = ["python", "-m", "setlib", "run", "--profile", experiment.profile, "--run", shown(run.path)]
     words += ["--source", experiment.data.source] if "data.source" in changed else []
     words += ["--target", *experiment.data.targets] if "data.targets" in changed else []
     words += ["--seed", str(experiment.seed)] if "seed" in changed else []
-    return shlex.join(words + (["-o", *options] if options else []))
+    return shlex.join(words + (["-o", *named] if named else []))
 
 
 def shown(path: Path) -> str:
@@ -295,7 +293,7 @@ def write_report(run: Run) -> Path:
         "figures": figures,
         "cost": cost_rows(run),
         "differing": [["option", "value"], *differing(experiment).items()],
-        "options": [["option", "value"], *flat(experiment).items()],
+        "options": [["option", "value"], *options(experiment).items()],
         "versions": _versions(),
     }
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE).render(values)

@@ -121,6 +121,52 @@ def test_an_empty_folder_and_broken_splits_are_named(tmp_path, root):
         domains.load(f"camvid:day@{root}", Data())
 
 
+@pytest.mark.parametrize("splits", [{"day": 5}, ["day"], None])
+def test_splits_of_another_form_are_one_sentence(root, splits):
+    (root / "splits.json").write_text(json.dumps({"splits": splits}))
+    with pytest.raises(ValueError, match="splits.json cannot be read: expected"):
+        domains.load(f"camvid:day@{root}", Data())
+
+
+def test_an_exif_rotated_photo_fits_its_upright_label(root):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (24, 32), "red").save(root / "images/ä 0.jpg", exif=exif)
+    assert domains.load(f"camvid@{root}", Data()).sample(0).image.shape == (24, 32, 3)
+    found = domains.check(f"camvid@{root}", Data())
+    assert found.sizes == {(32, 24): 4} and not found.problems
+
+
+def test_two_pictures_of_one_name_are_a_problem(root):
+    Image.new("RGB", (32, 24)).save(root / "images/ä 0.png")
+    with pytest.raises(ValueError, match="'ä 0.jpg' and 'ä 0.png' share one name: rename one"):
+        domains.load(f"camvid@{root}", Data())
+    assert "share one name" in domains.check(f"camvid@{root}", Data()).problems[0]
+
+
+@pytest.mark.parametrize("mode", ["1", "I;16"])
+def test_one_and_sixteen_bit_labels_are_read(root, mode):
+    Image.fromarray(np.eye(24, 32, dtype=np.uint16 if mode == "I;16" else bool)).save(root / "labels/ä 0.png")
+    label = domains.load(f"camvid@{root}", Data()).sample(0).label
+    assert label.dtype == np.uint8 and np.array_equal(label, np.eye(24, 32))
+    found = domains.check(f"camvid@{root}", Data())
+    assert not found.problems and sum(found.class_pixels.values()) > 3 * 24 * 32 * 0.8
+
+
+def test_a_picture_too_large_for_pillow_is_a_problem(root, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert "exceeds limit" in domains.check(f"camvid@{root}", Data()).problems[0]
+
+
+def test_labelled_keeps_what_can_be_scored(root, tmp_path):
+    (tmp_path / "photos" / "images").mkdir(parents=True)
+    Image.new("RGB", (32, 24)).save(tmp_path / "photos/images/a.png")
+    photos, names = f"folder@{tmp_path}/photos", ["scenes:night", f"camvid@{root}"]
+    assert domains.labelled([names[0], photos, names[1]], Data()) == names
+    with pytest.raises(ValueError, match="photos' has no labels: it can be predicted and looked at, not scored"):
+        domains.labelled([photos], Data())
+
+
 def test_check_counts_pixels_and_sizes(root):
     found = domains.check(f"camvid@{root}", Data())
     assert found.pairs == 4 and found.sizes == {(32, 24): 4} and not found.problems

@@ -29,7 +29,15 @@ def test_domains_with_commas_survive_json():
         ("train.steps=many", "train.steps expects int, not 'many'"),
         ("train.steps=0", "train.steps must be above 0"),
         ("train.views=-1", "train.views must not be negative"),
-        ("train.learning_rate=nan", "train.learning_rate must be above 0"),
+        ("train.learning_rate=nan", "train.learning_rate must be a number"),
+        ("train.learning_rate=0", "train.learning_rate must be above 0"),
+        ("data.scale_max=inf", "data.scale_max must be a number"),
+        ("train.power=nan", "train.power must be a number"),
+        ("seed=18446744073709551616", "seed must be a number"),
+        ("ablation.seeds=-1", "ablation.seeds must not be negative"),
+        ("ablation.variants=", "ablation.variants is empty"),
+        ("ablation.overrides=train.stpes=5", "Unknown option 'train.stpes'"),
+        ("ablation.overrides=train.steps=0", "train.steps must be above 0"),
         ("train.ema=1", "train.ema must lie in"),
         ("model.num_tokens=1", "at least 2"),
         ("data.scale_max=0.1", "below data.scale_min"),
@@ -42,6 +50,13 @@ def test_bad_override_is_one_sentence(override, message):
         Experiment.build("smoke", overrides=[override])
 
 
+def test_an_override_of_the_ablation_may_be_a_list():
+    text = "ablation.overrides=train.steps=5,model.refined_layers=1,2"
+    experiment = Experiment.build("smoke", overrides=[text])
+    assert experiment.ablation.overrides == ("train.steps=5", "model.refined_layers=1,2")
+    assert experiment.override(*experiment.ablation.overrides).model.refined_layers == (1, 2)
+
+
 def test_unknown_profile_names_the_profiles():
     with pytest.raises(ValueError, match="smoke, quick, paper"):
         Experiment.build("quik")
@@ -50,7 +65,9 @@ def test_unknown_profile_names_the_profiles():
 def test_paper_profile_asks_for_domains():
     with pytest.raises(ValueError, match="--source"):
         Experiment.build("paper")
-    assert Experiment.build("paper", source="folder@x", targets=["folder@y"]).train.steps == 40_000
+    experiment = Experiment.build("paper", source="folder@x", targets=["folder@y"])
+    assert experiment.train.steps == 40_000
+    assert experiment.data.height % 14 == experiment.data.width % 14 == 0  # patches of facebook/dinov2-large
 
 
 def test_run_folder_refuses_another_configuration(tmp_path):

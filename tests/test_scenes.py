@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -125,13 +126,16 @@ def test_cache_renders_only_what_is_missing(tmp_path, monkeypatch):
         np.asarray(Image.open(label)), expected.label
     )
     image.unlink()
-    (image.parent / ".00005.png.dead.tmp").write_bytes(b"\x89PNG trunc")
+    (image.parent / ".00005.png.4711").write_bytes(b"\x89PNG trunc")  # of a process that was killed
     rendered, render = [], scenes.render
     monkeypatch.setattr(
         scenes, "render", lambda seed, index, *rest: rendered.append(index) or render(seed, index, *rest)
     )
     assert scenes.cache(tmp_path, "rain", [0, 1, 5], 3, SMALL, progress=False) == found
     assert rendered == [5] and np.array_equal(np.asarray(Image.open(image)), expected.image)
+    label.unlink()  # killed between the two files of a scene
+    assert scenes.cache(tmp_path, "rain", [0, 1, 5], 3, SMALL, progress=False) == found
+    assert rendered == [5, 5] and np.array_equal(np.asarray(Image.open(label)), expected.label)
 
 
 def test_cache_shares_labels_between_styles_and_leaves_no_temporary_files(tmp_path):
@@ -139,7 +143,7 @@ def test_cache_shares_labels_between_styles_and_leaves_no_temporary_files(tmp_pa
     written = first.stat().st_mtime_ns
     assert scenes.cache(tmp_path, "night", [0], 0, SMALL, progress=False)[0][1] == first
     assert first.stat().st_mtime_ns == written
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [*["00000.png"] * 3, "scenes.json"]
     assert json.loads((tmp_path / "scenes.json").read_text()) == {
         "seed": 0,
         "size": [64, 128],
@@ -164,13 +168,13 @@ def test_cache_refuses_a_folder_of_other_scenes(tmp_path, seed, size):
 
 def test_cache_names_the_folder_it_cannot_write(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"cannot write rendered scenes to .*file/inside"):
+    with pytest.raises(ValueError, match=r"Cannot write .*file/inside"):
         scenes.cache(tmp_path / "file" / "inside", "game", [0], 0, SMALL, progress=False)
 
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(OSError, match="No space left on device; free space"):
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ValueError, match="No space left on device: choose another folder or free some space"):
         scenes.cache(tmp_path / "full", "game", [0], 0, SMALL, progress=False)
-    assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.tmp"))
+    assert not [path for path in (tmp_path / "full").rglob("*") if path.is_file()]
