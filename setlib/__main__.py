@@ -13,7 +13,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from setlib.experiment import Experiment, Run, nearest, write_atomic
+from setlib.experiment import Data, Experiment, Run, nearest, write_atomic
 
 if TYPE_CHECKING:
     from setlib.domains import Check
@@ -37,11 +37,11 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line taken apart. Raises ValueError for anything that is not known, naming what is near."""
     many = {"nargs": "+", "action": "extend"}
-    base, config, made, target = (Parser(add_help=False) for _ in range(4))
+    base, profile, options, made, target = (Parser(add_help=False) for _ in range(5))
     base.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    config.add_argument("--profile", default="quick", help="smoke, quick (default) or paper")
+    profile.add_argument("--profile", default="quick", help="smoke, quick (default) or paper")
     text = "any field of the configuration, for example model.refiner=rein"
-    config.add_argument("-o", dest="options", metavar="KEY=VALUE", default=[], help=text, **many)
+    options.add_argument("-o", dest="options", metavar="KEY=VALUE", default=[], help=text, **many)
     text = "domains to score on, name[:split][@folder]; default: the profile's or the run's"
     target.add_argument("--target", metavar="DOMAIN", help=text, **many)
     made.add_argument("--run", metavar="DIR", default="", help="run folder; default: runs/<profile>")
@@ -55,15 +55,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     def add(name: str, text: str, *parents: Parser) -> Parser:
         return commands.add_parser(name, help=text, description=text, parents=[base, *parents], allow_abbrev=False)
 
-    run = add("run", "Run the notebooks headless, in order, and write the report.", config, made, target)
+    run = add("run", "Run the notebooks headless, in order, and write the report.", profile, options, made, target)
     run.add_argument("--only", metavar="NN", default=[], help="notebooks to run, for example 01 03", **many)
-    add("train", "Train on the source; no notebooks, no scores.", config, made, target)
-    add("evaluate", "Score a run's model on its targets or on others.", target).add_argument("run", metavar="RUN")
+    add("train", "Train on the source; no notebooks, no scores.", profile, options, made, target)
+    add("evaluate", "Score a run's model on its targets or on others.", options, target).add_argument(
+        "run", metavar="RUN"
+    )
     predict = add("predict", "Predict pictures of any size and format: a colour overlay and a PNG of train ids each.")
     predict.add_argument("run", metavar="RUN", help="run folder")
     predict.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
     predict.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for what is made")
-    check = add("check", "Say what a domain holds, and whether it can be used.", config)
+    check = add("check", "Say what a domain holds, and whether it can be used.", profile, options)
     check.add_argument("domains", metavar="DOMAIN", nargs="+", help="name[:split][@folder]")
 
     args, unknown = parser.parse_known_args(argv)
@@ -85,18 +87,23 @@ def open_run(args: argparse.Namespace) -> Run:
     for name in (experiment.model.refiner, *experiment.ablation.variants):
         if name not in REFINERS:
             raise ValueError(f"Unknown refiner '{name}' ({nearest(name, REFINERS)}).")
-    check_labelled(experiment, dict.fromkeys(experiment.data.targets, "target") | {experiment.data.source: "source"})
+    from setlib import domains
+
+    specs = [domains.parse(name) for name in (experiment.data.source, *experiment.data.targets)]
+    if specs[0].name != "scenes":  # these are rendered when they are used
+        domains.load(specs[0].text, experiment.data, role="source")
+    if args.command != "train":  # training never opens a target
+        check_labelled(experiment.data.targets, experiment.data, every=False)
     return Run.open(args.run, experiment)
 
 
-def check_labelled(experiment: Experiment, roles: dict[str, str]) -> None:
-    """Raises ValueError if a domain is unknown, cannot be listed, or has no labels to train or score with."""
+def check_labelled(names: Sequence[str], data: Data, every: bool) -> None:
+    """Raises ValueError if a domain cannot be listed, or if none (with `every`: not every one) can be scored."""
     from setlib import domains
 
-    specs = [domains.parse(text) for text in roles]
-    for spec in specs:
-        if spec.name != "scenes" and not domains.load(spec.text, experiment.data, roles[spec.text]).has_labels:
-            raise ValueError(f"Domain '{spec.text}' has no labels: it can be predicted and looked at, not scored.")
+    bare = [n for n in names if domains.parse(n).name != "scenes" and not domains.load(n, data).has_labels]
+    if bare and (every or len(bare) == len(names)):
+        raise ValueError(f"Domain '{bare[0]}' has no labels: it can be predicted and looked at, not scored.")
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -110,6 +117,8 @@ def run_command(args: argparse.Namespace) -> int:
         workbook.run_notebooks(run, args.only)
     except workbook.NotebookStopped as error:
         stopped = error
+    experiment = run.experiment
+    print(f"\nProfile {experiment.profile}, seed {experiment.seed}, backbone {experiment.model.backbone}")
     for rows in (workbook.cost_rows(run), workbook.metric_rows(run)):
         if rows[1:]:
             print(f"\n{text_table(rows)}", flush=True)
@@ -129,7 +138,8 @@ def train_command(args: argparse.Namespace) -> int:
 
     model, history = train(run)
     trained = " + ".join(f"{number:,} ({part})" for part, number in model.num_trainable().items())
-    print(f"{len(history)} steps, last loss {history[-1]['loss']:.3f}; trained values: {trained}")
+    loss = f"{history[-1]['loss']:.3f}" if history else "not recorded"
+    print(f"{len(history)} steps, last loss {loss}; trained values: {trained}")
     print(f"Model: {shown(run.path / 'model')}\nScore it with: python -m setlib evaluate {shown(run.path)}")
     return 0
 
@@ -138,12 +148,18 @@ def evaluate_command(args: argparse.Namespace) -> int:
     """evaluate: scores of RUN/model, put into metrics.json."""
     run = Run.load(args.run)
     targets = args.target or run.experiment.data.targets
-    check_labelled(run.experiment, dict.fromkeys(targets, "target"))
+    trained = [o for o in args.options if o.partition("=")[0] not in ("data.eval_images", "data.content_seed")]
+    if trained:
+        raise ValueError(
+            f"Option '{trained[0]}' was settled by training: only data.eval_images and data.content_seed are free."
+        )
+    scored = Run(run.path, run.experiment.override(*args.options))
+    check_labelled(targets, scored.experiment.data, every=True)
     from setlib import evaluate, workbook
     from setlib.model import Segmenter
 
     name = run.experiment.model.refiner
-    scores = evaluate.evaluate_run(run, {name: Segmenter.load(run.path / "model")}, targets)[name]
+    scores = evaluate.evaluate_run(scored, {name: Segmenter.load(run.path / "model")}, targets)[name]
     evaluate.write_metrics(run, scores)
     print(text_table(workbook.metric_rows(run)))
     if (run.path / "report.html").is_file():

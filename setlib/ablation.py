@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from setlib.evaluate import evaluate_run, target_mean
+from setlib.evaluate import evaluate_run, target_means
 from setlib.experiment import Run
 from setlib.train import train_together
 
-MEAN = "mean of targets"
+MEAN = "mean of targets"  # with the class set's name behind it where the targets have several
 
 
 def run_ablation(run: Run, progress: bool = True) -> list[dict]:
     """Trains every variant of experiment.ablation with every seed in RUN/ablation and scores it on source and targets.
 
     The crops and their frozen features are shared by all; a seed decides initial weights and the order of the crops.
-    What is finished is loaded. Returns rows {"variant", "seed", "domain", "miou"} (percent), with a row for the mean of
-    the targets after each model's domains.
+    What is finished is loaded. Returns rows {"variant", "seed", "domain", "miou"} (percent), with the mean over the
+    targets of each class set after each model's domains.
     """
     settings, data = run.experiment.ablation, run.experiment.data
     runs = {
@@ -33,7 +33,8 @@ def run_ablation(run: Run, progress: bool = True) -> list[dict]:
     for name, scores in table.items():
         who = {"variant": runs[name].experiment.model.refiner, "seed": runs[name].experiment.seed}
         rows += [who | {"domain": score.domain, "miou": score.miou} for score in scores]
-        rows.append(who | {"domain": MEAN, "miou": target_mean(scores, data.source)})
+        means = target_means(scores, data.source)
+        rows += [who | {"domain": MEAN + f", {c}" * (len(means) > 1), "miou": mean} for c, mean in means.items()]
     return rows
 
 
@@ -61,17 +62,23 @@ def spread(rows: list[dict]) -> list[dict]:
 
 def verdict(rows: list[dict]) -> str:
     """What the means over the targets show, in words made from the numbers."""
-    cells = sorted((cell for cell in spread(rows) if cell["domain"] == MEAN), key=lambda cell: -cell["mean"])
+    cells = [cell for cell in spread(rows) if cell["domain"].startswith(MEAN)]
+    text = "".join(_compare([c for c in cells if c["domain"] == d]) for d in dict.fromkeys(c["domain"] for c in cells))
+    return text + "Short trainings on few pictures: a hint where to look, not a ranking."
+
+
+def _compare(cells: list[dict]) -> str:
+    """Sentences on the variants' cells of one domain."""
+    cells = sorted(cells, key=lambda cell: -cell["mean"])
     best, others = cells[0], cells[1:]
-    seeds = ", ".join(map(str, best["seeds"]))
     text = (
-        f"Over the seeds {seeds}, **{best['variant']}** has the highest mean over the targets ({best['mean']:.1f} %, "
+        f"Over the seeds {', '.join(map(str, best['seeds']))}, **{best['variant']}** has the highest {best['domain']} "
     )
-    text += f"seeds {best['low']:.1f} to {best['high']:.1f}). "
+    text += f"({best['mean']:.1f} %, seeds {best['low']:.1f} to {best['high']:.1f}). "
     clear = [cell["variant"] for cell in others if cell["high"] < best["low"]]
     tied = [cell["variant"] for cell in others if cell["high"] >= best["low"]]
     if clear:
         text += f"Every seed of it is above every seed of {', '.join(clear)}. "
     if tied:
         text += f"Its seeds overlap with those of {', '.join(tied)}: no difference is shown there. "
-    return text + "Short trainings on few pictures: a hint where to look, not a ranking."
+    return text

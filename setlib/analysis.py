@@ -196,6 +196,21 @@ def examples(domain: domains.Domain, indices: Sequence[int], class_set: ClassSet
     return [shown for sample, label in zip(samples, labels, strict=True) for shown in (sample.image, label)]
 
 
+def predictions(
+    models: Mapping[str, Segmenter], chosen: Sequence[tuple[domains.Domain, int]], class_set: ClassSet
+) -> list[tuple[np.ndarray, np.ndarray | None, dict[str, np.ndarray]]]:
+    """What `plots.prediction_sheet` draws of chosen (domain, index): picture, label, train ids by model.
+
+    Labels are places in class_set; the predictions are not merged yet.
+    """
+    found = []
+    for domain, index in chosen:
+        sample = domain.sample(index)
+        label = None if sample.label is None else label_lookup(domain, class_set)[sample.label]
+        found.append((sample.image, label, {name: model.predict(sample.image) for name, model in models.items()}))
+    return found
+
+
 def survey(domain: domains.Domain, class_set: ClassSet, limit: int = 100) -> Survey:
     """Reads at most `limit` pictures of a domain, evenly spaced; its labels are merged into class_set."""
     lookup, counts, greys, sizes = label_lookup(domain, class_set), np.zeros(256, np.int64), [], Counter()
@@ -291,7 +306,7 @@ def read_tokens(model: Segmenter, image: np.ndarray) -> Reading:
         influence[0] = 0
         layer = model.refiner.layers[index]
         name = "patches" if name == "branch" else name
-        found[layer, name] = Attention(layer, name, share.numpy(), influence.numpy())
+        found[layer, name] = Attention(layer, name, share.cpu().numpy(), influence.cpu().numpy())
 
     def change(refiner: torch.nn.Module, inputs: tuple[Tensor, int], output: Tensor) -> None:
         changes.append({"layer": inputs[1], **compare(inputs[0], output)})
@@ -300,7 +315,7 @@ def read_tokens(model: Segmenter, image: np.ndarray) -> Reading:
     hooks = [branch.register_forward_pre_hook(partial(attend, name)) for name, branch in branches]
     hooks.append(model.refiner.register_forward_hook(change))
     try:
-        model.backbone(window, model.refiner)
+        model.backbone(window.to(model.backbone.mean.device), model.refiner)
     finally:
         for hook in hooks:
             hook.remove()
@@ -318,22 +333,3 @@ def attention_table(reading: Reading, top: int = 3) -> list[dict]:
             {"layer": layer, "branch": branch, "entropy": entropy, "token 0 (%)": unused, "top tokens": strongest}
         )
     return rows
-
-
-def token_attention(
-    model: Segmenter, image: np.ndarray, layer: int, branch: str, token: int | None = None
-) -> np.ndarray:
-    """Share of one token over the half spectrum or the patches (`Attention.share`); None: the most influential one.
-
-    Empty, (0, 0), for a model without tokens. Raises ValueError for a layer, branch or token that the model has not.
-    """
-    known = {(one.layer, one.branch): one for one in read_tokens(model, image).attention}
-    if not known:
-        return np.zeros((0, 0), np.float32)
-    if (layer, branch) not in known:
-        names = ", ".join(f"{name} of layer {number}" for number, name in known)
-        raise ValueError(f"No branch '{branch}' of layer {layer} in this model: expected {names}.")
-    one = known[layer, branch]
-    if token is not None and not 0 <= token < len(one.influence):
-        raise ValueError(f"Token {token} does not exist: expected 0 to {len(one.influence) - 1}.")
-    return one.share[..., int(one.influence.argmax()) if token is None else token]

@@ -163,7 +163,10 @@ class FrozenBackbone(nn.Module):
         (height, width), size = images.shape[2:], self.patch_size
         if height % size or width % size:
             padded = (-(-height // size) * size, -(-width // size) * size)
-            raise ValueError(f"Images of {(height, width)} do not divide into patches of {size}: pad them to {padded}.")
+            raise ValueError(
+                f"Images of {(height, width)} do not divide into patches of {size}: "
+                f"pad them (or set data.height and data.width) to {padded}."
+            )
         return height // size, width // size
 
     def _checked(self, layers: Sequence[int]) -> tuple[int, ...]:

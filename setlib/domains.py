@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -134,14 +133,6 @@ def load(text: str, data: Data, role: str = "target") -> Domain:
         columns["label"] = [str(p.label) for p in pairs]
         features["label"] = Image()
     return Domain(spec, Dataset.from_dict(columns, features=Features(features)), _ids(spec), has_labels)
-
-
-def labelled(names: Sequence[str], data: Data) -> list[str]:
-    """Those of the named domains that can be scored, in order. Raises ValueError as `load` does, or if none is left."""
-    kept = [name for name in names if parse(name).name == "scenes" or load(name, data).has_labels]
-    if not kept:
-        raise ValueError(f"Domain '{names[0]}' has no labels: it can be predicted and looked at, not scored.")
-    return kept
 
 
 @dataclass

@@ -43,13 +43,8 @@ class MeanIoU(evaluate.Metric):
 
     def add_batch(self, *, predictions: Sequence[np.ndarray], references: Sequence[np.ndarray], **_: Any) -> None:
         """Counts pictures, each (h, w). Raises ValueError if a prediction and its reference differ in shape."""
-        size = len(self.counts)
         for prediction, reference in zip(predictions, references, strict=True):
-            if prediction.shape != reference.shape:
-                raise ValueError(f"Prediction {prediction.shape} and label {reference.shape} differ in size.")
-            kept = reference != IGNORE
-            pairs = reference[kept].astype(np.int64) * size + prediction[kept]
-            self.counts += np.bincount(pairs, minlength=size * size).reshape(size, size)
+            self.counts += pixel_counts(prediction, reference, len(self.counts))
 
     def compute(self, **inputs: Any) -> dict[str, Any]:
         """{"miou": percent, "iou": (K,) percent} of all that was added, now (by keywords as in add_batch) or before."""
@@ -60,6 +55,15 @@ class MeanIoU(evaluate.Metric):
 
     def _compute(self, **_: Any) -> dict[str, Any]:
         return self.compute()
+
+
+def pixel_counts(prediction: np.ndarray, reference: np.ndarray, num_classes: int) -> np.ndarray:
+    """(K, K) pixels by label (row) and prediction (column) of one picture. Raises ValueError if the shapes differ."""
+    if prediction.shape != reference.shape:
+        raise ValueError(f"Prediction {prediction.shape} and label {reference.shape} differ in size.")
+    kept = reference != IGNORE
+    pairs = reference[kept].astype(np.int64) * num_classes + prediction[kept]
+    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def iou_per_class(counts: np.ndarray) -> np.ndarray:
@@ -117,8 +121,10 @@ def evaluate_models(models: dict[str, Segmenter], domain: domains.Domain, progre
     first = next(iter(models.values()))
     stop = min(model.frozen_until for model in models.values())
     layers = sorted({layer for model in models.values() for layer in model.feature_layers})
-    merge = torch.from_numpy(domain.class_set.merge_matrix())
-    scores = {name: Score(domain.spec.text, domain.class_set, _empty(domain.class_set)) for name in models}
+    classes = domain.class_set
+    merge = torch.from_numpy(classes.merge_matrix())
+    metrics = {name: MeanIoU(len(classes)) for name in models}
+    scores = {name: Score(domain.spec.text, classes, metric.counts) for name, metric in metrics.items()}
     with tqdm(range(len(domain)), desc=f"evaluate {domain.spec.text}", unit="img", disable=not progress) as bar:
         for index in bar:
             sample = domain.sample(index)
@@ -127,53 +133,88 @@ def evaluate_models(models: dict[str, Segmenter], domain: domains.Domain, progre
             prefix = first.backbone.prefix(windows.images.to(DEVICE), stop, layers) if stop else None
             for name, model in models.items():
                 merged = torch.einsum("khw,kc->chw", model.probabilities(windows, prefix), merge)
-                metric = MeanIoU(len(domain.class_set))
-                metric.add(prediction=label_map(merged, reference.shape), reference=reference)
-                scores[name].counts += metric.counts
-                scores[name].pictures.append((index, sample.name, metric.compute()["miou"]))
+                prediction, before = label_map(merged, reference.shape), metrics[name].counts.copy()
+                metrics[name].add(prediction=prediction, reference=reference)
+                alone = mean_iou(iou_per_class(metrics[name].counts - before))
+                scores[name].pictures.append((index, sample.name, alone))
             bar.set_postfix({name: f"{score.miou:.1f}" for name, score in list(scores.items())[:3]}, refresh=False)
     return scores
-
-
-def _empty(classes: ClassSet) -> np.ndarray:
-    return np.zeros((len(classes), len(classes)), np.int64)
 
 
 def evaluate_run(
     run: Run, models: dict[str, Segmenter], names: Sequence[str], progress: bool = True
 ) -> dict[str, list[Score]]:
-    """Scores the run's models on every named domain: {model: [Score, ...]}; one decode and one frozen pass for all."""
+    """Scores the run's models on every named domain: {model: [Score, ...]}; one decode and one frozen pass for all.
+
+    A domain without labels is left out.
+    """
     table: dict[str, list[Score]] = {name: [] for name in models}
     for text in names:
         domain = domains.load(text, run.experiment.data, role="target")
+        if not domain.has_labels:
+            tqdm.write(f"{text} has no labels: looked at, not scored")
+            continue
         for name, score in evaluate_models(models, domain, progress).items():
             table[name].append(score)
     return table
 
 
 def summary(table: dict[str, list[Score]], source: str) -> list[dict]:
-    """Rows of mIoU per domain, one column per model, and each model's drop against the source; percent and points."""
+    """Rows of mIoU per domain, one column per model, and each model's drop against the source; percent and points.
+
+    There is no drop between different class sets.
+    """
     rows = []
     for place, score in enumerate(next(iter(table.values()))):
         row: dict[str, Any] = {"domain": score.domain + (" (source)" if score.domain == source else "")}
         row |= {name: scores[place].miou for name, scores in table.items()}
-        row |= {f"drop {name}": _source_miou(scores, source) - scores[place].miou for name, scores in table.items()}
+        row |= {f"drop {name}": drop(scores, scores[place], source) for name, scores in table.items()}
         rows.append(row | {"pictures": len(score.pictures), "classes": score.class_set.name})
     return rows
 
 
-def _source_miou(scores: list[Score], source: str) -> float:
-    return next((score.miou for score in scores if score.domain == source), float("nan"))
+def drop(scores: Sequence[Score], score: Score, source: str) -> float:
+    """Points of mIoU that a score lies below the source's; NaN if the source is not scored in the same class set."""
+    own = (one.miou for one in scores if one.domain == source and one.class_set == score.class_set)
+    return next(own, float("nan")) - score.miou
 
 
-def mean_of_classes(scores: Sequence[Score]) -> np.ndarray:
-    """(K,) IoU of each class, averaged over the domains that have it, percent; the scores share one class set."""
-    return np.ma.masked_invalid([score.iou for score in scores]).mean(0).filled(np.nan)
+def by_class_set(scores: Sequence[Score]) -> dict[ClassSet, list[Score]]:
+    """The scores by their class set: mIoU of different class sets is never averaged or compared."""
+    groups: dict[ClassSet, list[Score]] = {}
+    for score in scores:
+        groups.setdefault(score.class_set, []).append(score)
+    return groups
 
 
-def target_mean(scores: list[Score], source: str) -> float:
-    """Mean mIoU over the domains that are not the source, percent."""
-    return float(np.mean([score.miou for score in scores if score.domain != source]))
+def unseen(scores: Sequence[Score], source: str) -> dict[ClassSet, list[Score]]:
+    """The scores of all domains but the source, by class set."""
+    return by_class_set([score for score in scores if score.domain != source])
+
+
+def target_means(scores: Sequence[Score], source: str) -> dict[str, float]:
+    """Mean mIoU over the unseen domains of each class set, percent; {class set's name: mean}."""
+    return {found.name: float(np.mean([s.miou for s in group])) for found, group in unseen(scores, source).items()}
+
+
+def class_means(table: dict[str, list[Score]], source: str) -> list[tuple[ClassSet, dict[str, np.ndarray]]]:
+    """Per class set, {model: (K,) percent}: IoU of each class, averaged over the unseen domains that have it."""
+    groups = {name: unseen(scores, source) for name, scores in table.items()}
+    return [
+        (
+            found,
+            {
+                name: np.ma.masked_invalid([s.iou for s in own[found]]).mean(0).filled(np.nan)
+                for name, own in groups.items()
+            },
+        )
+        for found in next(iter(groups.values()))
+    ]
+
+
+def hardest(scores: Sequence[Score], source: str) -> Score:
+    """The lowest mIoU among the unseen domains of the first one's class set; the first score if none is unseen."""
+    return min(next(iter(unseen(scores, source).values()), scores[:1]), key=lambda score: score.miou)
 
 
 def extremes(score: Score, count: int = 2) -> list[tuple[int, str, float]]:
@@ -184,13 +225,18 @@ def extremes(score: Score, count: int = 2) -> list[tuple[int, str, float]]:
 
 def verdict(table: dict[str, list[Score]], source: str) -> str:
     """What the table shows, in words made from its numbers."""
-    means = {name: target_mean(scores, source) for name, scores in table.items()}
-    best = max(means, key=lambda name: means[name])
-    hardest = min((s for s in table[best] if s.domain != source), key=lambda s: s.miou)
-    text = "Mean over the unseen domains: " + ", ".join(f"{n} {v:.1f}" for n, v in means.items()) + " % mIoU. "
-    text += f"The hardest for {best} is {hardest.domain} ({hardest.miou:.1f} %)"
-    own = _source_miou(table[best], source)
-    text += f", {own - hardest.miou:.1f} points from its own source ({own:.1f} %). " if own == own else ". "
+    means = {name: target_means(scores, source) for name, scores in table.items()}
+    text = "No domain but the source was scored. "
+    for place, classes in enumerate(next(iter(means.values()))):
+        found = {name: mean[classes] for name, mean in means.items()}
+        words = ", ".join(f"{name} {mean:.1f}" for name, mean in found.items())
+        text = (text if place else "") + f"Mean over the unseen domains in {classes}: {words} % mIoU. "
+    best = max(table, key=lambda name: next(iter(means[name].values()), 0.0))
+    worst = hardest(table[best], source)
+    points = drop(table[best], worst, source)
+    if worst.domain != source:
+        text += f"The hardest for {best} is {worst.domain} ({worst.miou:.1f} %)"
+        text += f", {points:.1f} points below its own source. " if points == points else ". "
     return text + "One seed each: a difference of a few points can be chance (notebook 05 shows the spread)."
 
 

@@ -139,15 +139,15 @@ class Segmenter(nn.Module):
             raise ValueError(f"{folder} holds no saved model (config.json and model.safetensors): train one first.")
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            experiment = Experiment.from_dict(config["experiment"])
+            experiment, trained_on = Experiment.from_dict(config["experiment"]), config["backbone_fingerprint"]
             tensors = load_file(folder / "model.safetensors")
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"The model in {folder} cannot be read ({error}): train it again.") from None
         model = cls(experiment, backbone)
         found = fingerprint(model.backbone.model)
-        if found != config["backbone_fingerprint"]:
+        if found != trained_on:
             raise ValueError(
-                f"{folder} was trained on a backbone with hash {config['backbone_fingerprint']}, "
+                f"{folder} was trained on a backbone with hash {trained_on}, "
                 f"but {model.backbone.name} has {found}: use the same weights."
             )
         model.load_state(tensors)

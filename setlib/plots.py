@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -72,18 +72,6 @@ def coloured(image: np.ndarray, label: np.ndarray, class_set: ClassSet, alpha: f
     """A picture (h, w, 3) uint8 under its label's colours, (h, w) places in class_set; 255 stays as it is."""
     mixed = (1 - alpha) * image + alpha * class_set.palette[label]
     return np.where((label == IGNORE)[..., None], image, mixed.round()).astype(np.uint8)
-
-
-def overlay(
-    image: np.ndarray,
-    label: np.ndarray,
-    class_set: ClassSet,
-    alpha: float = 0.6,
-    ax: Axes | None = None,
-    title: str = "",
-) -> Axes:
-    """`coloured` as a picture."""
-    return picture(coloured(image, label, class_set, alpha), title, ax)
 
 
 def _columns(count: int, most: int = 10) -> int:
@@ -226,32 +214,18 @@ def loss_curves(histories: Mapping[str, Sequence[Mapping]], ax: Axes | None = No
 
 
 @quiet
-def _spectrum(values: np.ndarray, label: str, title: str, ax: Axes | None, left: int = -1, **colours: Any) -> Axes:
-    """A picture of a spectrum, zero frequency in its middle, or in the middle of its left edge (left=0)."""
-    ax = _axes(ax, 2.6, 4.6)
-    aspect = (1 - left) / 2 * len(values) / values.shape[1] * (1 if left else 2)
-    shown = ax.imshow(values, extent=(left, 1, 1, -1), aspect=aspect, interpolation="nearest", **colours)
-    bar = ax.figure.colorbar(shown, ax=ax, label=label, shrink=0.8)
-    if "vmin" in colours:
-        bar.set_ticks([-math.pi, 0, math.pi], labels=["-π", "0", "π"])
-    ax.set(xticks=range(left, 2), yticks=(-1, 0, 1), xlabel="horizontal frequency (1 = highest)", ylabel="vertical")
+def attention_over_spectrum(share: np.ndarray, ax: Axes | None = None, title: str = "") -> Axes:
+    """One token's share of the attention, (H, W // 2 + 1) over the half spectrum in the transform's order.
+
+    Zero frequency is in the middle of the left edge.
+    """
+    ax, values = _axes(ax, 2.6, 4.6), 100 * np.fft.fftshift(share, axes=0)
+    look = {"extent": (0, 1, 1, -1), "aspect": len(values) / values.shape[1], "interpolation": "nearest"}
+    shown = ax.imshow(values, cmap="viridis", **look)
+    ax.figure.colorbar(shown, ax=ax, label="share of the attention (%)", shrink=0.8)
+    ax.set(xticks=(0, 1), yticks=(-1, 0, 1), xlabel="horizontal frequency (1 = highest)", ylabel="vertical")
     ax.set_title(title)
     return ax
-
-
-def log_amplitude(picture2d: np.ndarray, title: str = "", ax: Axes | None = None) -> Axes:
-    """Log amplitude (h, w) of a full spectrum, zero frequency in the middle (`spectral.log_amplitude_picture`)."""
-    return _spectrum(np.asarray(picture2d), "log(1 + amplitude)", title, ax, cmap="magma")
-
-
-def phase(picture2d: np.ndarray, title: str = "", ax: Axes | None = None) -> Axes:
-    """Phase (h, w) in radians of a full spectrum, zero frequency in the middle; cyclic colours."""
-    return _spectrum(np.asarray(picture2d), "phase (rad)", title, ax, cmap="twilight", vmin=-math.pi, vmax=math.pi)
-
-
-def attention_over_spectrum(share: np.ndarray, ax: Axes | None = None, title: str = "") -> Axes:
-    """One token's share of the attention, (H, W // 2 + 1) over the half spectrum in the transform's order."""
-    return _spectrum(100 * np.fft.fftshift(share, axes=0), "share of the attention (%)", title, ax, 0, cmap="viridis")
 
 
 @quiet
@@ -357,6 +331,18 @@ def class_heatmap(scores: Mapping[str, np.ndarray], class_set: ClassSet, ax: Axe
     """IoU by domain (rows) and class (columns); {domain: (K,) percent}, grey where a class does not occur."""
     values = np.array(list(scores.values()), float)
     return _heatmap(values, [short_name(domain) for domain in scores], class_set.classes, ax, "IoU (%)")
+
+
+def stacked(draw: Callable[..., Axes], groups: Sequence[tuple[ClassSet, Mapping[str, np.ndarray]]]) -> Figure:
+    """One panel a class set, below each other; draw: `class_heatmap` or `class_bars`, groups: what they take."""
+    heights = [draw(values, class_set).figure.get_figheight() for class_set, values in groups]
+    made = Figure((WIDTH, sum(heights)), layout="constrained")
+    panels = made.subplots(len(groups), squeeze=False, height_ratios=heights)[:, 0]
+    for (class_set, values), ax in zip(groups, panels, strict=True):
+        draw(values, class_set, ax)
+        if len(groups) > 1:
+            ax.set_title(class_set.name, loc="right")
+    return made
 
 
 @quiet

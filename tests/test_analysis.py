@@ -201,24 +201,10 @@ def test_even_attention_has_entropy_1(backbone, picture):
     assert analysis.attention_table(analysis.read_tokens(model, picture))[0]["entropy"] == pytest.approx(1)
 
 
-def test_one_token_and_wrong_names(backbone, picture):
-    model = make_model(backbone, "set")
-    reading = analysis.read_tokens(model, picture).attention[0]
-    found = analysis.token_attention(model, picture, 3, "amplitude", 5)
-    assert found == pytest.approx(reading.share[..., 5])
-    strongest = analysis.token_attention(model, picture, 3, "amplitude")
-    assert strongest == pytest.approx(reading.share[..., reading.influence.argmax()])
-    with pytest.raises(ValueError, match="No branch 'patches' of layer 3 in this model: expected amplitude of layer 3"):
-        analysis.token_attention(model, picture, 3, "patches")
-    with pytest.raises(ValueError, match="Token 8 does not exist: expected 0 to 7"):
-        analysis.token_attention(model, picture, 3, "amplitude", 8)
-
-
 def test_a_model_without_tokens_gives_an_empty_reading(backbone, picture):
     model = make_model(backbone, "none")
     reading = analysis.read_tokens(model, picture)
     assert (reading.attention, reading.changes, analysis.attention_table(reading)) == ([], [], [])
-    assert analysis.token_attention(model, picture, 3, "amplitude").size == 0
 
 
 def test_survey_counts_what_is_there(tmp_path):

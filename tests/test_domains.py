@@ -158,15 +158,6 @@ def test_a_picture_too_large_for_pillow_is_a_problem(root, monkeypatch):
     assert "exceeds limit" in domains.check(f"camvid@{root}", Data()).problems[0]
 
 
-def test_labelled_keeps_what_can_be_scored(root, tmp_path):
-    (tmp_path / "photos" / "images").mkdir(parents=True)
-    Image.new("RGB", (32, 24)).save(tmp_path / "photos/images/a.png")
-    photos, names = f"folder@{tmp_path}/photos", ["scenes:night", f"camvid@{root}"]
-    assert domains.labelled([names[0], photos, names[1]], Data()) == names
-    with pytest.raises(ValueError, match="photos' has no labels: it can be predicted and looked at, not scored"):
-        domains.labelled([photos], Data())
-
-
 def test_check_counts_pixels_and_sizes(root):
     found = domains.check(f"camvid@{root}", Data())
     assert found.pairs == 4 and found.sizes == {(32, 24): 4} and not found.problems

@@ -108,11 +108,38 @@ def test_a_domain_without_labels_is_not_scored(tmp_path, model):
         evaluate.evaluate_models({"a": model}, domain)
 
 
-def test_verdict_names_the_hardest_domain():
-    def score(domain, hit):
-        return evaluate.Score(domain, CITYSCAPES, np.diag([hit] * 19) + np.ones((19, 19), np.int64))
+def score(domain, hit, classes=CITYSCAPES):
+    """One with `hit` right pixels of every class for one of each kind of mistake."""
+    size = len(classes)
+    return evaluate.Score(domain, classes, np.diag([hit] * size) + np.ones((size, size), np.int64))
 
-    table = {"none": [score("s", 50), score("t", 20)], "set": [score("s", 40), score("t", 30), score("u", 5)]}
-    text = evaluate.verdict(table, "s")
-    assert "hardest for set is u" in text or "hardest for none is t" in text
-    assert evaluate.summary({"none": table["none"]}, "s")[1]["drop none"] > 0
+
+def test_verdict_names_the_hardest_domain():
+    table = {"none": [score("s", 50), score("t", 20)], "set": [score("s", 40), score("t", 30)]}
+    assert "hardest for set is t" in (text := evaluate.verdict(table, "s")) and "points below its own source" in text
+    assert evaluate.summary(table, "s")[1]["drop none"] == pytest.approx(table["none"][0].miou - table["none"][1].miou)
+
+
+def test_class_sets_are_never_averaged_or_compared():
+    scores = [score("s", 50, CAMVID), score("t", 20, CAMVID), score("u", 30, CAMVID), score("v", 5)]
+    means = evaluate.target_means(scores, "s")
+    assert means == pytest.approx({"camvid-11": (scores[1].miou + scores[2].miou) / 2, "cityscapes-19": scores[3].miou})
+    assert evaluate.hardest(scores, "s").domain == "t"  # not v, which is scored in other classes
+    assert np.isnan(evaluate.summary({"set": scores}, "s")[3]["drop set"])
+    text = evaluate.verdict({"set": scores}, "s")
+    assert "in camvid-11: set" in text and f"in cityscapes-19: set {scores[3].miou:.1f}" in text
+    assert [len(found["set"]) for _, found in evaluate.class_means({"set": scores}, "s")] == [11, 19]
+
+
+def test_the_source_alone_is_said_to_be_all():
+    text = evaluate.verdict({"set": [score("s", 50)]}, "s")
+    assert "No domain but the source was scored" in text and "nan" not in text
+    assert evaluate.target_means([score("s", 50)], "s") == {}
+
+
+def test_domains_without_labels_are_left_out(folder, model, tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (128, 64)).save(tmp_path / "images" / "a.png")
+    run = Run.open(tmp_path / "run", Experiment.build("smoke"))
+    scores = evaluate.evaluate_run(run, {"a": model}, [f"folder@{tmp_path}", f"folder@{folder}/train"], False)["a"]
+    assert [score.domain for score in scores] == [f"folder@{folder}/train"]

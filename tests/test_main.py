@@ -127,6 +127,16 @@ def test_a_domain_without_labels_is_refused_before_training(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_training_never_opens_a_target(capsys, tmp_path):
+    source, target = make_domain(tmp_path / "source"), make_domain(tmp_path / "target", labels=False)
+    for path in (target / "images").iterdir():
+        path.write_bytes(b"no picture")
+    options = ["--profile", "smoke", "--run", str(tmp_path / "run"), "--source", f"folder@{source}", *TINY]
+    assert cli.main(["train", *options, "--target", f"folder@{target}"]) == 0
+    assert cli.main(["run", *options, "--target", f"folder@{target}"]) == 2
+    assert "cannot be opened as a picture" in read_error(capsys)
+
+
 def test_train_says_where_the_model_is(trained, capsys):
     domain = f"folder@{trained.parent / 'domain'}"
     options = ["--profile", "smoke", "--run", str(trained), "--source", domain, "--target", domain, *TINY]
@@ -152,6 +162,15 @@ def test_evaluate_adds_to_the_metrics(trained, capsys, tmp_path):
     unlabelled = f"folder@{make_domain(tmp_path / 'unlabelled', labels=False)}"
     assert cli.main(["evaluate", str(trained), "--target", unlabelled]) == 2
     assert "no labels" in read_error(capsys)
+
+
+def test_evaluate_takes_more_or_fewer_pictures(trained, capsys, tmp_path):
+    six = f"folder@{make_domain(tmp_path / 'six', count=6)}"
+    assert cli.main(["evaluate", str(trained), "--target", six, "-o", "data.eval_images=0"]) == 0
+    results = json.loads((trained / "metrics.json").read_text(encoding="utf-8"))["results"]
+    assert {result["domain"]: result["images"] for result in results}[six] == 6  # 4 in the smoke profile
+    assert cli.main(["evaluate", str(trained), "-o", "model.refiner=rein"]) == 2
+    assert "'model.refiner=rein' was settled by training" in read_error(capsys)
 
 
 def save_pictures(folder: Path) -> dict[str, tuple[int, int]]:

@@ -28,13 +28,10 @@ MOVED = [
 ]
 ALL = {
     "picture": (plots.picture, IMAGE),
-    "overlay": (plots.overlay, IMAGE, LABEL, CITYSCAPES),
     "class_legend": (plots.class_legend, CAMVID),
     "depth": (plots.depth, np.where(LABEL == 10, np.inf, 5.0 + LABEL).astype(np.float32)),
     "class_shares": (plots.class_shares, {"scenes:game": SHARES}, CITYSCAPES),
     "loss_curves": (plots.loss_curves, {"set": HISTORY}),
-    "log_amplitude": (plots.log_amplitude, RANDOM.random((16, 32))),
-    "phase": (plots.phase, RANDOM.random((16, 32))),
     "attention_over_spectrum": (plots.attention_over_spectrum, RANDOM.random((8, 9))),
     "attention_over_picture": (plots.attention_over_picture, IMAGE, RANDOM.random((4, 8))),
     "radial_profiles": (plots.radial_profiles, np.arange(4), {"a": np.arange(4)}),
@@ -65,10 +62,10 @@ def test_pyplot_is_never_involved():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_overlay_mixes_class_colours_and_leaves_ignored_pixels():
+def test_labels_are_mixed_in_and_ignored_pixels_stay():
     label = np.full((20, 40), 13, np.uint8)
     label[0, 0] = 255
-    shown = plots.overlay(IMAGE, label, CITYSCAPES, alpha=1.0).images[0].get_array()
+    shown = plots.coloured(IMAGE, label, CITYSCAPES, alpha=1.0)
     assert (shown[1, 1] == CITYSCAPES.colours[13]).all()
     assert (shown[0, 0] == IMAGE[0, 0]).all()
     assert (plots.coloured(IMAGE, label, CITYSCAPES, alpha=0) == IMAGE).all()
@@ -125,6 +122,15 @@ def test_attention_over_the_spectrum_puts_zero_frequency_amid_the_left_edge():
     share[0, 0] = 0.5
     shown = plots.attention_over_spectrum(share).images[0].get_array()
     assert np.argwhere(shown == 50).tolist() == [[4, 0]]
+
+
+def test_every_class_set_has_a_panel_of_its_own():
+    groups = [(CITYSCAPES, {"scenes:fog": 100 * SHARES}), (CAMVID, {"camvid:dusk@x": np.arange(11.0)})]
+    made = plots.stacked(plots.class_heatmap, groups)
+    assert [ax.images[0].get_array().shape for ax in made.axes[:2]] == [(1, 19), (1, 11)]
+    assert [ax.get_title(loc="right") for ax in made.axes[:2]] == ["cityscapes-19", "camvid-11"]
+    alone = plots.stacked(plots.class_bars, [(CAMVID, {"set": np.arange(11.0), "none": np.arange(11.0)})])
+    assert len(alone.axes) == 1 and alone.axes[0].get_title(loc="right") == ""
 
 
 def test_bars_are_as_high_as_their_scores():

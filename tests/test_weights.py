@@ -277,7 +277,12 @@ def test_a_hub_model_without_cache_and_network_fails_fast_with_one_sentence(monk
 def test_a_network_that_swallows_everything_is_left_after_the_probe(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(weights, "PROBE_SECONDS", 0.2)
-    monkeypatch.setattr(weights.urllib.request, "urlopen", lambda *args, **kwargs: time.sleep(3))
+
+    def swallow(*args, **kwargs):
+        time.sleep(3)
+        raise TimeoutError
+
+    monkeypatch.setattr(weights.urllib.request, "urlopen", swallow)
     start = time.monotonic()
     assert not weights._hub_answers("https://hub.invalid")
     assert time.monotonic() - start < 2

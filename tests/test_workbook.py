@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import papermill.iorw
 import pytest
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
 
 from setlib import __main__ as cli
 from setlib import workbook
@@ -265,3 +267,29 @@ def test_the_workbook_runs_from_end_to_end(tmp_path, capsys):
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert cli.main([*options, "--seed", "1"]) == 2
     assert "another configuration (seed is 0, not 1)" in capsys.readouterr().err
+
+
+@pytest.mark.notebooks
+def test_domains_of_several_class_sets_and_without_labels(tmp_path, capsys):
+    """CamVid's eleven classes, the nineteen of the scenes and photos without labels, side by side."""
+    random = np.random.default_rng(0)
+    for name, kinds in (("camvid", ("images", "labels")), ("photos", ("images",))):
+        for kind in kinds:
+            (tmp_path / name / kind).mkdir(parents=True)
+            for i in range(3):
+                shape, high = ((60, 80, 3), 256) if kind == "images" else ((60, 80), 12)
+                Image.fromarray(random.integers(0, high, shape, np.uint8)).save(tmp_path / name / kind / f"{i}.png")
+    camvid, photos = f"camvid@{tmp_path}/camvid", f"folder@{tmp_path}/photos"
+    options = ["-o", "train.steps=2", "ablation.variants=none,set", "ablation.overrides=train.steps=1"]
+    base = ["run", "--profile", "smoke", *options]
+    folder = tmp_path / "a"
+    assert cli.main([*base, "--run", str(folder), "--source", camvid, "--target", "scenes:night", photos, camvid]) == 0
+    assert photos not in (output := capsys.readouterr().out).partition("domain")[2] and "scenes:night" in output
+    metrics = json.loads((folder / "metrics.json").read_text())
+    scored = {result["domain"]: result["class_set"] for result in metrics["results"]}
+    assert scored == {"scenes:night": "cityscapes-19", camvid: "camvid-11"}
+    folder = tmp_path / "b"
+    rendered = [*base, "--run", str(folder), "--only", "03", "04", "--target", camvid, "scenes:fog"]
+    assert cli.main(rendered) == 0, capsys.readouterr().err
+    numbers = json.loads((folder / "results" / "04_cross_domain.json").read_text())
+    assert numbers["hardest"] == camvid and numbers["rows"][1]["drop set"] is None
