@@ -301,17 +301,16 @@ def read_tokens(model: Segmenter, image: np.ndarray) -> Reading:
         x, index = inputs
         rows = window.shape[2] // model.backbone.patch_size
         share = branch.attention(x, index)[0].unflatten(0, (rows, -1))
-        added = branch.token_map(branch.tokens(index)) @ branch.delta_map.weight.T  # (M, C)
+        added = branch.token_map(branch.tokens.of_layer(index)) @ branch.delta_map.weight.T  # (M, C)
         influence = share.mean((0, 1)) * added.norm(dim=1)
         influence[0] = 0
         layer = model.refiner.layers[index]
-        name = "patches" if name == "branch" else name
         found[layer, name] = Attention(layer, name, share.cpu().numpy(), influence.cpu().numpy())
 
     def change(refiner: torch.nn.Module, inputs: tuple[Tensor, int], output: Tensor) -> None:
         changes.append({"layer": inputs[1], **compare(inputs[0], output)})
 
-    branches = [(n, b) for n, b in model.refiner.named_children() if isinstance(b, TokenBranch)]
+    branches = model.refiner.branches().items()
     hooks = [branch.register_forward_pre_hook(partial(attend, name)) for name, branch in branches]
     hooks.append(model.refiner.register_forward_hook(change))
     try:

@@ -56,6 +56,7 @@ class Model:
     feature_layers: tuple[int, ...] = (6, 9, 11, 12)  # what the head reads; empty = evenly spaced
     num_tokens: int = 100
     rank: int = 16
+    any_batch: bool = False  # lets set-released, whose output depends on the batch, be evaluated at any batch size
     head_channels: int = 128
 
 
@@ -240,7 +241,9 @@ def _parse(key: str, value: str, kind: typing.Any) -> typing.Any:
             item = typing.get_args(kind)[0]
             comma = r",(?=\s*[\w.]+=)" if key == "ablation.overrides" else ","  # an override may be a list itself
             return tuple(item(part.strip()) for part in re.split(comma, value) if part.strip())
-        return kind(value)
+        if kind is bool and value.lower() not in ("true", "false"):
+            raise ValueError
+        return value.lower() == "true" if kind is bool else kind(value)
     except ValueError:
         name = getattr(kind, "__name__", str(kind))
         raise ValueError(

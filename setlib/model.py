@@ -61,7 +61,12 @@ class Segmenter(nn.Module):
                 len(self.feature_layers), self.backbone.channels, config.head_channels, len(CITYSCAPES)
             )
             self.refiner = build_refiner(
-                config.refiner, refined, self.backbone.channels, config.num_tokens, config.rank
+                config.refiner,
+                refined,
+                self.backbone.channels,
+                config.num_tokens,
+                config.rank,
+                any_batch=config.any_batch,
             )
         self.to(DEVICE)
 

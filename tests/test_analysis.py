@@ -197,7 +197,7 @@ def test_a_branch_that_is_left_out_does_not_move_its_part(backbone, picture):
 
 def test_even_attention_has_entropy_1(backbone, picture):
     model = make_model(backbone, "rein")
-    torch.nn.init.zeros_(model.refiner.branch.tokens.a)
+    torch.nn.init.zeros_(model.refiner.patches.tokens.a)
     assert analysis.attention_table(analysis.read_tokens(model, picture))[0]["entropy"] == pytest.approx(1)
 
 

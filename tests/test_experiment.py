@@ -42,6 +42,7 @@ def test_domains_with_commas_survive_json():
         ("model.num_tokens=1", "at least 2"),
         ("data.scale_max=0.1", "below data.scale_min"),
         ("model.refiner", "is not KEY=VALUE"),
+        ("model.any_batch=maybe", "model.any_batch expects bool, not 'maybe'"),
         ("profile=paper", "Unknown option 'profile'"),
     ],
 )

@@ -1,13 +1,16 @@
 """Refiners: identity at the start, one image at a time, valid spectra, gradients everywhere."""
 
+import math
+
 import pytest
 import torch
 
 from setlib import spectral
-from setlib.tokens import REFINERS, TokenBranch, build_refiner
+from setlib.tokens import REFINERS, LowRankTokens, TokenBranch, build_refiner
 
 LAYERS, CHANNELS = (2, 5), 12
-SPECTRAL = [name for name in REFINERS if name.startswith("set")]
+SPECTRAL = [name for name in REFINERS if name.startswith("set") and name != "set-released"]
+OURS = [name for name in REFINERS if name not in ("none", "set-released")]  # with tokens, one image at a time
 
 
 def build(name, scramble=False):
@@ -40,14 +43,15 @@ def test_rein_starts_within_its_scale():
 
 def test_rein_is_its_formula():
     refiner, x = build("rein", scramble=True), features(2, 3, 4)
-    tokens = refiner.branch.tokens.a[1] @ refiner.branch.tokens.b[1]
+    branch = refiner.patches
+    tokens = branch.tokens.a[1] @ branch.tokens.b[1]
     share = (x.flatten(1, 2) @ tokens.T / CHANNELS**0.5).softmax(-1)
-    mixed = share[..., 1:] @ refiner.branch.token_map(tokens[1:])
-    expected = x + refiner.scale * refiner.branch.delta_map(mixed + x.flatten(1, 2)).view_as(x)
+    mixed = share[..., 1:] @ branch.token_map(tokens[1:])
+    expected = x + refiner.scale * branch.delta_map(mixed + x.flatten(1, 2)).view_as(x)
     torch.testing.assert_close(refiner(x, 5), expected)
 
 
-@pytest.mark.parametrize("name", [name for name in REFINERS if name != "none"])
+@pytest.mark.parametrize("name", OURS)
 def test_an_image_does_not_depend_on_its_batch(name):
     refiner = build(name, scramble=True)
     x = features(4, 5, 6)
@@ -62,9 +66,9 @@ def test_an_image_does_not_depend_on_its_batch(name):
 @pytest.mark.parametrize("name", SPECTRAL)
 def test_refined_spectrum_is_that_of_a_real_signal(name, size):
     refiner, x = build(name, scramble=True).double(), features(*size).double()
-    amplitude, change, unit = refiner.refine_spectrum(x, 5)
+    amplitude, phase = refiner.refine_spectrum(x, 5)
     assert amplitude.min() >= 0
-    full = spectral.full_spectrum(torch.polar(amplitude, change) * unit, size[2])
+    full = spectral.full_spectrum(torch.polar(amplitude, phase), size[2])
     signal = torch.fft.ifft2(full, dim=(1, 2), norm="ortho")
     assert signal.imag.abs().max() < 1e-6 * signal.real.abs().max()
     torch.testing.assert_close(signal.real, refiner(x, 5))
@@ -81,7 +85,7 @@ def test_zero_and_constant_features_give_finite_values_and_gradients(name):
         assert all(p.grad is None or p.grad.isfinite().all() for p in refiner.parameters())
 
 
-@pytest.mark.parametrize("name", [name for name in REFINERS if name != "none"])
+@pytest.mark.parametrize("name", OURS)
 def test_every_parameter_has_a_gradient_after_two_steps(name):
     refiner, x, goal = build(name), features(2, 4, 6), features(2, 4, 6, seed=3)
     optimiser = torch.optim.SGD(refiner.parameters(), lr=1e-4)
@@ -95,15 +99,17 @@ def test_every_parameter_has_a_gradient_after_two_steps(name):
 
 def test_normalised_attention_ignores_the_level_of_the_amplitudes():
     torch.manual_seed(0)
-    branch = TokenBranch(1, CHANNELS, 7, 3, normalise=True)
-    torch.nn.init.normal_(branch.tokens.a)
-    torch.nn.init.normal_(branch.tokens.b)
+    tokens = LowRankTokens(1, 7, CHANNELS, 3)
+    torch.nn.init.normal_(tokens.a)
+    torch.nn.init.normal_(tokens.b)
+    branch = TokenBranch(tokens, CHANNELS, normalise="positions")
     x = torch.rand(2, 30, CHANNELS)
     share = branch.attention(x, 0)
     torch.testing.assert_close(share.sum(-1), torch.ones(2, 30))
     torch.testing.assert_close(branch.attention(5 * x + 3, 0), share, rtol=1e-3, atol=1e-4)  # a style: scale and offset
-    branch.normalise = False
+    branch.normalise = ""
     assert (branch.attention(5 * x + 3, 0) - branch.attention(x, 0)).abs().max() > 0.01
+    assert branch.attention(x[:, :1], 0).isfinite().all()  # a grid of one patch
 
 
 def test_attention_of_the_amplitude_branch_is_not_uniform():
@@ -116,12 +122,58 @@ def test_half_precision_comes_back_as_it_came():
     assert build("set")(features(1, 4, 6).bfloat16(), 2).dtype == torch.bfloat16
 
 
-def test_tokens_at_the_papers_size():
-    count = {
-        n: sum(p.numel() for p in build_refiner(n, range(24), 1024, 100, 16).parameters()) for n in ("rein", "set")
-    }
-    assert count["rein"] == 24 * 16 * (100 + 1024) + 2 * (1024**2 + 1024) + 1
-    assert count["set"] == 2 * (count["rein"] - 1) <= 5_600_000
+@pytest.mark.parametrize(("name", "expected"), [("rein", 2_990_081), ("set-released", 7_546_881), ("set", 5_520_896)])
+def test_trainable_values_at_the_papers_size(name, expected):
+    refiner = build_refiner(name, range(1, 25), 1024, num_tokens=100, rank=16, query_channels=256)
+    assert sum(p.numel() for p in refiner.parameters() if p.requires_grad) == expected
+    assert expected <= 5_600_000 or name == "set-released"
+
+
+# The released code, and queries
+
+
+def test_the_released_form_leaks_from_image_to_image_and_ours_does_not():
+    x, changed = features(2, 4, 6), features(2, 4, 6)
+    changed[1] = features(1, 4, 6, seed=9)[0]
+    for name in ("set-released", "rein", "set"):
+        refiner = build(name, scramble=True)
+        delta, other = ((refiner(f, 2) - f)[0] for f in (x, changed))
+        assert ((other - delta).norm() / delta.norm() > 0.3) == (name == "set-released")
+
+
+def test_the_released_form_refuses_another_batch_size_than_that_of_training():
+    refiner, x = build("set-released").train(), features(4, 3, 4)
+    refiner(x, 2)
+    refiner.eval()
+    assert refiner(x, 2).shape == x.shape
+    with pytest.raises(ValueError, match="trained with batches of 4.* instead of 1, or set model.any_batch=true"):
+        refiner(x[:1], 2)
+    copy = build_refiner("set-released", LAYERS, CHANNELS, num_tokens=7, rank=3, any_batch=True).eval()
+    copy.load_state_dict(refiner.state_dict())
+    assert copy(x[:1], 2).isfinite().all()
+
+
+def test_normalising_over_tokens_makes_the_attention_all_but_uniform():
+    torch.manual_seed(0)
+    released = build_refiner("set-released", LAYERS, 384, num_tokens=100, rank=16)
+    share = released.amplitude.attention(100 * torch.rand(1, 500, 384), 0)
+    assert share.max() < math.exp(math.sqrt(99 / 384)) / 100 * 1.01
+    assert -(share * share.log()).sum(-1).min() / math.log(100) > 0.998
+
+
+def test_queries_pool_the_tokens_of_all_layers():
+    refiner = build_refiner("set", LAYERS, CHANNELS, num_tokens=7, rank=3, query_channels=5)
+    projected = refiner.query_map.transform(refiner.phase.tokens())  # (L, M, Q)
+    pooled = torch.stack([projected.max(0).values, projected.mean(0), projected[-1]], -1).flatten(1)
+    torch.testing.assert_close(refiner.queries(), refiner.query_map.merge(pooled))
+    refiner.queries().square().sum().backward()
+    assert refiner.phase.tokens.a.grad.abs().sum() > 0 and refiner.amplitude.tokens.a.grad is None
+    both = build_refiner("set", LAYERS, CHANNELS, 7, 3, query_channels=5, query_tokens="both")
+    assert both.queries().shape == (14, 5)
+    both.queries().square().sum().backward()
+    assert both.amplitude.tokens.a.grad.abs().sum() > 0
+    assert build("set").queries() is None and build("none").queries() is None
+    assert build_refiner("set-amplitude", LAYERS, CHANNELS, 7, 3, query_channels=5).queries().shape == (7, 5)
 
 
 def test_unknown_refiner_names_the_nearest():
