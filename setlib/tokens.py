@@ -247,7 +247,10 @@ class ReleasedSpectralTokens(TokenRefiner):
         patches = features.flatten(1, 2).transpose(0, 1)  # (N, B, C)
         patches = patches if patches.dtype == torch.float64 else patches.float()
         spectrum, index = torch.fft.fft2(patches, dim=(1, 2)), self.layers.index(layer)
-        refined = torch.polar(self.amplitude(spectrum.abs(), index), self.phase(spectrum.angle(), index))
+        amplitude, phase = self.amplitude(spectrum.abs(), index), self.phase(spectrum.angle(), index)
+        refined = torch.complex(
+            amplitude * phase.cos(), amplitude * phase.sin()
+        )  # polar's gradient wants amplitude >= 0
         delta = math.sqrt(batch / 2) * torch.fft.irfft2(refined, s=(batch, channels), dim=(1, 2))  # (N, B, C)
         return features + (self.scale * delta.transpose(0, 1).reshape(features.shape)).to(features.dtype)
 
