@@ -1,4 +1,4 @@
-"""The command line, `python -m setlib`: run, train, evaluate, predict, check.
+"""The command line, `python -m setlib`: run, train, evaluate, predict, check, verify.
 
 Only the standard library is imported until a sub-command starts, so that help and usage errors come at once.
 """
@@ -67,6 +67,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     predict.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for what is made")
     check = add("check", "Say what a domain holds, and whether it can be used.", profile, options)
     check.add_argument("domains", metavar="DOMAIN", nargs="+", help="name[:split][@folder]")
+
+    verify = add("verify", "Compare refiners with golden numbers of the public releases; exit 1 above 1e-5.")
+    verify.add_argument("files", metavar="FILE.npz", nargs="+", type=Path)
 
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -244,6 +247,18 @@ def check_command(args: argparse.Namespace) -> int:
         if found.problems:
             unusable.append(f"'{text}' cannot be used: {found.problems[0].rstrip('.')}")
     return fail(f"{'; '.join(unusable)}.", 1) if unusable else 0
+
+
+def verify_command(args: argparse.Namespace) -> int:
+    """verify: the largest difference of each item; 1 if one is above the tolerance."""
+    from setlib import release
+
+    wrong = []
+    for path in args.files:
+        rows = release.verify(path)
+        wrong += [f"{path}: {row['item']}" for row in rows if not row["difference"] <= release.TOLERANCE]
+        print(text_table([[str(path), "largest difference"], *([r["item"], f"{r['difference']:.1e}"] for r in rows)]))
+    return fail(f"above {release.TOLERANCE:g}: {', '.join(wrong)}", 1) if wrong else 0
 
 
 def describe(found: Check) -> str:

@@ -28,7 +28,7 @@ USER_VISIBLE = {"torch", "transformers", "jupyterlab", "matplotlib", "ipywidgets
 # A room stands above all it imports, so the table is also the order of the house, top first.
 COMMON = {"experiment", "labels"}
 IMPORTS = {
-    "__main__": {"workbook", "explore", "ablation", "analysis", "evaluate", "train", "plots"},
+    "__main__": {"workbook", "release", "explore", "ablation", "analysis", "evaluate", "train", "plots"},
     "workbook": {"explore", "ablation", "analysis", "evaluate", "train", "plots"},
     "explore": {"analysis", "plots", "model", "domains", "spectral"},
     "analysis": {"plots", "spectral", "model", "domains", "scenes", "transforms"},
@@ -40,6 +40,7 @@ IMPORTS = {
     "heads": set(),
     "backbone": {"weights"},
     "weights": set(),
+    "release": {"tokens"},
     "tokens": {"spectral"},
     "spectral": set(),
     "domains": {"scenes"},
@@ -186,7 +187,7 @@ def test_package_stays_compact():
     assert ROOMS, "setlib/ holds no module"
     lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOMS}
     assert not {name: count for name, count in lines.items() if count > 480}
-    assert sum(lines.values()) <= 5650, lines
+    assert sum(lines.values()) <= 5760, lines
 
 
 @pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.stem)
