@@ -333,6 +333,7 @@ def class_heatmap(scores: Mapping[str, np.ndarray], class_set: ClassSet, ax: Axe
     return _heatmap(values, [short_name(domain) for domain in scores], class_set.classes, ax, "IoU (%)")
 
 
+@quiet
 def stacked(draw: Callable[..., Axes], groups: Sequence[tuple[ClassSet, Mapping[str, np.ndarray]]]) -> Figure:
     """One panel a class set, below each other; draw: `class_heatmap` or `class_bars`, groups: what they take."""
     heights = [draw(values, class_set).figure.get_figheight() for class_set, values in groups]
