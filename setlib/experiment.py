@@ -300,14 +300,14 @@ class Run:
     def open(cls, path: str | Path | None, experiment: Experiment) -> Run:
         """The folder for this experiment, made when missing; `path` None or "" names it after the experiment.
 
-        Raises ValueError if the folder holds another configuration or cannot be written.
+        Raises ValueError if the folder holds what another configuration made, or cannot be written.
         """
         path = Path(path) if path else default_run_folder(experiment)
         stored = path / "experiment.json"
         if stored.is_file():
             other = cls.load(path).experiment
             differing = _differences(experiment, other)
-            if differing:
+            if differing and any(file.name != stored.name for file in path.iterdir()):  # something was made with it
                 raise ValueError(
                     f"Run folder {path} holds another configuration ({'; '.join(differing[:3])}): "
                     "choose another with --run, or the same options."

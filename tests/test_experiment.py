@@ -74,6 +74,8 @@ def test_paper_profile_asks_for_domains():
 def test_run_folder_refuses_another_configuration(tmp_path):
     Run.open(tmp_path / "run", Experiment.build("smoke"))
     assert Run.open(tmp_path / "run", Experiment.build("smoke")).experiment == PROFILES["smoke"]
+    Run.open(tmp_path / "run", Experiment.build("smoke", seed=2))  # nothing was made yet: a mistake can be mended
+    Run.open(tmp_path / "run", Experiment.build("smoke")).write_json("results/x.json", {})
     with pytest.raises(ValueError, match="holds another configuration .seed is 0, not 3"):
         Run.open(tmp_path / "run", Experiment.build("smoke", seed=3))
 
