@@ -49,7 +49,6 @@ class IdMap:
     known: np.ndarray  # (256,) bool
     to_train: np.ndarray  # (256,) uint8
     to_score: np.ndarray  # (256,) uint8
-    names: dict[int, str]
 
 
 def _rows(name: str) -> list[dict]:
@@ -82,7 +81,6 @@ CAMVID = _classes(
         "bicycle": "Bicyclist",
     },
 )
-CLASS_SETS = {classes.name: classes for classes in (CITYSCAPES, CAMVID)}
 
 
 @cache
@@ -100,4 +98,4 @@ def id_map(name: str) -> IdMap:
         if row["train_id"] != IGNORE:
             to_score[row["id"]] = next(places)
     known[IGNORE] = True
-    return IdMap(class_set, known, to_train, to_score, {row["id"]: row["name"] for row in rows})
+    return IdMap(class_set, known, to_train, to_score)
