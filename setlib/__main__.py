@@ -1,4 +1,4 @@
-"""The command line, `python -m setlib`: run, train, evaluate, predict, check, verify.
+"""The command line, `python -m setlib`: run, train, evaluate, predict, check, verify, bench.
 
 Only the standard library is imported until a sub-command starts, so that help and usage errors come at once.
 """
@@ -6,6 +6,7 @@ Only the standard library is imported until a sub-command starts, so that help a
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -70,6 +71,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     verify = add("verify", "Compare refiners with golden numbers of the public releases; exit 1 above 1e-5.")
     verify.add_argument("files", metavar="FILE.npz", nargs="+", type=Path)
+    bench = add("bench", "Measure speed and memory of the parts, as ratios taken in one run.")
+    bench.add_argument("--only", metavar="NAME", default=[], help="benches to run; default: all", **many)
+    bench.add_argument("--json", metavar="FILE", type=Path, help="write the rows to a file too")
 
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -259,6 +263,23 @@ def verify_command(args: argparse.Namespace) -> int:
         wrong += [f"{path}: {row['item']}" for row in rows if not row["difference"] <= release.TOLERANCE]
         print(text_table([[str(path), "largest difference"], *([r["item"], f"{r['difference']:.1e}"] for r in rows)]))
     return fail(f"above {release.TOLERANCE:g}: {', '.join(wrong)}", 1) if wrong else 0
+
+
+def bench_command(args: argparse.Namespace) -> int:
+    """bench: seconds and peak memory of each case, and their ratios to the first of its group."""
+    from setlib import bench
+
+    rows, first = bench.bench(args.only), {}
+    shown = [["bench", "variant", "size", "seconds", "ratio", "peak MB", "ratio"]]
+    for row in rows:
+        base = first.setdefault((row["bench"], row["size"]), row)
+        ratios = [row[key] / base[key] if base[key] else 0 for key in ("seconds", "peak_bytes")]
+        measured = [f"{row['seconds']:.4f}", f"{ratios[0]:.2f}", f"{row['peak_bytes'] / 1e6:.1f}", f"{ratios[1]:.2f}"]
+        shown.append([row["bench"], row["variant"], row["size"], *measured])
+    print(text_table(shown))
+    if args.json:
+        print(f"Rows: {write_atomic(args.json, json.dumps(rows, indent=1))}")
+    return 0
 
 
 def describe(found: Check) -> str:

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 GRID = (1, 2)
 PIXELS = (2, 3)
+LARGEST_GRID = 128  # patches along an axis up to which the transform is a product with matrices
 
 
 class Spectrum(NamedTuple):
@@ -46,19 +47,12 @@ def split_spectrum(x: Tensor, axes: tuple[int, int] = GRID) -> Spectrum:
     x: 4-D, real. Returns two half spectra, float32 for half precision. Raises ValueError if x is not 4-D.
     Source: SET, Sec. 3.1.
     """
-    x = _checked(x)
-    if axes == GRID and x.device.type == "cpu":
-        return Spectrum(*_ToPolar.apply(*_grid_parts(x)))
-    spectrum = transform(x, axes)
-    return Spectrum(*_ToPolar.apply(spectrum.real, spectrum.imag))
+    return Spectrum(*_Split.apply(_checked(x), axes))
 
 
 def join_spectrum(spectrum: Spectrum, size: tuple[int, int], axes: tuple[int, int] = GRID) -> Tensor:
     """The inverse of `split_spectrum`; size: length of the two axes. Source: SET, Sec. 3.1."""
-    parts = _FromPolar.apply(*map(_checked, spectrum))
-    if axes == GRID and parts.device.type == "cpu":
-        return _grid_signal(parts, size[1])
-    return invert(torch.complex(*parts.unbind(1)), size, axes)
+    return _Join.apply(*map(_checked, spectrum), size, axes)
 
 
 def _checked(x: Tensor) -> Tensor:
@@ -68,101 +62,130 @@ def _checked(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _is_empty(amplitude: Tensor) -> Tensor:
-    """Where an amplitude is too small for its square to be a number: there is no phase."""
-    return amplitude <= torch.finfo(amplitude.dtype).tiny ** 0.5
-
-
-class _ToPolar(torch.autograd.Function):
-    """Real and imaginary part -> amplitude and phase; only these two are kept for the gradient."""
+class _Split(torch.autograd.Function):
+    """x -> amplitude and phase; only these two are kept for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, real: Tensor, imaginary: Tensor) -> tuple[Tensor, Tensor]:
-        amplitude = torch.hypot(real, imaginary)
-        phase = torch.atan2(imaginary, real).masked_fill_(_is_empty(amplitude), 0)
+    def forward(ctx: Any, x: Tensor, axes: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        real, imaginary = to_parts(x, axes).add_(0.0).unbind(1)  # -0 becomes 0, lest a phase of pi become -pi
+        amplitude, phase = real.square().addcmul_(imaginary, imaginary).sqrt_(), torch.atan2(imaginary, real)
         ctx.save_for_backward(amplitude, phase)
+        ctx.size, ctx.axes = (x.shape[axes[0]], x.shape[axes[1]]), axes
         return amplitude, phase
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, along: Tensor, around: Tensor) -> tuple[Tensor, Tensor]:
-        amplitude, phase = ctx.saved_tensors
-        empty = _is_empty(amplitude)
-        along, around = along.masked_fill(empty, 0), (around / amplitude).masked_fill_(empty, 0)
-        cos, sin = phase.cos(), phase.sin()
-        return (along * cos).addcmul_(around, sin, value=-1), (along * sin).addcmul_(around, cos)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return from_parts(_turn_back(*ctx.saved_tensors, *gradients), ctx.size, ctx.axes, transposed=True), None
 
 
-class _FromPolar(torch.autograd.Function):
-    """Amplitude and phase, (B, ...) each -> real and imaginary part, (B, 2, ...); the inverse of `_ToPolar`."""
+class _Join(torch.autograd.Function):
+    """Amplitude and phase -> x; the inverse of `_Split`. Works in place, to need little memory beside what it keeps."""
 
     @staticmethod
-    def forward(ctx: Any, amplitude: Tensor, phase: Tensor) -> Tensor:
+    def forward(ctx: Any, amplitude: Tensor, phase: Tensor, size: tuple[int, int], axes: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(amplitude, phase)
-        parts = torch.stack([phase.cos(), phase.sin()], 1)
-        return parts.mul_(amplitude.unsqueeze(1))
+        ctx.axes = axes
+        return from_parts(_from_polar(amplitude, phase), size, axes)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, parts: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         amplitude, phase = ctx.saved_tensors
-        (real, imaginary), cos, sin = parts.unbind(1), phase.cos(), phase.sin()
-        along = (real * cos).addcmul_(imaginary, sin)
-        return along, (imaginary * cos).addcmul_(real, sin, value=-1).mul_(amplitude)
+        real, imaginary = to_parts(gradient, ctx.axes, transposed=True).unbind(1)
+        along, sin = phase.cos().mul_(real), phase.sin()
+        along.addcmul_(imaginary, sin)
+        real.mul_(sin)
+        around = torch.cos(phase, out=sin).mul_(imaginary).sub_(real).mul_(amplitude)
+        return along, around, None, None
+
+
+def _from_polar(amplitude: Tensor, phase: Tensor) -> Tensor:
+    """Real and imaginary part, (B, 2, ...), of amplitude and phase, (B, ...) each."""
+    parts = amplitude.new_empty(len(amplitude), 2, *amplitude.shape[1:])
+    torch.cos(phase, out=parts[:, 0]).mul_(amplitude)
+    torch.sin(phase, out=parts[:, 1]).mul_(amplitude)
+    return parts
+
+
+def _turn_back(amplitude: Tensor, phase: Tensor, along: Tensor, around: Tensor) -> Tensor:
+    """Gradients along the amplitude and around the phase -> those of real and imaginary part; 0 where there is none."""
+    inverse = amplitude.clamp(min=torch.finfo(amplitude.dtype).tiny ** 0.5).reciprocal_()
+    cos = phase.cos().mul_(amplitude).mul_(inverse)  # 0 without amplitude, as the sine is
+    around = inverse.mul_(around)
+    parts = amplitude.new_empty(len(amplitude), 2, *amplitude.shape[1:])
+    real, imaginary = parts.unbind(1)
+    sin = torch.sin(phase, out=real)
+    torch.mul(sin, along, out=imaginary).addcmul_(cos, around)
+    torch.sub(cos.mul_(along), sin.mul_(around), out=real)
+    return parts
+
+
+def to_parts(x: Tensor, axes: tuple[int, int] = GRID, transposed: bool = False) -> Tensor:
+    """`transform` without complex numbers: real and imaginary part of the half spectrum, stacked as axis 1.
+
+    x: 4-D; over GRID (B, H, W, C) -> (B, 2, H, W // 2 + 1, C). Over grids of patches two products with small matrices
+    take less than half the FFT's time, which must first bring each channel's patches together.
+    transposed: the transpose of `from_parts`, which is its gradient: columns that stand for two count twice.
+    """
+    if axes != GRID or max(x.shape[1:3]) > LARGEST_GRID:
+        spectrum = transform(x, axes)
+        parts = torch.stack([spectrum.real, spectrum.imag], 1)
+        return parts.mul_(_column_counts(x.shape[axes[1]], axes).to(parts)) if transposed else parts
+    b, h, w, c = x.shape
+    with torch.autocast(x.device.type, enabled=False):
+        rows, back, columns = _dft_matrices(h, w, x.dtype, x.device)
+        parts = torch.matmul(back.T if transposed else rows, x)  # (B, H, 2V, C), V = W // 2 + 1
+        parts = torch.matmul(columns, parts.view(b, 2 * h, -1))  # (B, 2H, VC)
+    return parts.view(b, 2, h, -1, c)
+
+
+def from_parts(parts: Tensor, size: tuple[int, int], axes: tuple[int, int] = GRID, transposed: bool = False) -> Tensor:
+    """The inverse of `to_parts`, or its transpose; size: length of the two axes."""
+    if axes != GRID or max(size) > LARGEST_GRID:
+        parts = parts / _column_counts(size[1], axes).to(parts) if transposed else parts
+        return invert(torch.complex(*parts.unbind(1)), size, axes)
+    b, _, h, v, c = parts.shape
+    with torch.autocast(parts.device.type, enabled=False):
+        rows, back, columns = _dft_matrices(*size, parts.dtype, parts.device)
+        parts = torch.matmul(columns.T, parts.view(b, 2 * h, v * c))  # (B, 2H, VC)
+        return torch.matmul(rows.T if transposed else back, parts.view(b, h, 2 * v, c))  # (B, H, W, C)
 
 
 @lru_cache(maxsize=32)
-def _dft_matrices(height: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _dft_matrices(height: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The orthonormal transform over a patch grid as real matrices: rows, rows back, columns.
 
     rows: (2V, W) to the real and imaginary parts of the V = W // 2 + 1 half-spectrum columns; rows back: (W, 2V), which
     counts the columns that stand for two twice; columns: (2H, 2H), (h, part) to (part, u), orthogonal.
     """
-    angle = 2 * math.pi / width * (torch.arange(width // 2 + 1)[:, None] * torch.arange(width) % width).double()
-    rows = torch.cat([angle.cos(), -angle.sin()]) / math.sqrt(width)
-    twice = 2 - _is_own_partner(width).double()
-    angle = 2 * math.pi / height * (torch.arange(height)[:, None] * torch.arange(height) % height).double()
-    cos, sin = angle.cos() / math.sqrt(height), angle.sin() / math.sqrt(height)
+    cos, sin = _waves(width, width // 2 + 1)
+    rows = torch.cat([cos, -sin])
+    back = (rows * _column_counts(width).repeat(2, 1)).T
+    cos, sin = _waves(height, height)
     columns = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)])  # (part, u, h, part)
-    back = (rows * twice.repeat(2)[:, None]).T
-    return tuple(m.to(dtype).contiguous() for m in (rows, back, columns.reshape(2 * height, 2 * height)))
+    matrices = (rows, back, columns.reshape(2 * height, 2 * height))
+    return tuple(m.to(device, dtype).contiguous() for m in matrices)
 
 
-def _grid_parts(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Real and imaginary half spectrum, (B, H, W // 2 + 1, C) each, of x (B, H, W, C).
-
-    Two products with small matrices: for grids of patches they take a quarter of the FFT's time, which must first bring
-    each channel's patches together; the channels stay where the tokens want them.
-    """
-    b, h, w, c = x.shape
-    with torch.autocast(x.device.type, enabled=False):
-        rows, _, columns = _dft_matrices(h, w, x.dtype)
-        parts = torch.bmm(rows.expand(b * h, -1, -1), x.reshape(b * h, w, c))  # (BH, 2V, C)
-        parts = torch.bmm(columns.expand(b, -1, -1), parts.view(b, 2 * h, -1))  # (B, 2H, VC)
-    return parts.view(b, 2, h, -1, c).unbind(1)
+def _column_counts(width: int, axes: tuple[int, int] = GRID) -> Tensor:
+    """How many columns of the full spectrum a half-spectrum column stands for, 1 or 2; (V, 1), or (V,) for pixels."""
+    column = torch.arange(width // 2 + 1)
+    counts = torch.where((2 * column) % width == 0, 1.0, 2.0).double()
+    return counts[:, None] if axes == GRID else counts
 
 
-def _grid_signal(parts: Tensor, width: int) -> Tensor:
-    """The inverse of `_grid_parts`: (B, 2, H, W // 2 + 1, C) -> (B, H, W, C)."""
-    b, _, h, v, c = parts.shape
-    with torch.autocast(parts.device.type, enabled=False):
-        _, back, columns = _dft_matrices(h, width, parts.dtype)
-        x = torch.bmm(columns.T.expand(b, -1, -1), parts.reshape(b, 2 * h, v * c))  # (B, 2H, VC)
-        x = torch.bmm(back.expand(b * h, -1, -1), x.view(b * h, 2 * v, c))  # (BH, W, C)
-    return x.view(b, h, width, c)
+def _waves(length: int, count: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the first `count` frequencies, (count, length), orthonormal; zeros are exact."""
+    angle = 2 * math.pi / length * (torch.arange(count)[:, None] * torch.arange(length) % length).double()
+    return tuple(wave.mul(2**40).round().div(2**40 * math.sqrt(length)) for wave in (angle.cos(), angle.sin()))
 
 
 def unit_phasor(spectrum: Tensor) -> Tensor:
     """exp(j phase) of a complex tensor; 1 with zero gradient where the amplitude vanishes (0 has no phase)."""
     amplitude = spectrum.abs()
-    empty = _is_empty(amplitude)
+    empty = amplitude <= torch.finfo(amplitude.dtype).tiny ** 0.5  # its square is no number
     return torch.where(empty, torch.ones_like(spectrum), spectrum) / torch.where(empty, 1, amplitude)
-
-
-def _is_own_partner(width: int) -> Tensor:
-    """Which half-spectrum columns, (W // 2 + 1,), hold both partners of each pair: 0 and, for even widths, W / 2."""
-    column = torch.arange(width // 2 + 1)
-    return (2 * column) % width == 0
 
 
 def mirror_rows(half: Tensor, rows: int = 1) -> Tensor:
@@ -170,16 +193,37 @@ def mirror_rows(half: Tensor, rows: int = 1) -> Tensor:
     return half.flip(rows).roll(1, rows)
 
 
-def make_phase_change_odd(change: Tensor, width: int) -> Tensor:
-    """A change of phase that keeps a half spectrum that of a real signal.
+def change_phase(phase: Tensor, change: Tensor, width: int) -> Tensor:
+    """phase + change, the change made odd so that the half spectrum stays that of a real signal.
 
     A real signal's phase is odd: rho(-u, -v) = -rho(u, v). The columns v = 0 and, for even widths, v = W / 2 hold both
     partners; there the odd part of the change is taken (so nothing turns at the bins that are their own partners).
-    change: (B, H, W // 2 + 1, C), radians; width: W. Same shape comes back.
+    phase, change: (B, H, W // 2 + 1, C), radians; width: W. Same shape comes back, not wrapped.
     """
-    last = change.shape[2] - (width % 2 == 0)
-    ends = [(column - mirror_rows(column)) / 2 for column in (change[:, :, :1], change[:, :, max(last, 1) :])]
-    return torch.cat([ends[0], change[:, :, 1:last], ends[1]], dim=2)
+    return _ChangePhase.apply(phase, change, slice(None, None, width // 2 if width % 2 == 0 else width))
+
+
+class _ChangePhase(torch.autograd.Function):
+    """Adds the change; in the columns that hold both partners, its odd part (a projection, its own transpose)."""
+
+    @staticmethod
+    def forward(ctx: Any, phase: Tensor, change: Tensor, both: slice) -> Tensor:
+        ctx.both = both
+        changed = phase + change
+        changed[:, :, both] = phase[:, :, both] + _odd(change[:, :, both])
+        return changed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        change = gradient.clone()
+        change[:, :, ctx.both] = _odd(gradient[:, :, ctx.both])
+        return gradient, change, None
+
+
+def _odd(columns: Tensor) -> Tensor:
+    """The odd part of columns over their rows, axis 1."""
+    return (columns - mirror_rows(columns)).mul_(0.5)
 
 
 def full_spectrum(half: Tensor, width: int) -> Tensor:

@@ -100,7 +100,10 @@ class TokenBranch(nn.Module):
 
     def attention(self, x: Tensor, index: int) -> Tensor:
         """Share of each token, (B, P, M), sums to 1 over the tokens; x: (B, P, C)."""
-        similarity = x @ self.tokens.of_layer(index).T  # (B, P, M)
+        return self._attend(x, self.tokens.of_layer(index))
+
+    def _attend(self, x: Tensor, tokens: Tensor) -> Tensor:
+        similarity = x @ tokens.T  # (B, P, M)
         if self.normalise == "tokens":
             similarity = F.layer_norm(similarity, similarity.shape[-1:])
         similarity = similarity / math.sqrt(x.shape[-1])
@@ -111,8 +114,9 @@ class TokenBranch(nn.Module):
 
     def forward(self, x: Tensor, index: int) -> Tensor:
         """beta(x), (B, P, C) -> (B, P, C); index: place of the layer in the stack, from 0."""
-        values = self.token_map(self.tokens.of_layer(index)[1:])  # (M - 1, C)
-        return self.delta_map(self.attention(x, index)[..., 1:] @ values + x)
+        tokens = self.tokens.of_layer(index)
+        values = self.token_map(tokens[1:])  # (M - 1, C)
+        return self.delta_map(self._attend(x, tokens)[..., 1:] @ values + x)
 
 
 class TokenQueries(nn.Module):
@@ -210,9 +214,10 @@ class SpectralTokens(TokenRefiner):
         index, positions = self.layers.index(layer), amplitude.shape
         if self.phase is not None:
             change = self.phase(phase.flatten(1, 2), index).view(positions)
-            phase = phase + spectral.make_phase_change_odd(change, features.shape[2])
+            phase = spectral.change_phase(phase, change, features.shape[2])
         if self.amplitude is not None:
-            amplitude = (amplitude + self.amplitude(amplitude.flatten(1, 2), index).view(positions)).relu()
+            change = self.amplitude(amplitude.flatten(1, 2), index).view(positions)
+            amplitude = (amplitude + change).relu_()
         return spectral.Spectrum(amplitude, phase)
 
     def forward(self, features: Tensor, layer: int) -> Tensor:

@@ -28,7 +28,7 @@ USER_VISIBLE = {"torch", "transformers", "jupyterlab", "matplotlib", "ipywidgets
 # A room stands above all it imports, so the table is also the order of the house, top first.
 COMMON = {"experiment", "labels"}
 IMPORTS = {
-    "__main__": {"workbook", "release", "explore", "ablation", "analysis", "evaluate", "train", "plots"},
+    "__main__": {"workbook", "release", "bench", "explore", "ablation", "analysis", "evaluate", "train", "plots"},
     "workbook": {"explore", "ablation", "analysis", "evaluate", "train", "plots"},
     "explore": {"analysis", "plots", "model", "domains", "spectral"},
     "analysis": {"plots", "spectral", "model", "domains", "scenes", "transforms"},
@@ -41,6 +41,7 @@ IMPORTS = {
     "backbone": {"weights"},
     "weights": set(),
     "release": {"tokens"},
+    "bench": {"tokens", "spectral"},
     "tokens": {"spectral"},
     "spectral": set(),
     "domains": {"scenes"},

@@ -53,14 +53,48 @@ def test_half_spectrum_and_symmetry_give_the_full_one(size, seed):
 
 @few
 @given(sizes, seeds)
-def test_odd_phase_change_keeps_the_signal_real(size, seed):
+def test_a_change_of_phase_keeps_the_signal_real(size, seed):
     x = features(size, seed)
-    spectrum = spectral.transform(x)
-    change = spectral.make_phase_change_odd(torch.randn_like(spectrum.real) * 3, size[1])
-    full = spectral.full_spectrum(spectrum * torch.polar(torch.ones_like(change), change), size[1])
+    amplitude, phase = spectral.split_spectrum(x)
+    change = 3 * torch.randn(phase.shape, generator=torch.Generator().manual_seed(seed)).double()
+    changed = spectral.change_phase(phase, change, size[1])
+    full = spectral.full_spectrum(torch.polar(amplitude, changed), size[1])
     signal = torch.fft.ifft2(full, dim=(1, 2), norm="ortho")
     assert signal.imag.abs().max() < 1e-12 * (1 + signal.real.abs().max())
     torch.testing.assert_close(signal.abs().square().sum(), x.square().sum())  # no amplitude was lost
+    inner = slice(1, (size[1] + 1) // 2)
+    assert torch.equal(changed[:, :, inner], (phase + change)[:, :, inner])  # elsewhere it is what was asked for
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 9), (6, 1), (1, 1), (37, 2)])
+@pytest.mark.parametrize("axes", [spectral.GRID, spectral.PIXELS])
+def test_gradients_are_those_of_the_function(size, axes, monkeypatch):
+    x = features(size, 0, batch=2, channels=2).requires_grad_()
+    x = x if axes == spectral.GRID else x.permute(0, 3, 1, 2).detach().requires_grad_()
+    amplitude, phase = (part.detach().requires_grad_() for part in spectral.split_spectrum(x, axes))
+    for largest in (spectral.LARGEST_GRID, 0):  # products with matrices, and the FFT
+        monkeypatch.setattr(spectral, "LARGEST_GRID", largest)
+        assert torch.autograd.gradcheck(lambda z: spectral.split_spectrum(z, axes), x)
+        assert torch.autograd.gradcheck(lambda a, p: spectral.join_spectrum((a, p), size, axes), (amplitude, phase))
+    if axes == spectral.GRID:
+        change = torch.randn_like(phase).requires_grad_()
+        assert torch.autograd.gradcheck(lambda p, c: spectral.change_phase(p, c, size[1]), (phase, change))
+
+
+@few
+@given(sizes, seeds)
+def test_products_with_matrices_are_the_fft(size, seed):
+    x = features(size, seed)
+    expected = torch.fft.rfft2(x, dim=(1, 2), norm="ortho")
+    real, imaginary = spectral.to_parts(x).unbind(1)
+    torch.testing.assert_close(torch.complex(real, imaginary), expected)
+    torch.testing.assert_close(spectral.from_parts(spectral.to_parts(x), size), x)
+
+
+def test_a_bin_that_is_its_own_partner_has_phase_0_or_pi():
+    phase = spectral.split_spectrum(features((6, 8), 3, batch=5).float()).phase
+    own = phase[:, ::3, ::4].flatten()
+    assert ((own == 0) | (own == torch.tensor(math.pi))).all() and 0 < (own == 0).float().mean() < 1
 
 
 @few
