@@ -1,7 +1,7 @@
-"""What spectra, domains and tokens look like in numbers: movement with style and content, attention of tokens, shares.
+"""What spectra and domains look like in numbers: movement with style and content, brightness, class shares.
 
-Everything here measures; drawing is in `plots.py`, the transforms in `spectral.py`. The functions `say_...` put results
-into a Markdown sentence, made from the numbers alone.
+Everything here measures; drawing is in `plots.py`, the transforms in `spectral.py`, what tokens do in `attention.py`.
+The functions `say_...` put results into a Markdown sentence, made from the numbers alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import combinations
 from typing import NamedTuple
 
@@ -25,7 +24,6 @@ from setlib.labels import IGNORE, ClassSet
 from setlib.model import Segmenter
 from setlib.plots import coloured, short_name
 from setlib.scenes import STYLES
-from setlib.tokens import TokenBranch
 from setlib.transforms import fit, resize
 
 PARTS = ("amplitude", "phase")
@@ -261,74 +259,3 @@ def say_survey(source: Survey, targets: Sequence[Survey], class_set: ClassSet) -
             f"- For the source's class shares, {span} % of a target's labelled pixels would have to change class."
         )
     return "\n".join(lines)
-
-
-class Attention(NamedTuple):
-    """What one branch of a refiner attends to after one layer.
-
-    branch: "amplitude" or "phase" (share over the half spectrum, (H, W // 2 + 1, M)) or "patches" ((H, W, M)).
-    share: of each token at each position, sums to 1 over the tokens. influence: (M,) mean share times the length of
-    what the token adds; token 0 adds nothing.
-    """
-
-    layer: int
-    branch: str
-    share: np.ndarray
-    influence: np.ndarray
-
-
-class Reading(NamedTuple):
-    """`read_tokens`: the window (h, w, 3) uint8 that was read, attention by branch and layer, change by layer."""
-
-    picture: np.ndarray
-    attention: list[Attention]
-    changes: list[dict]
-
-
-@torch.no_grad()
-def read_tokens(model: Segmenter, image: np.ndarray) -> Reading:
-    """What the tokens attend to and change on one picture (h, w, 3) uint8 (the middle window of a large one).
-
-    The branches' own inputs are caught while the model runs. changes: per refined layer, `compare` of the features
-    before and after the refiner. Without tokens (refiner none) attention and changes are empty.
-    """
-    windows = model.windows(image).images
-    window = windows[len(windows) // 2][None]
-    found: dict[tuple[int, str], Attention] = {}
-    changes: list[dict] = []
-
-    def attend(name: str, branch: TokenBranch, inputs: tuple[Tensor, int]) -> None:
-        x, index = inputs
-        rows = window.shape[2] // model.backbone.patch_size
-        share = branch.attention(x, index)[0].unflatten(0, (rows, -1))
-        added = branch.token_map(branch.tokens.of_layer(index)) @ branch.delta_map.weight.T  # (M, C)
-        influence = share.mean((0, 1)) * added.norm(dim=1)
-        influence[0] = 0
-        layer = model.refiner.layers[index]
-        found[layer, name] = Attention(layer, name, share.cpu().numpy(), influence.cpu().numpy())
-
-    def change(refiner: torch.nn.Module, inputs: tuple[Tensor, int], output: Tensor) -> None:
-        changes.append({"layer": inputs[1], **compare(inputs[0], output)})
-
-    branches = model.refiner.branches().items()
-    hooks = [branch.register_forward_pre_hook(partial(attend, name)) for name, branch in branches]
-    hooks.append(model.refiner.register_forward_hook(change))
-    try:
-        model.backbone(window.to(model.backbone.mean.device), model.refiner)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return Reading(as_picture(window), [found[key] for key in sorted(found)], changes)
-
-
-def attention_table(reading: Reading, top: int = 3) -> list[dict]:
-    """Per layer and branch: entropy (1 = spread evenly over all tokens), share of token 0, most influential tokens."""
-    rows = []
-    for layer, branch, share, influence in reading.attention:
-        entropy = -(share * np.log(np.maximum(share, 1e-30))).sum(-1).mean() / math.log(share.shape[-1])
-        strongest = [int(i) for i in np.argsort(-influence, kind="stable")[:top] if influence[i] > 0]
-        unused = 100 * share[..., 0].mean()
-        rows.append(
-            {"layer": layer, "branch": branch, "entropy": entropy, "token 0 (%)": unused, "top tokens": strongest}
-        )
-    return rows

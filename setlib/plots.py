@@ -240,25 +240,38 @@ def attention_over_picture(image: np.ndarray, share: np.ndarray, ax: Axes | None
 
 @quiet
 def token_sheet(picture: np.ndarray, attention: Sequence[Any], num_columns: int = 4) -> Figure:
-    """Where the most influential token of every layer and branch attends, over the picture or the half spectrum.
+    """Where the most influential token of every layer and branch attends: over the half spectrum, and over the picture.
 
-    picture: (h, w, 3) uint8; attention: of `analysis.read_tokens`; without tokens the figure holds a sentence.
+    picture: (h, w, 3) uint8; attention: of `attention.read_tokens`; without tokens the figure holds a sentence.
     """
-    num_rows = -(-len(attention) // num_columns) or 1
-    height = 1.4 if {one.branch for one in attention} <= {"patches"} else 2.1
+    panels = [(one, part) for one in attention for part in ("spectrum", "picture") if getattr(one, part) is not None]
+    num_rows = -(-len(panels) // num_columns) or 1
+    height = 1.4 if {part for _, part in panels} <= {"picture"} else 2.1
     made = Figure((WIDTH, height * num_rows), layout="constrained")
     if not attention:
         made.text(0.5, 0.5, "This model has no tokens: its features pass unchanged.", ha="center", va="center")
-    for place, one in enumerate(attention, start=1):
+    for place, (one, part) in enumerate(panels, start=1):
         ax, token = made.add_subplot(num_rows, num_columns, place), int(one.influence.argmax())
-        if one.branch == "patches":
-            attention_over_picture(picture, one.share[..., token], ax)
+        if part == "picture":
+            attention_over_picture(picture, one.picture[..., token], ax)
         else:
-            attention_over_spectrum(one.share[..., token], ax)
-        made.axes[-1].set_ylabel("share (%)")  # of the colour bar
+            attention_over_spectrum(one.spectrum[..., token], ax)
+        is_mapped = part == "picture" and one.spectrum is not None
+        made.axes[-1].set_ylabel("part of the feature (%)" if is_mapped else "share (%)")  # of the colour bar
         ax.set(xlabel="", ylabel="")
-        ax.set_title(f"layer {one.layer} {one.branch}: token {token}", fontsize=8)
+        title = "the same, over the picture" if is_mapped else f"layer {one.layer} {one.branch}: token {token}"
+        ax.set_title(title, fontsize=8)
     return made
+
+
+@quiet
+def token_changes(changes: Sequence[Mapping], ax: Axes | None = None) -> Axes:
+    """How far the tokens move amplitude and phase at each refined layer; rows of `attention.read_tokens`."""
+    series = {part: [row[part] for row in changes] for part in ("amplitude", "phase")}
+    names = [f"layer {row['layer']}" for row in changes]
+    ax = _bars(series, names, _axes(ax, 2.4), upright=True, digits=3)
+    ax.set_ylabel("change (as in notebook 02)")
+    return ax
 
 
 @quiet

@@ -178,7 +178,8 @@ def _column_counts(width: int, axes: tuple[int, int] = GRID) -> Tensor:
 def _waves(length: int, count: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the first `count` frequencies, (count, length), orthonormal; zeros are exact."""
     angle = 2 * math.pi / length * (torch.arange(count)[:, None] * torch.arange(length) % length).double()
-    return tuple(wave.mul(2**40).round().div(2**40 * math.sqrt(length)) for wave in (angle.cos(), angle.sin()))
+    cos, sin = (wave.masked_fill(wave.abs() < 1e-12, 0) / math.sqrt(length) for wave in (angle.cos(), angle.sin()))
+    return cos, sin
 
 
 def unit_phasor(spectrum: Tensor) -> Tensor:

@@ -81,9 +81,9 @@ class TokenBranch(nn.Module):
 
     Every position x attends to the tokens, beta(x) = MLP(softmax(x T^t / sqrt(C)) MLP(T) + x); the MLPs are one Linear
     each, shared by all layers. Token 0 only absorbs attention: a position may attend to nothing.
-    normalise = "positions": the similarities are instance normalised first, per image and token over all positions, so
-    that the style-dependent level of an image's amplitudes does not drive the attention; "tokens": as released, over
-    the tokens of a position and before the division by sqrt(C), which leaves the attention all but uniform.
+    normalise = "positions": the similarities are instance normalised in place of the division by sqrt(C), per image and
+    token over all positions, so that the style-dependent level of an image's amplitudes does not drive the attention;
+    "tokens": as released, over the tokens of a position and then divided, which leaves the attention all but uniform.
     Source: Rein, Sec. 3.3; SET, Sec. 3.2, normalised Sec. 3.3 (the paper does not name the axis).
     """
 
@@ -104,13 +104,12 @@ class TokenBranch(nn.Module):
 
     def _attend(self, x: Tensor, tokens: Tensor) -> Tensor:
         similarity = x @ tokens.T  # (B, P, M)
-        if self.normalise == "tokens":
-            similarity = F.layer_norm(similarity, similarity.shape[-1:])
-        similarity = similarity / math.sqrt(x.shape[-1])
         if self.normalise == "positions":
             similarity = similarity.transpose(1, 2)  # (B, M, P)
-            similarity = F.layer_norm(similarity, similarity.shape[-1:]).transpose(1, 2)
-        return similarity.softmax(-1)
+            return F.layer_norm(similarity, similarity.shape[-1:]).transpose(1, 2).softmax(-1)
+        if self.normalise == "tokens":
+            similarity = F.layer_norm(similarity, similarity.shape[-1:])
+        return (similarity / math.sqrt(x.shape[-1])).softmax(-1)
 
     def forward(self, x: Tensor, index: int) -> Tensor:
         """beta(x), (B, P, C) -> (B, P, C); index: place of the layer in the stack, from 0."""

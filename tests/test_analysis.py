@@ -1,4 +1,4 @@
-"""What is measured is what the docstrings define: identities of movement, swaps, attention and surveys."""
+"""What is measured is what the docstrings define: identities of movement, swaps and surveys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from setlib import analysis, domains, spectral
 from setlib.backbone import FrozenBackbone
 from setlib.experiment import Experiment
 from setlib.labels import CAMVID, CITYSCAPES
-from setlib.model import Segmenter
 
 AXES = pytest.mark.parametrize("axes, shape", [(spectral.GRID, (2, 6, 8, 5)), (spectral.PIXELS, (2, 3, 7, 9))])
 
@@ -22,22 +21,6 @@ AXES = pytest.mark.parametrize("axes, shape", [(spectral.GRID, (2, 6, 8, 5)), (s
 @pytest.fixture(scope="module")
 def backbone() -> FrozenBackbone:
     return FrozenBackbone.load("tiny-random")
-
-
-@pytest.fixture(scope="module")
-def picture() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (64, 128, 3), np.uint8)
-
-
-def make_model(backbone: FrozenBackbone, refiner: str) -> Segmenter:
-    """A smoke model whose refiner does something."""
-    model = Segmenter(Experiment.build("smoke", overrides=[f"model.refiner={refiner}"]), backbone)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.refiner.named_parameters():
-            if "delta_map.weight" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -157,54 +140,6 @@ def test_spectrum_pictures_are_full_spectra_with_zero_frequency_amid():
     assert np.unravel_index(amplitude[0].argmax(), (8, 12)) == (4, 6)
     assert against[0] == pytest.approx(0, abs=1e-6)
     assert np.cos(against[1]) == pytest.approx(np.cos(phase[1] - phase[0]), abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    "refiner, branches",
-    [
-        ("rein", ["patches"]),
-        ("set", ["amplitude", "phase"]),
-        ("set-amplitude", ["amplitude"]),
-        ("set-phase", ["phase"]),
-        ("set-unnormalised", ["amplitude", "phase"]),
-    ],
-)
-def test_tokens_are_read_as_the_model_uses_them(backbone, picture, refiner, branches):
-    model = make_model(backbone, refiner)
-    before = model.predict(picture)
-    reading = analysis.read_tokens(model, picture)
-    assert [(one.layer, one.branch) for one in reading.attention] == [(k, b) for k in (3, 4) for b in branches]
-    rows, columns = (side // backbone.patch_size for side in picture.shape[:2])
-    grid = (rows, columns if refiner == "rein" else columns // 2 + 1)
-    for one in reading.attention:
-        assert one.share.shape == (*grid, 8)
-        assert one.share.sum(-1) == pytest.approx(1, abs=1e-5)
-        assert one.influence[0] == 0 and (one.influence[1:] > 0).all()
-    assert [row["layer"] for row in reading.changes] == [3, 4]
-    assert all(row["amplitude"] > 0 or row["phase"] > 0 for row in reading.changes)
-    assert (reading.picture == picture).all()
-    assert (model.predict(picture) == before).all() and not model.refiner._forward_hooks
-    for row in analysis.attention_table(reading):
-        assert 0 < row["entropy"] <= 1 and 0 < row["token 0 (%)"] < 100 and len(row["top tokens"]) == 3
-
-
-def test_a_branch_that_is_left_out_does_not_move_its_part(backbone, picture):
-    changes = analysis.read_tokens(make_model(backbone, "set-amplitude"), picture).changes
-    assert all(row["phase"] == pytest.approx(0, abs=1e-4) for row in changes)
-    changes = analysis.read_tokens(make_model(backbone, "set-phase"), picture).changes
-    assert all(row["amplitude"] == pytest.approx(0, abs=1e-4) for row in changes)
-
-
-def test_even_attention_has_entropy_1(backbone, picture):
-    model = make_model(backbone, "rein")
-    torch.nn.init.zeros_(model.refiner.patches.tokens.a)
-    assert analysis.attention_table(analysis.read_tokens(model, picture))[0]["entropy"] == pytest.approx(1)
-
-
-def test_a_model_without_tokens_gives_an_empty_reading(backbone, picture):
-    model = make_model(backbone, "none")
-    reading = analysis.read_tokens(model, picture)
-    assert (reading.attention, reading.changes, analysis.attention_table(reading)) == ([], [], [])
 
 
 def test_survey_counts_what_is_there(tmp_path):

@@ -163,15 +163,25 @@ def test_movement_has_a_line_for_each_part_and_kind():
     assert [text.get_text().strip() for text in ax.texts][0] == "amplitude, style"
 
 
-@pytest.mark.parametrize("branch, shape", [("patches", (4, 8, 3)), ("amplitude", (4, 5, 3))])
-def test_token_sheet_shows_the_most_influential_token(branch: str, shape: tuple):
-    share = RANDOM.random(shape)
-    one = SimpleNamespace(layer=9, branch=branch, share=share, influence=np.array([0, 2.0, 1.0]))
-    made = plots.token_sheet(IMAGE, [one])
-    shown = np.asarray(made.axes[0].images[-1].get_array())
-    expected = share[..., 1] if branch == "patches" else np.fft.fftshift(share[..., 1], axes=0)
-    assert shown == pytest.approx(100 * expected)
-    assert made.axes[0].get_title() == f"layer 9 {branch}: token 1"
+def test_token_sheet_shows_the_most_influential_token():
+    patches, half = RANDOM.random((4, 8, 3)), RANDOM.random((4, 5, 3))
+    influence = np.array([0, 2.0, 1.0])
+    one = SimpleNamespace(layer=9, branch="patches", spectrum=None, picture=patches, influence=influence)
+    (ax, *_) = plots.token_sheet(IMAGE, [one]).axes
+    assert np.asarray(ax.images[-1].get_array()) == pytest.approx(100 * patches[..., 1])
+    assert ax.get_title() == "layer 9 patches: token 1"
+    one = SimpleNamespace(layer=9, branch="amplitude", spectrum=half, picture=patches, influence=influence)
+    axes = [ax for ax in plots.token_sheet(IMAGE, [one]).axes if ax.get_title()]
+    assert [ax.get_title() for ax in axes] == ["layer 9 amplitude: token 1", "the same, over the picture"]
+    expected = (np.fft.fftshift(half[..., 1], axes=0), patches[..., 1])
+    for ax, share in zip(axes, expected, strict=True):
+        assert np.asarray(ax.images[-1].get_array()) == pytest.approx(100 * share)
+
+
+def test_token_changes_are_bars_by_layer():
+    ax = plots.token_changes([{"layer": 3, "amplitude": 0.1, "phase": 0.2}, {"layer": 4, "amplitude": 0.3, "phase": 0}])
+    assert [bar.get_height() for bar in ax.patches] == [0.1, 0.3, 0.2, 0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["layer 3", "layer 4"]
 
 
 def test_token_sheet_of_a_model_without_tokens_says_so():

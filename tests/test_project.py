@@ -28,9 +28,10 @@ USER_VISIBLE = {"torch", "transformers", "jupyterlab", "matplotlib", "ipywidgets
 # A room stands above all it imports, so the table is also the order of the house, top first.
 COMMON = {"experiment", "labels"}
 IMPORTS = {
-    "__main__": {"workbook", "release", "bench", "explore", "ablation", "analysis", "evaluate", "train", "plots"},
-    "workbook": {"explore", "ablation", "analysis", "evaluate", "train", "plots"},
+    "__main__": {"workbook", "release", "bench", "explore", "ablation", "attention", "evaluate", "train", "plots"},
+    "workbook": {"explore", "ablation", "attention", "evaluate", "train", "plots"},
     "explore": {"analysis", "plots", "model", "domains", "spectral"},
+    "attention": {"analysis", "tokens"},
     "analysis": {"plots", "spectral", "model", "domains", "scenes", "transforms"},
     "plots": set(),
     "ablation": {"train", "evaluate"},
