@@ -311,7 +311,7 @@ def radial_profile(x: Tensor, bins: int = 32, axes: tuple[int, int] = PIXELS) ->
     size = (x.shape[axes[0]], x.shape[axes[1]])
     amplitude = transform(x, axes).abs().log1p().mean(6 - sum(axes))  # (B, H, W // 2 + 1)
     radius = frequency_radius(size).flatten()
-    index = (radius / radius.max() * bins).long().clamp(max=bins - 1)
+    index = (radius / radius.max().clamp(min=1e-9) * bins).long().clamp(max=bins - 1)
     total = torch.zeros(len(x), bins, dtype=amplitude.dtype).index_add_(1, index, amplitude.flatten(1))
     count = torch.bincount(index, minlength=bins)
     return (torch.arange(bins) + 0.5) / bins * radius.max(), total / count.clamp(min=1)

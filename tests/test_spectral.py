@@ -171,6 +171,16 @@ def test_radial_profile_finds_a_wave():
     assert abs(radii[profile[0].argmax()].item() - 0.5) < 0.06
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 37), (37, 1), (5, 4)])
+def test_profiles_and_pictures_of_any_size(size):
+    x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    radii, profile = spectral.radial_profile(x, bins=4)
+    assert radii.isfinite().all() and profile.isfinite().all() and profile[:, 0].min() > 0
+    assert spectral.log_amplitude_picture(x).isfinite().all()
+    for mixed in (spectral.mix_amplitude(x, x.flip(0), axes=(2, 3)), spectral.mix_phase(x, x.flip(0), axes=(2, 3))):
+        assert mixed.shape == x.shape and mixed.isfinite().all()
+
+
 def test_log_amplitude_picture_has_the_mean_in_the_middle():
     picture = spectral.log_amplitude_picture(torch.ones(1, 3, 8, 12))
     assert picture.shape == (1, 8, 12)
