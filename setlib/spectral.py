@@ -148,7 +148,7 @@ def from_parts(parts: Tensor, size: tuple[int, int], axes: tuple[int, int] = GRI
     b, _, h, v, c = parts.shape
     with torch.autocast(parts.device.type, enabled=False):
         rows, back, columns = _dft_matrices(*size, parts.dtype, parts.device)
-        parts = torch.matmul(columns.T, parts.view(b, 2 * h, v * c))  # (B, 2H, VC)
+        parts = torch.matmul(columns.T, parts.reshape(b, 2 * h, v * c))  # (B, 2H, VC)
         return torch.matmul(rows.T if transposed else back, parts.view(b, h, 2 * v, c))  # (B, H, W, C)
 
 
