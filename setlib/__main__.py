@@ -1,4 +1,4 @@
-"""The command line, `python -m setlib`: run, train, evaluate, predict, check, verify, bench.
+"""The command line, `python -m setlib`: run, train, evaluate, predict, check, prepare, verify, bench.
 
 Only the standard library is imported until a sub-command starts, so that help and usage errors come at once.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from setlib.experiment import Data, Experiment, Run, nearest, write_atomic
 
 if TYPE_CHECKING:
-    from setlib.domains import Check
+    from setlib.check import Check
     from setlib.model import Segmenter
 
 BAR = 40  # characters of a class that covers everything
@@ -68,6 +68,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     predict.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for what is made")
     check = add("check", "Say what a domain holds, and whether it can be used.", profile, options)
     check.add_argument("domains", metavar="DOMAIN", nargs="+", help="name[:split][@folder]")
+    check.add_argument("--deep", action="store_true", help="decode every file and count the pixels of the classes")
+    check.add_argument("--json", metavar="FILE", type=Path, help="write what was found to a file too")
+    prepare = add("prepare", "Write a resized copy of a domain, in the same tree; goes on where it was cut short.")
+    prepare.add_argument("domain", metavar="DOMAIN", help="name[:split]@folder")
+    prepare.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for the copy")
+    prepare.add_argument("--short-edge", metavar="N", type=int, required=True, help="pixels; smaller ones stay")
 
     verify = add("verify", "Compare refiners with golden numbers of the public releases; exit 1 above 1e-5.")
     verify.add_argument("files", metavar="FILE.npz", nargs="+", type=Path)
@@ -214,7 +220,7 @@ def predict_picture(model: Segmenter, path: Path) -> dict[str, bytes]:
     from PIL import Image
 
     from setlib.labels import CITYSCAPES
-    from setlib.model import read_picture
+    from setlib.pictures import read_picture
 
     picture = read_picture(path)
     labels = model.predict(picture)
@@ -239,18 +245,37 @@ def output_names(images: Sequence[Path]) -> list[str]:
 def check_command(args: argparse.Namespace) -> int:
     """check: what each domain holds; 1 if one of them cannot be used."""
     data = Experiment.build(args.profile, args.domains[0], args.domains, overrides=args.options).data
-    from setlib import domains
+    from setlib import check
 
-    unusable = []
+    found = []
     for text in args.domains:
         try:
-            found = domains.check(text, data)
+            parts = check.check(text, data, deep=args.deep)
         except (ValueError, OSError) as error:
-            found = domains.Check(text, problems=[sentence(error)])
-        print(describe(found), flush=True)
-        if found.problems:
-            unusable.append(f"'{text}' cannot be used: {found.problems[0].rstrip('.')}")
+            parts = [check.Check(text, problems=[sentence(error)])]
+        print("\n".join(map(describe, parts)), flush=True)
+        found += parts
+    unusable = [f"'{one.domain}' cannot be used: {one.problems[0].rstrip('.')}" for one in found if one.problems]
+    if not unusable and len(args.domains) > 1:
+        shared = check.duplicates(args.domains, data)
+        print("\n".join(f"problem: {problem}" for problem in shared[:LISTED]), end="\n" * bool(shared))
+        found[0].problems += shared
+        unusable += shared[:1]
+    if args.json:
+        print(f"Rows: {write_atomic(args.json, json.dumps([one.to_dict() for one in found], indent=1))}")
     return fail(f"{'; '.join(unusable)}.", 1) if unusable else 0
+
+
+def prepare_command(args: argparse.Namespace) -> int:
+    """prepare: a resized copy."""
+    from setlib import check
+
+    if args.short_edge < 1:
+        raise ValueError(f"A short edge of {args.short_edge} pixels is none: expected at least 1.")
+    pairs = check.prepare(args.domain, args.out, args.short_edge, Data())
+    spec, _, _ = args.domain.partition("@")
+    print(f"{pairs} pictures in {args.out}; use it as {spec}@{args.out}")
+    return 0
 
 
 def verify_command(args: argparse.Namespace) -> int:
@@ -286,7 +311,8 @@ def describe(found: Check) -> str:
     """One domain as text: pairs, sizes, class shares as bars, problems."""
     kind = "pairs" if found.labelled else "pictures without labels (to predict and look at, not to score)"
     sizes = ", ".join(f"{w} x {h} ({n})" for (w, h), n in found.sizes.most_common(5))
-    lines = [f"{found.domain}: {found.pairs} {kind}" + (f"; sizes: {sizes}" if sizes else "")]
+    name = f"{found.domain} {found.split}".rstrip()
+    lines = [f"{name}: {found.pairs} {kind}" + (f"; sizes: {sizes}" if sizes else "")]
     total = sum(found.class_pixels.values())
     for name, pixels in found.class_pixels.items() if total else ():
         lines.append(f"  {name:<14}{100 * pixels / total:5.1f} %  {'#' * round(BAR * pixels / total)}".rstrip())

@@ -20,7 +20,7 @@ from torch import Tensor
 from setlib import domains, spectral
 from setlib.backbone import FrozenBackbone
 from setlib.experiment import Data
-from setlib.labels import IGNORE, ClassSet
+from setlib.labels import ClassSet
 from setlib.model import Segmenter
 from setlib.plots import coloured, short_name
 from setlib.scenes import STYLES
@@ -183,7 +183,7 @@ def label_lookup(domain: domains.Domain, class_set: ClassSet) -> np.ndarray:
     """(256,) uint8: from a domain's raw label ids to places in class_set, its own or one it can be merged into."""
     if domain.class_set is class_set:
         return domain.ids.to_score
-    return np.array([*class_set.merge, *[IGNORE] * (256 - len(class_set.merge))], np.uint8)[domain.ids.to_train]
+    return class_set.to_place[domain.ids.to_train]
 
 
 def examples(domain: domains.Domain, indices: Sequence[int], class_set: ClassSet) -> list[np.ndarray | None]:

@@ -13,6 +13,7 @@ import gc
 import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,12 +22,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
+import evaluate
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from setlib import spectral
-from setlib.experiment import nearest
+from setlib import domains, spectral
+from setlib.evaluate import MeanIoU
+from setlib.experiment import Data, nearest
 from setlib.tokens import build_refiner
 
 Step = Callable[[], object]
@@ -121,7 +127,80 @@ def grid_cases() -> list[Case]:
     return [Case("grid", name, _shown(s), partial(refiner_step, name, s)) for s in GRIDS for name in ("rein", "set")]
 
 
-BENCHES: dict[str, Callable[[], list[Case]]] = {"refiner": refiner_cases, "parts": part_cases, "grid": grid_cases}
+def loading_step(variant: str, suffix: str, size: tuple[int, int]) -> Step:
+    """One labelled picture (h, w) from its files: by Pillow alone, as a domain's sample, or for a "crop" of 512."""
+    folder = tempfile.TemporaryDirectory(prefix="setlib-bench-")
+    root, random = Path(folder.name), np.random.default_rng(0)
+    coarse = random.integers(0, 256, (size[0] // 8, size[1] // 8, 3), np.uint8)
+    picture = Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
+    label = Image.fromarray(coarse[..., 0] % 19).resize(size[::-1], Image.Resampling.NEAREST)
+    for name, made, end in (("images", picture, suffix), ("labels", label, "png")):
+        (root / name).mkdir()
+        made.save(root / name / f"a.{end}")
+    if variant == "Pillow":
+        paths = [root / "images" / f"a.{suffix}", root / "labels" / "a.png"]
+        return lambda _=folder: [np.asarray(Image.open(path)) for path in paths]
+    domain = domains.load(f"folder@{root}", Data())
+    return lambda _=folder: domain.sample(0, 512 if variant == "crop" else 0)
+
+
+def metric_step(variant: str) -> Step:
+    """Mean IoU of 8 pictures of 512 x 1024 in 19 classes: counted, or as the metrics' hub does it."""
+    random = np.random.default_rng(0)
+    maps = random.integers(0, 19, (2, 8, 512, 1024), np.uint8)
+
+    def counted() -> float:
+        metric = MeanIoU(19)
+        metric.add_batch(predictions=maps[0], references=maps[1])
+        return metric.compute()["miou"]
+
+    return (
+        counted
+        if variant == "counts"
+        else lambda: _RowsAndHistograms().compute(predictions=maps[0], references=maps[1])
+    )
+
+
+class _RowsAndHistograms(evaluate.Metric):
+    """The way of the hub's mean_iou, to compare with: Arrow rows of pixels, and three histograms a picture."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        rows = datasets.Sequence(datasets.Sequence(datasets.Value("uint16")))
+        features = datasets.Features({"predictions": rows, "references": rows})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions: Sequence, references: Sequence) -> dict[str, float]:
+        areas = np.zeros((3, 19))
+        for prediction, reference in zip(predictions, references, strict=True):
+            one, other = np.array(prediction), np.array(reference)
+            for row, values in enumerate((one[one == other], one, other)):
+                areas[row] += np.histogram(values, bins=19, range=(0, 18))[0]
+        return {"miou": float(100 * np.mean(areas[0] / (areas[1] + areas[2] - areas[0])))}
+
+
+def loading_cases() -> list[Case]:
+    """A sample against bare decoding: a PNG as GTAV's, a JPEG as Mapillary's."""
+    kinds = (("png", (1052, 1914)), ("jpg", (2448, 3264)))
+    return [
+        Case("loading", variant, f"{size[1]} x {size[0]} {suffix}", partial(loading_step, variant, suffix, size))
+        for suffix, size in kinds
+        for variant in ("Pillow", "sample", "crop")
+    ]
+
+
+def metric_cases() -> list[Case]:
+    """The metric against the way of the hub's."""
+    names = ("counts", "rows, histograms")
+    return [Case("metric", name, "8 x 512 x 1024", partial(metric_step, name)) for name in names]
+
+
+BENCHES: dict[str, Callable[[], list[Case]]] = {
+    "refiner": refiner_cases,
+    "parts": part_cases,
+    "grid": grid_cases,
+    "loading": loading_cases,
+    "metric": metric_cases,
+}
 
 
 def bench(names: Iterable[str] = ()) -> list[dict]:

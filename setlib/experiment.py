@@ -44,6 +44,9 @@ class Data:
     scale_max: float = 1.75
     max_class_share: float = 0.75  # of one class in a training crop
     photometric: float = 1.0  # strength of brightness, contrast, saturation and colour distortion; 0 = off
+    class_set: str = ""  # a smaller convention to score the 19 classes in: synthia-16, synthia-13; empty = all
+    on_error: str = "stop"  # at a damaged file in training: stop, or skip it and count
+    workers: int = 0  # processes that decode and augment fresh crops (train.views=0); 0 = the training's own
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,7 @@ def _paper() -> Experiment:
         eval_images=0,
         scale_min=0.5,
         scale_max=2.0,
+        workers=4,
     )
     model = Model(
         backbone="facebook/dinov2-large", refined_layers=(), feature_layers=(8, 12, 16, 24), head_channels=256
@@ -257,7 +261,7 @@ ABOVE_ZERO = (
 )
 NOT_NEGATIVE = (
     *("seed", "data.train_images", "data.eval_images", "data.content_seed", "data.photometric"),
-    *("train.views", "train.weight_decay", "train.clip_norm", "train.power", "ablation.seeds"),
+    *("data.workers", "train.views", "train.weight_decay", "train.clip_norm", "train.power", "ablation.seeds"),
 )
 LARGEST = 2**63 - 1  # what a seed or a count can hold
 
@@ -279,6 +283,8 @@ def _validate(experiment: Experiment) -> None:
     data, train = experiment.data, experiment.train
     if experiment.model.num_tokens < 2:
         raise ValueError("Option model.num_tokens must be at least 2: token 0 only absorbs attention.")
+    if data.on_error not in ("stop", "skip"):
+        raise ValueError(f"Option data.on_error must be stop or skip, got '{data.on_error}'.")
     if data.scale_max < data.scale_min:
         raise ValueError(f"Option data.scale_max ({data.scale_max}) is below data.scale_min ({data.scale_min}).")
     if not 0 <= train.ema < 1:

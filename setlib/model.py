@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from setlib.backbone import FrozenBackbone, Prefix
 from setlib.experiment import Experiment, write_atomic
 from setlib.heads import PerPixelHead
 from setlib.labels import CITYSCAPES
+from setlib.pictures import read_picture
 from setlib.tokens import build_refiner
 from setlib.transforms import fit, resize
 from setlib.weights import fingerprint
@@ -168,27 +168,6 @@ class Segmenter(nn.Module):
                 f"Saved weights do not fit this model: {wrong[0][0]} differs or is missing ({len(wrong)} differences)."
             )
         self.load_state_dict(tensors, strict=False)
-
-
-def read_picture(image: Any) -> np.ndarray:
-    """A path, PIL picture or array as (h, w, 3) uint8 RGB, EXIF rotation applied, transparency on white."""
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"Expected a picture (h, w, 3) of uint8, got {image.dtype} {image.shape}.")
-        return image
-    try:
-        picture = image if isinstance(image, Image.Image) else Image.open(image)
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit and float greys
-            grey = np.asarray(picture, np.float64)
-            limit = 65535 if picture.mode.startswith("I") else max(1.0, grey.max())
-            picture = Image.fromarray((grey / limit * 255).clip(0, 255).astype(np.uint8))
-        if "A" in picture.getbands() or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{image} cannot be read as a picture ({error}).") from None
 
 
 def label_map(scores: Tensor, size: tuple[int, int]) -> np.ndarray:

@@ -130,7 +130,7 @@ def prediction_sheet(
     samples: (picture (h, w, 3) uint8, label (h, w) in places of class_set or None, {model: (h, w) train ids}); the
     predictions are merged into class_set. titles: one a row.
     """
-    merge = np.array([*class_set.merge, *[IGNORE] * (256 - len(class_set.merge))], np.uint8)
+    merge = class_set.to_place
     columns = ["label"] * any(label is not None for _, label, _ in samples) + list(samples[0][2])
     maps = [{"label": label} | {name: merge[p] for name, p in found.items()} for _, label, found in samples]
     maps = [[named[column] for column in columns] for named in maps]

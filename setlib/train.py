@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from setlib import domains
@@ -26,6 +29,14 @@ from setlib.model import DEVICE, Segmenter
 from setlib.transforms import augment
 
 
+class View(NamedTuple):
+    """An augmented crop (3, h, w) uint8, its labels (h, w) uint8 train ids, and the damaged pictures passed over."""
+
+    image: Tensor
+    label: Tensor
+    skipped: tuple[str, ...] = ()
+
+
 @dataclass
 class Views:
     """Augmented crops of the source by number: view i is the same picture, crop and colours at every call."""
@@ -33,25 +44,51 @@ class Views:
     domain: domains.Domain
     experiment: Experiment
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Crop (3, h, w) uint8 and labels (h, w) uint8 train ids."""
+    def __getitem__(self, index: int) -> View:
+        """View `index`. A damaged picture stops it with ValueError, or is replaced by the next (data.on_error=skip)."""
         data, train = self.experiment.data, self.experiment.train
         seed = data.content_seed if train.views else self.experiment.seed  # kept views are shared by all seeds
         epoch, place = divmod(index, len(self.domain))
         order = np.random.default_rng([seed, 0, epoch]).permutation(len(self.domain))
-        sample = self.domain.sample(int(order[place]))
+        sample, skipped = self._sample(np.roll(order, -place).tolist())
         generator = Generator().manual_seed(
             int(np.random.SeedSequence([seed, 1, index]).generate_state(1, np.uint64)[0] >> 1)
         )
         image = torch.from_numpy(sample.image.copy()).permute(2, 0, 1).float() / 255
         label = torch.from_numpy(self.domain.ids.to_train[sample.label]).long()
         image, label = augment(image, label, data, generator)
-        return (image * 255).round().byte(), label.byte()
+        return View((image * 255).round().byte(), label.byte(), skipped)
 
-    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, h, w) in [0, 1] and labels (B, h, w) int64."""
-        images, labels = zip(*(self[i] for i in indices), strict=True)
-        return torch.stack(images).float() / 255, torch.stack(labels).long()
+    def _sample(self, order: list[int]) -> tuple[domains.Sample, tuple[str, ...]]:
+        """The first picture that can be decoded, at the size that the largest crop needs, and what is wrong before."""
+        data, skipped = self.experiment.data, []
+        for index in order:
+            try:
+                return self.domain.sample(index, math.ceil(data.long_edge * data.scale_max)), tuple(skipped)
+            except ValueError as error:
+                if data.on_error != "skip":
+                    raise
+                skipped.append(str(error))
+        raise ValueError(f"No picture of {self.domain.spec.text} can be decoded: {skipped[0]}")
+
+    def batches(self, chosen: Sequence[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of views, images (B, 3, h, w) in [0, 1] and labels (B, h, w) int64, made by data.workers processes.
+
+        A damaged picture that is skipped is named once.
+        """
+        named: set[str] = set()
+        workers = self.experiment.data.workers
+        for images, labels, skipped in DataLoader(self, batch_sampler=chosen, num_workers=workers, collate_fn=_collate):
+            for problem in dict.fromkeys(skipped):
+                if problem not in named:
+                    named.add(problem)
+                    tqdm.write(f"skipped ({len(named)}): {problem}")
+            yield images.float() / 255, labels.long()
+
+
+def _collate(views: list[View]) -> tuple[Tensor, Tensor, list[str]]:
+    images, labels, skipped = zip(*views, strict=True)
+    return torch.stack(images), torch.stack(labels), [problem for problems in skipped for problem in problems]
 
 
 @dataclass
@@ -76,11 +113,11 @@ def make_bank(model: Segmenter, domain: domains.Domain, progress: bool = True) -
     experiment, stop = model.experiment, model.frozen_until
     views, kept = Views(domain, experiment), []
     with tqdm(total=experiment.train.views, desc="frozen features", unit="crop", disable=not progress) as bar:
-        for chunk in torch.arange(experiment.train.views).split(experiment.train.batch_size):
-            images, labels = views.batch(chunk.tolist())
+        chunks = torch.arange(experiment.train.views).split(experiment.train.batch_size)
+        for images, labels in views.batches([chunk.tolist() for chunk in chunks]):
             prefix = model.backbone.prefix(images.to(DEVICE), stop, model.feature_layers) if stop else None
             kept.append(Bank((images * 255).round().byte(), labels.byte(), prefix))
-            bar.update(len(chunk))
+            bar.update(len(images))
     prefix = None
     if stop:
         maps = {layer: torch.cat([bank.prefix.maps[layer].cpu() for bank in kept]) for layer in kept[0].prefix.maps}
@@ -215,13 +252,12 @@ def train(
     trainer.resume()
     source = source or domains.load(experiment.data.source, experiment.data, role="source")
     bank = bank or (make_bank(model, source, progress) if settings.views else None)
-    views = Views(source, experiment)
     model.train()
     label, done = f"train {experiment.model.refiner}, seed {experiment.seed}", trainer.next_step
+    chosen = [batch_indices(experiment, step) for step in range(done, settings.steps)]
+    fresh = ((*batch, None) for batch in Views(source, experiment).batches(chosen))
     with tqdm(total=settings.steps, initial=done, desc=label, unit="step", disable=not progress) as bar:
-        while trainer.next_step < settings.steps:
-            indices = batch_indices(experiment, trainer.next_step)
-            images, labels, prefix = bank.batch(indices) if bank else (*views.batch(indices), None)
+        for images, labels, prefix in map(bank.batch, chosen) if bank else fresh:
             entry = trainer.step(images.to(DEVICE), labels.to(DEVICE), prefix)
             bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
             bar.update()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from setlib import domains
+from setlib import check, domains
 from setlib.experiment import Data
 from setlib.labels import CAMVID, CITYSCAPES, id_map
 
@@ -55,7 +55,7 @@ def test_camvid_ids_mean_the_right_train_classes():
 
 
 def test_folder_with_and_without_labels(root):
-    with pytest.raises(ValueError, match=r"label of .* holds the unknown ids \[19, 20\]"):
+    with pytest.raises(ValueError, match=r"label of .* holds the unknown ids \[19, 20\] .2 pixels.: expected"):
         label = np.zeros((24, 32), np.uint8)
         label[0, :2] = (19, 20)
         Image.fromarray(label).save(root / "labels/ä 0.png")
@@ -74,10 +74,12 @@ def test_folder_with_and_without_labels(root):
         ("camvid:day", "needs its folder: write camvid:day@FOLDER"),
         ("folder@/no/such", "folder /no/such does not exist"),
         ("camvid:dask@{root}", "Unknown split 'dask' .* .nearest: "),
-        ("folder@{root}/images", "expected pictures in .*images.images, but there is no such folder"),
+        ("folder@{root}/images", "images is the wrong level of the tree: give "),
+        ("folder@{root}/labels/deep/er/still", "expected pictures in .*images/.name..*, but there is no such folder"),
     ],
 )
 def test_bad_names_are_one_sentence(root, text, message):
+    (root / "labels" / "deep" / "er" / "still").mkdir(parents=True)
     with pytest.raises(ValueError, match=message):
         domains.load(text.format(root=root), Data())
 
@@ -86,14 +88,14 @@ def test_an_image_without_label_is_named(root):
     (root / "labels/ä 2.png").unlink()
     with pytest.raises(ValueError, match="image 'ä 2' has no label: expected"):
         domains.load(f"camvid:day@{root}", Data())
-    assert "has no label" in domains.check(f"camvid:day@{root}", Data()).problems[0]
+    assert "has no label" in check.check(f"camvid:day@{root}", Data())[0].problems[0]
 
 
 def test_a_label_of_another_size_is_named(root):
     Image.new("L", (32, 23)).save(root / "labels/ä 1.png")
     with pytest.raises(ValueError, match="'ä 1' is 32 x 24 but its label is 32 x 23"):
         domains.load(f"camvid:day@{root}", Data())
-    assert any("32 x 23" in problem for problem in domains.check(f"camvid@{root}", Data()).problems)
+    assert any("32 x 23" in problem for problem in check.check(f"camvid@{root}", Data())[0].problems)
 
 
 @pytest.mark.parametrize("kind", ["images/ä 1.jpg", "labels/ä 1.png"])
@@ -103,7 +105,7 @@ def test_a_truncated_file_is_named(root, kind):
     with pytest.raises(ValueError, match="'ä 1' cannot be decoded"):
         domain = domains.load(f"camvid@{root}", Data())
         [domain.sample(i) for i in range(4)]
-    assert any("cannot be decoded" in problem for problem in domains.check(f"camvid@{root}", Data()).problems)
+    assert any("cannot be decoded" in problem for problem in check.check(f"camvid@{root}", Data())[0].problems)
 
 
 def test_a_colour_label_is_refused(root):
@@ -133,15 +135,15 @@ def test_an_exif_rotated_photo_fits_its_upright_label(root):
     exif[0x0112] = 6  # a quarter turn
     Image.new("RGB", (24, 32), "red").save(root / "images/ä 0.jpg", exif=exif)
     assert domains.load(f"camvid@{root}", Data()).sample(0).image.shape == (24, 32, 3)
-    found = domains.check(f"camvid@{root}", Data())
+    found = check.check(f"camvid@{root}", Data())[0]
     assert found.sizes == {(32, 24): 4} and not found.problems
 
 
 def test_two_pictures_of_one_name_are_a_problem(root):
     Image.new("RGB", (32, 24)).save(root / "images/ä 0.png")
-    with pytest.raises(ValueError, match="'ä 0.jpg' and 'ä 0.png' share one name: rename one"):
+    with pytest.raises(ValueError, match="'ä 0.png' and 'ä 0.jpg' share one name: rename one"):
         domains.load(f"camvid@{root}", Data())
-    assert "share one name" in domains.check(f"camvid@{root}", Data()).problems[0]
+    assert "share one name" in check.check(f"camvid@{root}", Data())[0].problems[0]
 
 
 @pytest.mark.parametrize("mode", ["1", "I;16"])
@@ -149,17 +151,17 @@ def test_one_and_sixteen_bit_labels_are_read(root, mode):
     Image.fromarray(np.eye(24, 32, dtype=np.uint16 if mode == "I;16" else bool)).save(root / "labels/ä 0.png")
     label = domains.load(f"camvid@{root}", Data()).sample(0).label
     assert label.dtype == np.uint8 and np.array_equal(label, np.eye(24, 32))
-    found = domains.check(f"camvid@{root}", Data())
+    found = check.check(f"camvid@{root}", Data())[0]
     assert not found.problems and sum(found.class_pixels.values()) > 3 * 24 * 32 * 0.8
 
 
 def test_a_picture_too_large_for_pillow_is_a_problem(root, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert "exceeds limit" in domains.check(f"camvid@{root}", Data()).problems[0]
+    assert "exceeds limit" in check.check(f"camvid@{root}", Data())[0].problems[0]
 
 
 def test_check_counts_pixels_and_sizes(root):
-    found = domains.check(f"camvid@{root}", Data())
+    found = check.check(f"camvid@{root}", Data())[0]
     assert found.pairs == 4 and found.sizes == {(32, 24): 4} and not found.problems
     labels = np.stack([np.asarray(Image.open(p)) for p in (root / "labels").iterdir()])
     assert found.class_pixels == {name: int((labels == i).sum()) for i, name in enumerate(CAMVID.classes)}

@@ -19,8 +19,8 @@ HEAVY = {"torch", "transformers", "papermill", "datasets", "matplotlib", "numpy"
 
 
 def make_domain(folder: Path, count: int = 2, labels: bool = True) -> Path:
-    """A `folder@` domain of noise with the labels road and sky."""
-    random = np.random.default_rng(0)
+    """A `folder@` domain of noise, its own for every folder's name, with the labels road and sky."""
+    random = np.random.default_rng(list(folder.name.encode()))
     for name in ("images", "labels")[: 1 + labels]:
         (folder / name).mkdir(parents=True)
     for index in range(count):
@@ -252,11 +252,47 @@ def test_output_names_never_meet():
 def test_check_describes_what_is_there(capsys, tmp_path):
     domain = f"folder@{make_domain(tmp_path / 'domain')}"
     unlabelled = f"folder@{make_domain(tmp_path / 'unlabelled', labels=False)}"
+    rows = tmp_path / "rows.json"
     assert cli.main(["check", domain, unlabelled, "--profile", "paper"]) == 0
+    output = capsys.readouterr().out
+    assert f"{domain}: 2 pairs; sizes: 64 x 48 (2)" in output and "road" not in output  # nothing is decoded
+    assert cli.main(["check", domain, unlabelled, "--profile", "paper", "--deep", "--json", str(rows)]) == 0
     output = capsys.readouterr().out
     assert f"{domain}: 2 pairs; sizes: 64 x 48 (2)" in output
     assert any(line.split()[:3] == ["road", "50.0", "%"] and "#" * 20 in line for line in output.splitlines())
     assert f"{unlabelled}: 2 pictures without labels" in output
+    found, bare = json.loads(rows.read_text())
+    assert list(found) == ["domain", "split", "pairs", "class_pixels", "problems"]
+    assert found["class_pixels"]["road"] == found["class_pixels"]["sky"] == 2 * 24 * 64 and found["pairs"] == 2
+    assert (bare["domain"], bare["problems"]) == (unlabelled, [])
+
+
+def test_check_finds_pictures_that_two_domains_share(capsys, tmp_path):
+    source, target = make_domain(tmp_path / "source"), make_domain(tmp_path / "target")
+    (target / "images" / "p1.png").write_bytes((source / "images" / "p0.png").read_bytes())
+    assert cli.main(["check", f"folder@{source}", f"folder@{target}"]) == 1
+    captured = capsys.readouterr()
+    assert "p1.png of 'folder@" in captured.out and "is the same picture as" in captured.err
+    assert str(source / "images" / "p0.png") in captured.err
+
+
+def test_prepare_writes_a_resized_copy_once(capsys, tmp_path):
+    domain, out = make_domain(tmp_path / "domain"), tmp_path / "small"
+    command = ["prepare", f"folder@{domain}", "--out", str(out), "--short-edge", "12"]
+    assert cli.main(command) == 0
+    assert f"use it as folder@{out}" in capsys.readouterr().out
+    (out / "labels" / "p1.png").unlink()  # cut short: goes on
+    untouched = (out / "images" / "p0.png").stat().st_mtime_ns
+    assert cli.main(command) == 0 and (out / "images" / "p0.png").stat().st_mtime_ns == untouched
+    for index in range(2):
+        label = np.asarray(Image.open(out / "labels" / f"p{index}.png"))
+        assert label.shape == (12, 16) and (label[:6] == 10).all() and (label[6:] == 0).all()
+        assert Image.open(out / "images" / f"p{index}.png").size == (16, 12)
+    assert cli.main(["check", f"folder@{out}", "--deep"]) == 0
+    assert cli.main([*command[:-1], "24"]) == 2
+    assert "is not empty and no copy of" in read_error(capsys)
+    assert cli.main(["prepare", "scenes:night", "--out", str(tmp_path / "x"), "--short-edge", "9"]) == 2
+    assert "has no folder of files" in read_error(capsys)
 
 
 def cut_picture(domain: Path) -> str:
@@ -290,7 +326,7 @@ def drop_all(domain: Path) -> str:
 def test_check_looks_at_all_domains_and_names_what_is_unusable(spoil, capsys, tmp_path):
     good, bad = make_domain(tmp_path / "good"), make_domain(tmp_path / "bad")
     words = spoil(bad)
-    assert cli.main(["check", f"folder@{bad}", f"folder@{good}"]) == 1
+    assert cli.main(["check", f"folder@{bad}", f"folder@{good}", "--deep"]) == 1
     captured = capsys.readouterr()
     assert f"folder@{good}: 2 pairs" in captured.out
     assert words in captured.out and "problem: " in captured.out

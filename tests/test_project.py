@@ -28,7 +28,8 @@ USER_VISIBLE = {"torch", "transformers", "jupyterlab", "matplotlib", "ipywidgets
 # A room stands above all it imports, so the table is also the order of the house, top first.
 COMMON = {"experiment", "labels"}
 IMPORTS = {
-    "__main__": {"workbook", "release", "bench", "explore", "ablation", "attention", "evaluate", "train", "plots"},
+    "__main__": {"check", "workbook", "release", "bench"},
+    "bench": {"tokens", "evaluate"},
     "workbook": {"explore", "ablation", "attention", "evaluate", "train", "plots"},
     "explore": {"analysis", "plots", "model", "domains", "spectral"},
     "attention": {"analysis", "tokens"},
@@ -37,15 +38,18 @@ IMPORTS = {
     "ablation": {"train", "evaluate"},
     "evaluate": {"model", "domains"},
     "train": {"model", "domains", "transforms"},
-    "model": {"backbone", "tokens", "heads", "transforms"},
+    "model": {"backbone", "tokens", "heads", "transforms", "pictures"},
     "heads": set(),
     "backbone": {"weights"},
     "weights": set(),
     "release": {"tokens"},
-    "bench": {"tokens", "spectral"},
     "tokens": {"spectral"},
     "spectral": set(),
-    "domains": {"scenes"},
+    "check": {"domains"},
+    "domains": {"scenes", "readers", "pictures", "corruptions"},
+    "readers": set(),
+    "pictures": set(),
+    "corruptions": set(),
     "scenes": {"surfaces", "streets"},
     "surfaces": {"streets"},
     "streets": set(),
@@ -189,7 +193,7 @@ def test_package_stays_compact():
     assert ROOMS, "setlib/ holds no module"
     lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOMS}
     assert not {name: count for name, count in lines.items() if count > 480}
-    assert sum(lines.values()) <= 6200, lines
+    assert sum(lines.values()) <= 7110, lines
 
 
 @pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.stem)

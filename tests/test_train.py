@@ -1,5 +1,7 @@
 """The loop: same seed same numbers, killed and resumed alike, frozen features once, clear failure."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -98,7 +100,7 @@ def test_kept_features_give_the_same_loss_as_the_plain_path(source):
     model, domain = Segmenter(settings), load(source, settings.data, role="source")
     bank = train.make_bank(model, domain, progress=False)
     images, labels, prefix = bank.batch([5, 1])
-    again, same_labels = train.Views(domain, settings).batch([5, 1])
+    ((again, same_labels),) = train.Views(domain, settings).batches([[5, 1]])
     assert torch.equal(images, again) and torch.equal(labels, same_labels)
     torch.testing.assert_close(model(images, prefix), model(images), rtol=1e-5, atol=1e-5)
 
@@ -151,6 +153,60 @@ def test_views_repeat_and_every_epoch_shows_every_picture(source):
     assert torch.equal(one[0], same[0]) and not torch.equal(one[0], next_epoch[0])
     order = train.batch_indices(experiment(source, "train.batch_size=8"), 3)
     assert sorted(order) == list(range(8)) != order
+
+
+def make_folder(root, count=6, suffix="jpg"):
+    """A labelled folder domain of flat pictures, the class is the number of the picture."""
+    for kind in ("images", "labels"):
+        (root / kind).mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", (160, 80), (40 * i, 90, 90)).save(root / "images" / f"{i}.{suffix}")
+        Image.new("L", (160, 80), i).save(root / "labels" / f"{i}.png")
+    return f"folder@{root}"
+
+
+def test_worker_processes_change_nothing(tmp_path):
+    source = make_folder(tmp_path)
+    found = []
+    for workers in (0, 2):
+        settings = experiment(source, "train.views=0", f"data.workers={workers}")
+        views = train.Views(load(source, settings.data, role="source"), settings)
+        found.append(list(views.batches([[0, 3], [8, 5], [2, 2]])))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_picture_stops_the_training_or_is_skipped_and_counted(tmp_path, capsys, workers):
+    source = make_folder(tmp_path / "set")
+    settings = experiment(source, "train.views=0", f"data.workers={workers}", "data.train_images=0")
+    domain = load(source, settings.data, role="source")
+    for i in (1, 4):
+        path = tmp_path / "set" / "images" / f"{i}.jpg"
+        path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(ValueError, match="'[14]' cannot be decoded"):
+        list(train.Views(domain, settings).batches([list(range(6))]))
+    settings = settings.override("data.on_error=skip")
+    ((_, labels),) = train.Views(domain, settings).batches([list(range(12))])
+    assert set(labels.unique().tolist()) - {255} == {0, 2, 3, 5}
+    out = capsys.readouterr().out
+    assert out.count("cannot be decoded") == 2 and "skipped (2)" in out
+    with pytest.raises(ValueError, match="data.on_error must be stop or skip, got 'go'"):
+        settings.override("data.on_error=go")
+
+
+def test_a_large_jpeg_is_decoded_no_larger_than_the_crop_needs(tmp_path, monkeypatch):
+    source = make_folder(tmp_path)
+    Image.new("RGB", (2000, 1000), "red").save(tmp_path / "images" / "0.jpg")
+    Image.new("L", (2000, 1000), 7).save(tmp_path / "labels" / "0.png")
+    settings = experiment(source, "train.views=0")
+    domain = load(source, settings.data, role="source")
+    data = settings.data
+    least = data.long_edge * data.scale_max
+    sizes = [max(domain.sample(0, edge).image.shape) for edge in (0, math.ceil(least), 1200)]
+    assert sizes[0] == sizes[2] == 2000 and least <= sizes[1] <= 2 * least
+    seen = [view for view in map(train.Views(domain, settings).__getitem__, range(6)) if 7 in view.label]
+    assert seen and seen[0].image.shape[1:] == seen[0].label.shape == (data.height, data.width)
 
 
 def test_a_source_without_labels_is_refused(tmp_path):

@@ -1,0 +1,220 @@
+"""What a domain holds and what is wrong with it: pairs, sizes, class shares, damaged files; and resized copies.
+
+`check` and `prepare` of the command line. Trees are in `readers.py`, decoding in `pictures.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from setlib import domains
+from setlib.experiment import Data, write_atomic
+from setlib.labels import IdMap, id_map
+from setlib.pictures import UNREADABLE, read_label, read_picture, upright_size
+from setlib.readers import Pair
+
+ALONE = 200  # up to so many pairs are decoded in this process: starting others takes seconds
+MARK = "prepared.json"
+
+
+@dataclass
+class Check:
+    """What `check` found in one split of a domain. sizes: {(w, h): pictures}; class_pixels: by class, if decoded."""
+
+    domain: str
+    split: str = ""
+    pairs: int = 0
+    labelled: bool = True
+    sizes: Counter = field(default_factory=Counter)
+    class_pixels: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        """The row of `check --json`."""
+        kept = ("domain", "split", "pairs", "class_pixels", "problems")
+        return {key: getattr(self, key) for key in kept}
+
+
+def check(text: str, data: Data, role: str = "", deep: bool = True) -> list[Check]:
+    """Looks at a whole domain, one entry for each split; what is wrong is listed, not raised.
+
+    The files' headers are read; deep: everything is decoded, by all cores if it is much, and class pixels are counted.
+    role: "source" or "target" looks at the split that would be used; "" at all. Raises ValueError only when the
+    domain cannot be listed at all.
+    """
+    spec = domains.parse(text)
+    if spec.name == "hub":
+        return [_check_rows(text, domains.load(text, data))]
+    listing = domains.find(spec, data, role)
+    ids = id_map(listing.ids, data.class_set)
+    if not listing.pairs:
+        raise ValueError(f"Domain '{text}' is empty: no picture in {spec.folder}.")
+    found: dict[str, Check] = {}
+    for split in sorted({pair.split for pair in listing.pairs}):
+        pairs = [pair for pair in listing.pairs if pair.split == split]
+        found[split] = Check(text, split, len(pairs), any(pair.label for pair in pairs))
+    next(iter(found.values())).problems += listing.problems
+    look = partial(_look, ids=ids, any_size=listing.any_size, deep=deep)
+    counts = {split: np.zeros(256, np.int64) for split in found}
+    for pair, (size, pixels, problem) in zip(listing.pairs, _each(look, listing.pairs, deep, text), strict=True):
+        one = found[pair.split]
+        if size:
+            one.sizes[size] += 1
+        if problem:
+            one.problems.append(problem)
+        if pixels is not None:
+            counts[pair.split] += pixels
+    for split, one in found.items():
+        one.class_pixels = _by_class(counts[split], ids) if deep else {}
+    return list(found.values())
+
+
+def _each(look: partial, pairs: Sequence[Pair], deep: bool, text: str) -> Iterable[tuple]:
+    """look(pair) of every pair, in order, with a bar."""
+    bar = partial(tqdm, desc=f"check {text}", unit="img", total=len(pairs), leave=False)
+    if not deep or len(pairs) <= ALONE:
+        yield from bar(map(look, pairs))
+        return
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as processes:
+        yield from bar(processes.map(look, pairs, chunksize=16))
+
+
+def _look(pair: Pair, ids: IdMap, any_size: bool, deep: bool) -> tuple[tuple | None, np.ndarray | None, str | None]:
+    """Size, pixels by raw id, and the first problem of one pair."""
+    size, counts, problem = None, None, domains.header_problem(pair, any_size)
+    try:
+        size = upright_size(pair.image)
+        if deep:
+            with Image.open(pair.image) as picture:
+                picture.load()
+            if pair.label:
+                label = _label(pair, ids)
+                counts = np.bincount(label.ravel(), minlength=256)
+    except _Wrong as error:
+        problem = problem or str(error)
+    except UNREADABLE as error:
+        problem = problem or f"'{pair.name}' cannot be decoded ({error})"
+    return size, counts, problem
+
+
+class _Wrong(Exception):
+    """A label that can be decoded but not used."""
+
+
+def _label(pair: Pair, ids: IdMap) -> np.ndarray:
+    try:
+        return read_label(pair.label, ids)
+    except ValueError as error:
+        raise _Wrong(f"label of '{pair.name}' {error}") from None
+
+
+def _by_class(counts: np.ndarray, ids: IdMap) -> dict[str, int]:
+    """Pixels by class of the set that the domain is scored in."""
+    scored = [counts[(ids.to_score == place) & ids.known].sum() for place in range(len(ids.class_set))]
+    return {name: int(n) for name, n in zip(ids.class_set.classes, scored, strict=True)}
+
+
+def _check_rows(text: str, domain: domains.Domain) -> Check:
+    """A data set of the hub, row by row."""
+    found, counts = Check(text, "", len(domain), domain.has_labels), np.zeros(256, np.int64)
+    for index in tqdm(range(len(domain)), desc=f"check {text}", unit="img", leave=False):
+        try:
+            sample = domain.sample(index)
+        except ValueError as error:
+            found.problems.append(str(error).rstrip("."))
+            continue
+        found.sizes[sample.image.shape[1::-1]] += 1
+        if sample.label is not None:
+            counts += np.bincount(sample.label.ravel(), minlength=256)
+    found.class_pixels = _by_class(counts, domain.ids)
+    return found
+
+
+def duplicates(texts: Sequence[str], data: Data) -> list[str]:
+    """Pictures that two domains share, by content, one sentence each: a target must hold nothing of its source."""
+    by_size: dict[int, list[tuple[str, Path]]] = {}
+    for text in dict.fromkeys(texts):
+        spec = domains.parse(text)
+        for pair in domains.find(spec, data).pairs if spec.name not in ("hub", "scenes") else ():
+            by_size.setdefault(pair.image.stat().st_size, []).append((text, pair.image))
+    found: dict[bytes, tuple[str, Path]] = {}
+    wrong = []
+    for files in by_size.values():
+        for text, path in files if len({text for text, _ in files}) > 1 else ():
+            digest = hashlib.sha256(path.read_bytes()).digest()
+            first = found.setdefault(digest, (text, path))
+            if first[0] != text:
+                wrong.append(f"{path} of '{text}' is the same picture as {first[1]} of '{first[0]}'")
+    return wrong
+
+
+def prepare(text: str, out: Path, short_edge: int, data: Data) -> int:
+    """Writes a resized copy of a domain into a folder, in the same tree and under the same names; returns its pairs.
+
+    Pictures are resized antialiased, labels by nearest; what is smaller stays. Labels are written as PNGs of raw ids
+    (polygons too). A copy that was cut short goes on. Raises ValueError for a folder that holds anything else.
+    """
+    spec, mark = domains.parse(text), out / MARK
+    if spec.name in ("scenes", "hub"):
+        raise ValueError(f"Domain '{text}' has no folder of files to copy.")
+    listing = domains.find(spec, data)
+    if listing.problems:
+        raise ValueError(f"{text}: {listing.problems[0]}; see: python -m setlib check {text}.")
+    made = {"domain": spec.name, "from": str(Path(spec.folder).expanduser().resolve()), "short_edge": short_edge}
+    if out.exists() and any(out.iterdir()) and (not mark.is_file() or json.loads(mark.read_bytes()) != made):
+        raise ValueError(f"{out} is not empty and no copy of {text} with short edge {short_edge}: name another folder.")
+    write_atomic(mark, json.dumps(made))
+    ids, root = id_map(listing.ids), Path(spec.folder).expanduser()
+    for extra in ("splits.json", "split.mat"):
+        if (root / extra).is_file():
+            write_atomic(out / extra, (root / extra).read_bytes())
+    copy = partial(_copy, root=root, out=out, short_edge=short_edge, ids=ids)
+    with tqdm(listing.pairs, desc=f"prepare {text}", unit="img") as bar:
+        for pair in bar:
+            copy(pair)
+    return len(listing.pairs)
+
+
+def _copy(pair: Pair, root: Path, out: Path, short_edge: int, ids: IdMap) -> None:
+    """One resized pair; a file that is there already is whole."""
+    image = out / pair.image.relative_to(root)
+    label = None
+    if pair.label:
+        label = out / pair.label.relative_to(root)
+        if label.suffix == ".json":
+            label = label.with_name(label.name.replace("_polygons.json", "_labelids.png"))
+    if image.is_file() and (label is None or label.is_file()):
+        return
+    sides = upright_size(pair.image)
+    factor = min(1.0, short_edge / min(sides))
+    size = tuple(max(1, round(side * factor)) for side in sides)
+    pixels = Image.fromarray(read_picture(pair.image, 2 * max(size)))
+    if label is not None:
+        if ids.form == "colours":
+            with Image.open(pair.label) as picture:
+                drawn = picture.convert("RGB")
+        else:
+            drawn = Image.fromarray(read_label(pair.label, ids))
+        _save(drawn.resize(size, Image.Resampling.NEAREST), label)
+    _save(pixels.resize(size, Image.Resampling.LANCZOS) if factor < 1 else pixels, image)
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    file = BytesIO()
+    quality = {"quality": 95} if path.suffix.lower() in (".jpg", ".jpeg") else {}
+    picture.save(file, Image.registered_extensions()[path.suffix.lower()], **quality)
+    write_atomic(path, file.getvalue())

@@ -1,0 +1,139 @@
+"""Files -> arrays: pictures of any mode as RGB, labels of any encoding as class ids."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, ImageDraw, ImageOps
+from PIL import Image as PILImage
+
+from setlib.labels import IdMap
+
+UNREADABLE = (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError)  # what Pillow raises
+TURNED = 5  # EXIF orientations from here on swap width and height
+
+
+def read_picture(image: Any, long_edge: int = 0) -> np.ndarray:
+    """A path, PIL picture or array as (h, w, 3) uint8 RGB, EXIF rotation applied, transparency on white.
+
+    long_edge: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as its long edge does not
+    fall below this; 0: at its own size. Raises ValueError if it cannot be read.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"Expected a picture (h, w, 3) of uint8, got {image.dtype} {image.shape}.")
+        return image
+    try:
+        picture = image if isinstance(image, PILImage.Image) else PILImage.open(image)
+        if long_edge and picture.format == "JPEG":
+            least = min(1.0, long_edge / max(picture.size))
+            picture.draft(None, tuple(-int(-side * least // 1) for side in picture.size))
+        if picture is image:
+            picture = ImageOps.exif_transpose(picture)
+        else:  # our own: spare a copy
+            ImageOps.exif_transpose(picture, in_place=True)
+        if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit and float greys
+            grey = np.asarray(picture, np.float64)
+            limit = 65535 if picture.mode.startswith("I") else max(1.0, grey.max())
+            picture = PILImage.fromarray((grey / limit * 255).clip(0, 255).astype(np.uint8))
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = PILImage.alpha_composite(PILImage.new("RGBA", picture.size, "white"), picture)
+        return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+    except UNREADABLE as error:
+        raise ValueError(f"{image} cannot be read as a picture ({error}).") from None
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """(w, h) of a picture as it is shown: its EXIF rotation, which decoding applies, counted in. Reads the header."""
+    if path.suffix == ".json":
+        content = json.loads(path.read_bytes())
+        return int(content["imgWidth"]), int(content["imgHeight"])
+    with PILImage.open(path) as picture:
+        w, h = picture.size
+        # a PNG would have to be decoded first: its EXIF may stand at the end
+        turned = picture.format != "PNG" and picture.getexif().get(ExifTags.Base.Orientation, 1) >= TURNED
+    return (h, w) if turned else (w, h)
+
+
+def read_label(source: str | Path | PILImage.Image, ids: IdMap) -> np.ndarray:
+    """The raw class ids (h, w) uint8 of a label, a file or a picture, in the form that its data set uses.
+
+    Raises ValueError, beginning with a verb, for another form or unknown ids; what Pillow raises for a damaged file.
+    """
+    if str(source).endswith(".json"):
+        return _draw_polygons(Path(source), ids)
+    with source if isinstance(source, PILImage.Image) else PILImage.open(source) as picture:
+        if ids.form == "wide" and picture.mode != "L":
+            label = _first_of_wide(picture)
+        else:
+            label = np.asarray(picture)
+    if ids.form == "colours":
+        if label.ndim != 3:
+            raise ValueError("holds class ids: expected a picture of the classes' colours")
+        return _colours_to_ids(label[..., :3], ids)
+    if label.ndim != 2 or label.dtype not in (np.uint8, np.int32, np.uint16, bool):
+        raise ValueError(f"is a colour picture of shape {label.shape}: expected one channel of class ids")
+    if label.dtype != np.uint8 and (label.min(initial=0) < 0 or label.max(initial=0) > 255):
+        raise ValueError(f"holds ids from {label.min()} to {label.max()}: expected {_known(ids)}")
+    label = label.astype(np.uint8, copy=False)
+    pixels = np.array(PILImage.fromarray(label).histogram())
+    unknown = np.flatnonzero((pixels > 0) & ~ids.known)
+    if len(unknown):
+        hint = " (they look like Cityscapes label ids, not train ids)" if ids.name == "cityscapes" else ""
+        hint = hint if unknown.max() <= 34 else ""
+        found = f"holds the unknown ids {unknown[:5].tolist()} ({pixels[unknown].sum()} pixels)"
+        raise ValueError(f"{found}: expected {_known(ids)}{hint}")
+    return label
+
+
+def _known(ids: IdMap) -> str:
+    return ", ".join(str(i) for i in np.flatnonzero(ids.known))
+
+
+def _first_of_wide(picture: PILImage.Image) -> np.ndarray:
+    """The first channel's low bytes of a PNG of 16 bits, of which Pillow would keep the high ones (SYNTHIA)."""
+    raw = picture.tile[0].args
+    if not str(raw).endswith(";16B"):
+        raise ValueError(f"is a picture of mode {picture.mode} and 8 bits: expected 16 bits, ids in the first channel")
+    if raw == "LA;16B":  # four bytes a pixel, as RGBA has them
+        picture._mode, own, channel = "RGBA", "RGBA", 1
+    else:
+        own, channel = raw.replace("16B", "16L"), 0
+    picture.tile = [picture.tile[0]._replace(args=own)]
+    label = np.asarray(picture)
+    return label if label.ndim == 2 else label[..., channel]
+
+
+def _colours_to_ids(label: np.ndarray, ids: IdMap) -> np.ndarray:
+    """(h, w, 3) uint8 colours -> (h, w) uint8 ids."""
+    packed = label.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+    known = np.array(sorted((r << 16 | g << 8 | b, i) for (r, g, b), i in ids.colours.items()), np.uint32)
+    place = np.searchsorted(known[:, 0], packed).clip(max=len(known) - 1)
+    wrong = known[place, 0] != packed
+    if wrong.any():
+        raise ValueError(f"holds the unknown colour {label[wrong][0].tolist()}: expected those of {ids.name}.csv")
+    return known[place, 1].astype(np.uint8)
+
+
+def _draw_polygons(path: Path, ids: IdMap) -> np.ndarray:
+    """The polygons of a Cityscapes-like JSON file, drawn in their order (IDD)."""
+    places = {name: i for i, name in ids.names.items()}
+    try:
+        content = json.loads(path.read_bytes())
+        drawn = PILImage.new("L", (int(content["imgWidth"]), int(content["imgHeight"])), places["unlabeled"])
+        pen = ImageDraw.Draw(drawn)
+        for shape in content["objects"]:
+            if shape.get("deleted"):
+                continue
+            name = shape["label"] if shape["label"] in places else shape["label"].removesuffix("group")
+            if name not in places:
+                raise ValueError(f"holds the unknown class '{name}': expected those of {ids.name}.csv")
+            if len(shape["polygon"]) > 1:
+                pen.polygon([tuple(point) for point in shape["polygon"]], fill=places[name])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"is not a file of polygons ({error})") from None
+    return np.array(drawn)

@@ -1,0 +1,291 @@
+"""Where the pictures and labels of each data set lie, as downloaded: trees, file names, splits. Lists, decodes nothing.
+
+A data set of your own is one CSV in data/labels and one entry in LAYOUTS; see data/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from setlib.experiment import nearest
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+SEGNET = ("train", "val", "test")
+USUAL = {"source": ("train", "training"), "target": ("val", "validation")}  # splits when none is named
+
+
+class Layout(NamedTuple):
+    """One tree of a data set.
+
+    images: pattern of the pictures below the data set's folder: `{name}`, `{split}`, `{condition}` stand for one part
+    of a path, `{group}` for any number of folders, `*` for any characters; a pattern that ends in `.*` takes any
+    picture format. labels: (pattern, id map) in order of preference; fields of one name are equal in both. splits:
+    what a split is called in the tree, where `{split}` is; empty: any. any_size: labels may differ from their pictures
+    in size (they are then resized, nearest). besides: files with this in their name are something else.
+    """
+
+    images: str
+    labels: tuple[tuple[str, str], ...]
+    splits: dict[str, str] = {}
+    any_size: bool = False
+    besides: str = ""
+
+
+def _cityscapes(kind: str, suffix: str = "") -> Layout:
+    label = "gtFine/{split}/{group}/{name}_gtFine_"
+    return Layout(
+        f"{kind}/{{split}}/{{group}}/{{name}}_{kind}{suffix}.png",
+        ((f"{label}labelIds.png", "labelids"), (f"{label}labelTrainIds.png", "cityscapes")),
+    )
+
+
+def _anonymous(folders: str) -> Layout:
+    """ACDC and Dark Zurich."""
+    label = f"gt/{folders}/{{name}}_gt_label"
+    return Layout(
+        f"rgb_anon/{folders}/{{name}}_rgb_anon.png",
+        ((f"{label}Ids.png", "labelids"), (f"{label}TrainIds.png", "cityscapes")),
+    )
+
+
+def _mapillary(*labels: tuple[str, str]) -> Layout:
+    names = {"train": "training", "val": "validation", "test": "testing"}
+    return Layout("{split}/images/{name}.jpg", tuple((f"{{split}}/{path}", ids) for path, ids in labels), names)
+
+
+_PLAIN = "images/{name}.*", "labels/{name}.png"
+LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    "folder": (Layout(_PLAIN[0], ((_PLAIN[1], "cityscapes"),)),),
+    "gtav": (Layout("images/{name}.png", ((_PLAIN[1], "labelids"),), any_size=True),),
+    "synthia": (Layout("RGB/{name}.png", (("GT/LABELS/{name}.png", "synthia"),)),),
+    "urbansyn": (Layout("rgb/rgb_{name}.png", (("ss/ss_{name}.png", "urbansyn"),)),),
+    "cityscapes": (_cityscapes("leftImg8bit"),),
+    "cityscapes-foggy": (_cityscapes("leftImg8bit_foggy", "*"),),
+    "cityscapes-rainy": (_cityscapes("leftImg8bit_rain", "*"),),
+    "bdd100k": (
+        Layout("images/10k/{split}/{name}.jpg", (("labels/sem_seg/masks/{split}/{name}.png", "cityscapes"),)),
+        Layout("seg/images/{split}/{name}.jpg", (("seg/labels/{split}/{name}_train_id.png", "cityscapes"),)),
+    ),
+    "mapillary": (_mapillary(("v1.2/labels/{name}.png", "mapillary12"), ("labels/{name}.png", "mapillary12")),),
+    "mapillary-v2": (_mapillary(("v2.0/labels/{name}.png", "mapillary20")),),
+    "acdc": (_anonymous("{condition}/{split}/{group}"),),
+    "darkzurich": (_anonymous("{split}/{group}"),),
+    "idd": (
+        Layout(
+            "leftImg8bit/{split}/{group}/{name}_leftImg8bit.*",
+            (
+                ("gtFine/{split}/{group}/{name}_gtFine_labelids.png", "idd"),
+                ("gtFine/{split}/{group}/{name}_gtFine_polygons.json", "idd"),
+                ("gtFine/{split}/{group}/{name}_gtFine_labellevel3Ids.png", "iddlevel3"),
+            ),
+        ),
+    ),
+    "idd-lite": (
+        Layout(
+            "leftImg8bit/{split}/{group}/{name}_image.*",
+            (("gtFine/{split}/{group}/{name}_label.png", "iddlite"),),
+            besides="_inst_label",
+        ),
+    ),
+    "kitti": (Layout("training/image_2/{name}.png", (("training/semantic/{name}.png", "labelids"),)),),
+    "wilddash2": (Layout(_PLAIN[0], ((_PLAIN[1], "wilddash"),)),),
+    "camvid": (
+        Layout(_PLAIN[0], ((_PLAIN[1], "camvid"),)),
+        Layout("{split}/{name}.png", (("{split}annot/{name}.png", "camvid"),), {s: s for s in SEGNET}),
+        Layout("701_StillsRaw_full/{name}.png", (("LabeledApproved_full/{name}_L.png", "camvid32"),)),
+    ),
+}  # fmt: skip
+
+
+class Pair(NamedTuple):
+    """Paths of one picture and of its label, if it has one; name: unique in the domain; split: "" if there is none."""
+
+    image: Path
+    label: Path | None
+    name: str
+    split: str = ""
+
+
+class Listing(NamedTuple):
+    """What a folder holds of a data set: pairs, the id map of their labels, and what is wrong (one sentence each)."""
+
+    pairs: list[Pair]
+    ids: str
+    any_size: bool
+    problems: list[str]
+
+
+def list_pairs(name: str, folder: str, split: str = "", role: str = "") -> Listing:
+    """The pairs of data set `name` in a folder, of one split.
+
+    split: a split of the tree (or, of ACDC, a condition, or both as in night-val), or of a splits.json or split.mat
+    beside it. Without one: the training split for role "source", the validation split for role "target", where there
+    are such splits; else everything. Raises ValueError if the folder does not hold the data set, or no such split.
+    """
+    root = Path(folder).expanduser()
+    layout = next((one for one in LAYOUTS[name] if _holds(root, one)), None)
+    if layout is None:
+        raise ValueError(f"{_text(name, folder, split)}: {_wrong_folder(name, root)}")
+    images = _match(root, layout.images)
+    named = _named_splits(root, split) if "{split}" not in layout.images else None
+    kept, asked = _choose(images, layout, split if named is None else "", role, _text(name, folder, split))
+    if named is not None:
+        kept = {path: fields for path, fields in images.items() if fields["name"] in named}
+    options = []
+    for pattern, ids in layout.labels:
+        found = _match(root, pattern).items()
+        labels = {
+            _key(fields, pattern): (path, fields)
+            for path, fields in found
+            if not layout.besides or layout.besides not in path
+        }
+        options.append((sum(_key(fields, pattern) in labels for fields in kept.values()), labels, pattern, ids))
+    _, labels, pattern, ids = max(options, key=lambda option: option[0])  # the first of those that serve most pictures
+    pairs, problems = _join(root, kept, labels, pattern, several="*" in layout.images.removesuffix(".*"))
+    if named is not None:
+        listed = sorted(named - {fields["name"] for fields in kept.values()})
+        problems += [f"'{missing}' is in the list of the split but not in {root}" for missing in listed]
+    else:
+        used = {_key(fields, pattern) for fields in kept.values()}
+        orphans = [fields for key, (_, fields) in labels.items() if key not in used and asked <= set(fields.values())]
+        problems += [f"label '{fields['name']}' has no image" for fields in orphans]
+    return Listing(pairs, ids, layout.any_size, problems)
+
+
+def _text(name: str, folder: str, split: str) -> str:
+    return f"{name}{':' * bool(split)}{split}@{folder}"
+
+
+def _join(root: Path, images: dict, labels: dict, pattern: str, several: bool) -> tuple[list[Pair], list[str]]:
+    """Pictures with their labels, and what is wrong; a split in which nothing is labelled has no labels.
+
+    several: one label may serve several pictures, for example fog of several strengths.
+    """
+    pairs, problems, seen = [], [], {}
+    labelled = {fields.get("split", "") for _, fields in labels.values()}
+    for path, fields in sorted(images.items()):
+        group, split = fields.get("group", ""), fields.get("split", "")
+        name = Path(path).stem if several else fields["name"]
+        name = name if name.startswith(group) else f"{group}/{name}"
+        label = labels.get(_key(fields, pattern))
+        if name in seen:
+            problems.append(f"'{Path(path).name}' and '{Path(seen[name]).name}' share one name: rename one of them")
+            continue
+        seen[name] = path
+        if label is None and split in labelled:
+            problems.append(f"image '{name}' has no label: expected {root / _filled(pattern, fields)}")
+        pairs.append(Pair(root / path, root / label[0] if label else None, name, split))
+    return pairs, problems
+
+
+def _regex(pattern: str) -> re.Pattern:
+    """A pattern as a regular expression with its fields as groups."""
+    text = re.escape(pattern).replace(r"\{", "{").replace(r"\}", "}")
+    if pattern.endswith(".*"):
+        text = text.removesuffix(r"\.\*") + "(?i:" + "|".join(map(re.escape, SUFFIXES)) + ")"
+    text = text.replace(r"\*", "[^/]*").replace("{group}", "(?P<group>.+?)")
+    return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+?)", text))
+
+
+def _key(fields: dict[str, str], pattern: str) -> tuple:
+    return tuple(fields[field] for field in re.findall(r"\{(\w+)\}", pattern) if field in fields)
+
+
+def _filled(pattern: str, fields: dict[str, str]) -> str:
+    return re.sub(r"\{(\w+)\}", lambda found: fields.get(found[1], "*"), pattern)
+
+
+def _base(pattern: str) -> str:
+    """The folder in front of a pattern's first field, "" if it begins with one."""
+    return pattern.split("{")[0].rpartition("/")[0]
+
+
+def _match(root: Path, pattern: str) -> dict[str, dict[str, str]]:
+    """{path below root: fields} of all files that fit a pattern; links are followed."""
+    expression, found = _regex(pattern), {}
+    for folder, _, files in os.walk(root / _base(pattern), followlinks=True):
+        below = Path(folder).relative_to(root).as_posix()
+        for file in files:
+            path = file if below == "." else f"{below}/{file}"
+            if match := expression.fullmatch(path):
+                found[path] = match.groupdict()
+    return found
+
+
+def _holds(root: Path, layout: Layout) -> bool:
+    """Whether the folders of a layout are there."""
+    if base := _base(layout.images):
+        return (root / base).is_dir()
+    tops = {layout.images.replace("{split}", value).split("{")[0] for value in layout.splits.values()}
+    return any((root / top).is_dir() for top in tops)
+
+
+def _wrong_folder(name: str, root: Path) -> str:
+    """The sentence for a folder that does not hold a data set: which one near it does, else what was expected."""
+    below = _folders(root)
+    near = [root.parent, root.parent.parent, *below, *(deeper for folder in below for deeper in _folders(folder))]
+    for folder in near:
+        if any(_holds(folder, layout) for layout in LAYOUTS[name]):
+            return f"{root} is the wrong level of the tree: give {folder}."
+    trees = " or ".join(layout.images for layout in LAYOUTS[name])
+    return f"expected pictures in {root / trees}, but there is no such folder."
+
+
+def _folders(root: Path) -> list[Path]:
+    """The folders in a folder, as far as they may be seen."""
+    try:
+        return sorted(path for path in root.iterdir() if path.is_dir())
+    except OSError:
+        return []
+
+
+def _choose(images: dict, layout: Layout, split: str, role: str, text: str) -> tuple[dict, set[str]]:
+    """The pictures of a split, and the values of the fields that it names."""
+    values = {field: {f[field] for f in images.values() if field in f} for field in ("split", "condition")}
+    known = {layout.splits.get(value, value): value for value in set().union(*values.values())}
+    names = {name: value for name, value in layout.splits.items() if value in known} | {v: v for v in known}
+    if layout.splits:  # "{split}/..." would take any folder for a split
+        images = {path: f for path, f in images.items() if f["split"] in layout.splits.values()}
+    asked = [split] if split in names else split.split("-") if split else []
+    for part in asked:
+        if part not in names:
+            where = f"; there are {', '.join(sorted(names))}" if names else ": this data set has none in its tree"
+            raise ValueError(f"{text}: unknown split '{part}'{where} ({nearest(part, names)}).")
+    wanted = {names[part] for part in asked}
+    if role and not wanted & values["split"]:
+        wanted |= {value for value in USUAL[role] if value in values["split"]}
+    kept = {path: fields for path, fields in images.items() if wanted <= set(fields.values())}
+    return kept, wanted
+
+
+def _named_splits(root: Path, split: str) -> set[str] | None:
+    """The names of a split that a list beside the tree holds: splits.json, or GTAV's split.mat; None without split."""
+    if not split:
+        return None
+    if (root / "split.mat").is_file():
+        from scipy.io import loadmat
+
+        content = loadmat(root / "split.mat")
+        splits: dict[str, Iterable] = {
+            key.removesuffix("Ids"): [f"{i:05d}" for i in content[key].ravel()]
+            for key in content
+            if key.endswith("Ids")
+        }
+    elif (root / "splits.json").is_file():
+        try:
+            content = json.loads((root / "splits.json").read_bytes())["splits"]
+            splits = {name: [*map(str, names)] for name, names in content.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(
+                f'{root / "splits.json"} cannot be read: expected {{"splits": {{name: [picture, ...]}}}}.'
+            ) from None
+    else:
+        raise ValueError(f"A split '{split}' is named, but there is no splits.json in {root}: leave ':{split}' out.")
+    if split not in splits:
+        raise ValueError(f"Unknown split '{split}' of {root} ({nearest(split, splits)}).")
+    return set(splits[split])
