@@ -62,7 +62,8 @@ def check(text: str, data: Data, role: str = "", deep: bool = True) -> list[Chec
     listing = domains.find(spec, data, role)
     ids = id_map(listing.ids, data.class_set)
     if not listing.pairs:
-        raise ValueError(f"Domain '{text}' is empty: no picture in {spec.folder}.")
+        empty = f"Domain '{text}' is empty: no picture in {spec.folder}"
+        raise ValueError(f"{empty}{f' ({listing.problems[0]})' if listing.problems else ''}.")
     found: dict[str, Check] = {}
     for split in sorted({pair.split for pair in listing.pairs}):
         pairs = [pair for pair in listing.pairs if pair.split == split]
@@ -97,13 +98,12 @@ def _look(pair: Pair, ids: IdMap, any_size: bool, deep: bool) -> tuple[tuple | N
     """Size, pixels by raw id, and the first problem of one pair."""
     size, counts, problem = None, None, domains.header_problem(pair, any_size)
     try:
-        size = upright_size(pair.image)
-        if deep:
-            with Image.open(pair.image) as picture:
-                picture.load()
-            if pair.label:
-                label = _label(pair, ids)
-                counts = np.bincount(label.ravel(), minlength=256)
+        size = upright_size(pair.image, whole=deep)
+        if deep and pair.label:
+            label = _label(pair, ids)
+            counts = np.bincount(label.ravel(), minlength=256)
+            if label.shape != size[::-1] and not any_size:
+                problem = problem or f"label of '{pair.name}' {domains.other_size(label.shape, size[::-1])}"
     except _Wrong as error:
         problem = problem or str(error)
     except UNREADABLE as error:
@@ -147,9 +147,11 @@ def _check_rows(text: str, domain: domains.Domain) -> Check:
 def duplicates(texts: Sequence[str], data: Data) -> list[str]:
     """Pictures that two domains share, by content, one sentence each: a target must hold nothing of its source."""
     by_size: dict[int, list[tuple[str, Path]]] = {}
-    for text in dict.fromkeys(texts):
-        spec = domains.parse(text)
-        for pair in domains.find(spec, data).pairs if spec.name not in ("hub", "scenes") else ():
+    specs = [spec for spec in map(domains.parse, texts) if spec.name not in ("hub", "scenes")]
+    sets = {(s.name, os.path.realpath(os.path.expanduser(s.folder)), s.split): s for s in reversed(specs)}
+    for spec in sets.values():
+        text = spec.text
+        for pair in domains.find(spec, data).pairs:
             by_size.setdefault(pair.image.stat().st_size, []).append((text, pair.image))
     found: dict[bytes, tuple[str, Path]] = {}
     wrong = []
@@ -171,22 +173,33 @@ def prepare(text: str, out: Path, short_edge: int, data: Data) -> int:
     spec, mark = domains.parse(text), out / MARK
     if spec.name in ("scenes", "hub"):
         raise ValueError(f"Domain '{text}' has no folder of files to copy.")
+    if spec.corruption:
+        raise ValueError(f"Prepare the clean set, and add ~{spec.corruption}{spec.severity} where the copy is used.")
     listing = domains.find(spec, data)
     if listing.problems:
         raise ValueError(f"{text}: {listing.problems[0]}; see: python -m setlib check {text}.")
-    made = {"domain": spec.name, "from": str(Path(spec.folder).expanduser().resolve()), "short_edge": short_edge}
-    if out.exists() and any(out.iterdir()) and (not mark.is_file() or json.loads(mark.read_bytes()) != made):
+    if not listing.pairs:
+        raise ValueError(f"Domain '{text}' is empty: no picture in {spec.folder}.")
+    root = Path(os.path.expanduser(spec.folder))
+    made = {"domain": spec.name, "from": str(root.resolve()), "short_edge": short_edge}
+    if Path(made["from"]) in (out.resolve(), *out.resolve().parents):
+        raise ValueError(f"{out} lies in the data set itself: name a folder outside of {made['from']}.")
+    if out.exists() and any(out.iterdir()) and (not mark.is_file() or mark.read_text(encoding="utf-8") != _json(made)):
         raise ValueError(f"{out} is not empty and no copy of {text} with short edge {short_edge}: name another folder.")
-    write_atomic(mark, json.dumps(made))
-    ids, root = id_map(listing.ids), Path(spec.folder).expanduser()
+    write_atomic(mark, _json(made))
     for extra in ("splits.json", "split.mat"):
         if (root / extra).is_file():
             write_atomic(out / extra, (root / extra).read_bytes())
-    copy = partial(_copy, root=root, out=out, short_edge=short_edge, ids=ids)
+    copy = partial(_copy, root=root, out=out, short_edge=short_edge, ids=id_map(listing.ids))
     with tqdm(listing.pairs, desc=f"prepare {text}", unit="img") as bar:
         for pair in bar:
+            if problem := domains.header_problem(pair, listing.any_size):
+                raise ValueError(f"{text}: {problem}.")
             copy(pair)
     return len(listing.pairs)
+
+
+_json = partial(json.dumps, indent=1)
 
 
 def _copy(pair: Pair, root: Path, out: Path, short_edge: int, ids: IdMap) -> None:
@@ -199,7 +212,7 @@ def _copy(pair: Pair, root: Path, out: Path, short_edge: int, ids: IdMap) -> Non
             label = label.with_name(label.name.replace("_polygons.json", "_labelids.png"))
     if image.is_file() and (label is None or label.is_file()):
         return
-    sides = upright_size(pair.image)
+    sides = upright_size(pair.image, whole=pair.image.suffix.lower() == ".png")
     factor = min(1.0, short_edge / min(sides))
     size = tuple(max(1, round(side * factor)) for side in sides)
     pixels = Image.fromarray(read_picture(pair.image, 2 * max(size)))
@@ -208,7 +221,10 @@ def _copy(pair: Pair, root: Path, out: Path, short_edge: int, ids: IdMap) -> Non
             with Image.open(pair.label) as picture:
                 drawn = picture.convert("RGB")
         else:
-            drawn = Image.fromarray(read_label(pair.label, ids))
+            try:
+                drawn = Image.fromarray(_label(pair, ids))
+            except _Wrong as error:
+                raise ValueError(f"{error}.") from None
         _save(drawn.resize(size, Image.Resampling.NEAREST), label)
     _save(pixels.resize(size, Image.Resampling.LANCZOS) if factor < 1 else pixels, image)
 

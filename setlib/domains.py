@@ -6,6 +6,8 @@ A domain is named `name[:split][@folder][~corruption]`, for example `scenes:nigh
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -99,7 +101,7 @@ class Domain:
             raise _Named(f"{self.spec.text}: label of '{name}' {error}.") from None
         if label.shape != size and not smaller:
             if not self.any_size:
-                raise _Named(f"{self.spec.text}: label of '{name}' {_other_size(label.shape, size)}.")
+                raise _Named(f"{self.spec.text}: label of '{name}' {other_size(label.shape, size)}.")
             label = np.asarray(PILImage.fromarray(label).resize(size[::-1], PILImage.Resampling.NEAREST))
         return label
 
@@ -108,7 +110,8 @@ class _Named(ValueError):
     """An error that names its file already."""
 
 
-def _other_size(label: tuple[int, ...], image: tuple[int, ...]) -> str:
+def other_size(label: tuple[int, ...], image: tuple[int, ...]) -> str:
+    """What is wrong with a label (h, w) of another size than its picture."""
     return f"is {label[1]} x {label[0]} but its image is {image[1]} x {image[0]}"
 
 
@@ -124,11 +127,11 @@ def parse(text: str) -> Spec:
         if split not in scenes.STYLES:
             raise ValueError(f"Unknown style '{split}' in '{text}' ({nearest(split, scenes.STYLES)}).")
     elif name == "hub":
-        if not split:
+        if not re.fullmatch(r"[\w./-]+(:[\w.-]+)?", split):
             raise ValueError(f"Domain '{text}' needs a data set of the hub: write hub:owner/name[:split][@id map].")
     elif not folder:
         raise ValueError(f"Domain '{text}' needs its folder: write {head}@FOLDER.")
-    elif not Path(folder).expanduser().is_dir():
+    elif not os.path.isdir(os.path.expanduser(folder)):
         raise ValueError(f"Domain '{text}': folder {folder} does not exist; give the folder that holds the data set.")
     return Spec(text, name, split, folder, corruption, severity)
 
@@ -174,12 +177,20 @@ def find(spec: Spec, data: Data, role: str = "") -> Listing:
 
 def _from_hub(spec: Spec, data: Data, limit: int) -> Domain:
     """A data set of the hub with a column of pictures and one of labels; a limited one is streamed."""
+    from huggingface_hub import constants
+
+    from setlib import weights
+
     name, _, split = spec.split.partition(":")
+    if not (Path(name).exists() or constants.HF_HUB_OFFLINE or weights.hub_answers(constants.ENDPOINT)):
+        raise ValueError(
+            f"Domain '{spec.text}': {constants.ENDPOINT} does not answer; HF_HUB_OFFLINE=1 takes a copy from the cache."
+        )
     try:
         rows = datasets.load_dataset(name, split=split or "train", streaming=bool(limit))
     except (OSError, ValueError, ConnectionError) as error:
         raise ValueError(f"Domain '{spec.text}': data set {name} cannot be opened ({error}).") from None
-    images = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    images = [column for column, kind in (rows.features or {}).items() if isinstance(kind, datasets.Image)]
     labels = [column for column in images if column.lower() in LABEL_COLUMNS]
     pictures = [column for column in images if column not in labels]
     if len(pictures) != 1 or len(labels) > 1:
@@ -222,6 +233,11 @@ def header_problem(pair: Pair, any_size: bool = False) -> str | None:
                 sizes.append(upright_size(path))
             except (*UNREADABLE, KeyError, TypeError) as error:
                 return f"{path} cannot be opened as a picture ({error})"
+    if len(sizes) == 2 and sizes[0] != sizes[1] and not any_size:
+        try:
+            sizes[0] = upright_size(pair.image, whole=True)
+        except UNREADABLE as error:
+            return f"'{pair.name}' cannot be decoded ({error})"
     if len(sizes) == 2 and sizes[0] != sizes[1] and not any_size:
         return "image '{}' is {} x {} but its label is {} x {}: they must be equal".format(
             pair.name, *sizes[0], *sizes[1]

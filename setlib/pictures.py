@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,16 @@ from PIL import Image as PILImage
 
 from setlib.labels import IdMap
 
-UNREADABLE = (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError)  # what Pillow raises
+# what Pillow and json raise for a damaged file
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    LookupError,
+    RecursionError,
+    struct.error,
+    PILImage.DecompressionBombError,
+)
 TURNED = 5  # EXIF orientations from here on swap width and height
 
 
@@ -47,15 +57,19 @@ def read_picture(image: Any, long_edge: int = 0) -> np.ndarray:
         raise ValueError(f"{image} cannot be read as a picture ({error}).") from None
 
 
-def upright_size(path: Path) -> tuple[int, int]:
-    """(w, h) of a picture as it is shown: its EXIF rotation, which decoding applies, counted in. Reads the header."""
+def upright_size(path: Path, whole: bool = False) -> tuple[int, int]:
+    """(w, h) of a picture as it is shown: its EXIF rotation, which decoding applies, counted in. Reads the header.
+
+    whole: decodes the picture, so that a PNG's EXIF, which may stand at the file's end, counts too.
+    """
     if path.suffix == ".json":
         content = json.loads(path.read_bytes())
         return int(content["imgWidth"]), int(content["imgHeight"])
     with PILImage.open(path) as picture:
         w, h = picture.size
-        # a PNG would have to be decoded first: its EXIF may stand at the end
-        turned = picture.format != "PNG" and picture.getexif().get(ExifTags.Base.Orientation, 1) >= TURNED
+        if whole:
+            picture.load()
+        turned = (whole or picture.format != "PNG") and picture.getexif().get(ExifTags.Base.Orientation, 1) >= TURNED
     return (h, w) if turned else (w, h)
 
 
@@ -67,7 +81,7 @@ def read_label(source: str | Path | PILImage.Image, ids: IdMap) -> np.ndarray:
     if str(source).endswith(".json"):
         return _draw_polygons(Path(source), ids)
     with source if isinstance(source, PILImage.Image) else PILImage.open(source) as picture:
-        if ids.form == "wide" and picture.mode != "L":
+        if ids.form == "wide" and len(picture.getbands()) > 1:
             label = _first_of_wide(picture)
         else:
             label = np.asarray(picture)
@@ -96,7 +110,7 @@ def _known(ids: IdMap) -> str:
 
 def _first_of_wide(picture: PILImage.Image) -> np.ndarray:
     """The first channel's low bytes of a PNG of 16 bits, of which Pillow would keep the high ones (SYNTHIA)."""
-    raw = picture.tile[0].args
+    raw = picture.tile[0].args if picture.tile else ""
     if not str(raw).endswith(";16B"):
         raise ValueError(f"is a picture of mode {picture.mode} and 8 bits: expected 16 bits, ids in the first channel")
     if raw == "LA;16B":  # four bytes a pixel, as RGBA has them
@@ -124,7 +138,10 @@ def _draw_polygons(path: Path, ids: IdMap) -> np.ndarray:
     places = {name: i for i, name in ids.names.items()}
     try:
         content = json.loads(path.read_bytes())
-        drawn = PILImage.new("L", (int(content["imgWidth"]), int(content["imgHeight"])), places["unlabeled"])
+        size = int(content["imgWidth"]), int(content["imgHeight"])
+        if not 0 < size[0] * size[1] <= 2 * (PILImage.MAX_IMAGE_PIXELS or 2**31):
+            raise ValueError(f"is {size[0]} x {size[1]}: expected the size of a picture")
+        drawn = PILImage.new("L", size, places["unlabeled"])
         pen = ImageDraw.Draw(drawn)
         for shape in content["objects"]:
             if shape.get("deleted"):

@@ -26,7 +26,8 @@ class Layout(NamedTuple):
     of a path, `{group}` for any number of folders, `*` for any characters; a pattern that ends in `.*` takes any
     picture format. labels: (pattern, id map) in order of preference; fields of one name are equal in both. splits:
     what a split is called in the tree, where `{split}` is; empty: any. any_size: labels may differ from their pictures
-    in size (they are then resized, nearest). besides: files with this in their name are something else.
+    in size (they are then resized, nearest). besides: files with this in their name are something else. subset: there
+    may be labels of other pictures. unlabelled: splits whose labels are dummies.
     """
 
     images: str
@@ -34,6 +35,8 @@ class Layout(NamedTuple):
     splits: dict[str, str] = {}
     any_size: bool = False
     besides: str = ""
+    subset: bool = False
+    unlabelled: tuple[str, ...] = ()
 
 
 def _cityscapes(kind: str, suffix: str = "") -> Layout:
@@ -41,6 +44,8 @@ def _cityscapes(kind: str, suffix: str = "") -> Layout:
     return Layout(
         f"{kind}/{{split}}/{{group}}/{{name}}_{kind}{suffix}.png",
         ((f"{label}labelIds.png", "labelids"), (f"{label}labelTrainIds.png", "cityscapes")),
+        subset=bool(suffix),
+        unlabelled=("test",),
     )
 
 
@@ -127,7 +132,7 @@ def list_pairs(name: str, folder: str, split: str = "", role: str = "") -> Listi
     beside it. Without one: the training split for role "source", the validation split for role "target", where there
     are such splits; else everything. Raises ValueError if the folder does not hold the data set, or no such split.
     """
-    root = Path(folder).expanduser()
+    root = Path(os.path.expanduser(folder))
     layout = next((one for one in LAYOUTS[name] if _holds(root, one)), None)
     if layout is None:
         raise ValueError(f"{_text(name, folder, split)}: {_wrong_folder(name, root)}")
@@ -142,7 +147,7 @@ def list_pairs(name: str, folder: str, split: str = "", role: str = "") -> Listi
         labels = {
             _key(fields, pattern): (path, fields)
             for path, fields in found
-            if not layout.besides or layout.besides not in path
+            if not (layout.besides and layout.besides in path) and fields.get("split") not in layout.unlabelled
         }
         options.append((sum(_key(fields, pattern) in labels for fields in kept.values()), labels, pattern, ids))
     _, labels, pattern, ids = max(options, key=lambda option: option[0])  # the first of those that serve most pictures
@@ -150,7 +155,7 @@ def list_pairs(name: str, folder: str, split: str = "", role: str = "") -> Listi
     if named is not None:
         listed = sorted(named - {fields["name"] for fields in kept.values()})
         problems += [f"'{missing}' is in the list of the split but not in {root}" for missing in listed]
-    else:
+    elif not layout.subset:
         used = {_key(fields, pattern) for fields in kept.values()}
         orphans = [fields for key, (_, fields) in labels.items() if key not in used and asked <= set(fields.values())]
         problems += [f"label '{fields['name']}' has no image" for fields in orphans]
@@ -188,7 +193,7 @@ def _regex(pattern: str) -> re.Pattern:
     text = re.escape(pattern).replace(r"\{", "{").replace(r"\}", "}")
     if pattern.endswith(".*"):
         text = text.removesuffix(r"\.\*") + "(?i:" + "|".join(map(re.escape, SUFFIXES)) + ")"
-    text = text.replace(r"\*", "[^/]*").replace("{group}", "(?P<group>.+?)")
+    text = re.sub(r"\\\.(\w+)$", r"(?i:\.\1)", text).replace(r"\*", "[^/]*").replace("{group}", "(?P<group>.+?)")
     return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+?)", text))
 
 
@@ -207,14 +212,24 @@ def _base(pattern: str) -> str:
 
 def _match(root: Path, pattern: str) -> dict[str, dict[str, str]]:
     """{path below root: fields} of all files that fit a pattern; links are followed."""
-    expression, found = _regex(pattern), {}
-    for folder, _, files in os.walk(root / _base(pattern), followlinks=True):
+    expression, found, seen = _regex(pattern), {}, set()
+    for folder, folders, files in os.walk(root / _base(pattern), followlinks=True, onerror=_refuse):
+        seen.add(os.path.realpath(folder))
+        folders[:] = [
+            below for below in folders if os.path.realpath(f"{folder}/{below}") not in seen
+        ]  # links in circles
         below = Path(folder).relative_to(root).as_posix()
         for file in files:
             path = file if below == "." else f"{below}/{file}"
-            if match := expression.fullmatch(path):
+            if (match := expression.fullmatch(path)) and not file.startswith("._"):  # a Mac's notes on a file
                 found[path] = match.groupdict()
     return found
+
+
+def _refuse(error: OSError) -> None:
+    """A folder that may not be read is not an empty one."""
+    if isinstance(error, PermissionError):
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}.")
 
 
 def _holds(root: Path, layout: Layout) -> bool:
@@ -229,9 +244,9 @@ def _wrong_folder(name: str, root: Path) -> str:
     """The sentence for a folder that does not hold a data set: which one near it does, else what was expected."""
     below = _folders(root)
     near = [root.parent, root.parent.parent, *below, *(deeper for folder in below for deeper in _folders(folder))]
-    for folder in near:
-        if any(_holds(folder, layout) for layout in LAYOUTS[name]):
-            return f"{root} is the wrong level of the tree: give {folder}."
+    meant = [str(folder) for folder in dict.fromkeys(near) if any(_holds(folder, one) for one in LAYOUTS[name])]
+    if meant:
+        return f"{root} is the wrong level of the tree: give {' or '.join(meant[:3])}."
     trees = " or ".join(layout.images for layout in LAYOUTS[name])
     return f"expected pictures in {root / trees}, but there is no such folder."
 
@@ -268,18 +283,13 @@ def _named_splits(root: Path, split: str) -> set[str] | None:
     if not split:
         return None
     if (root / "split.mat").is_file():
-        from scipy.io import loadmat
-
-        content = loadmat(root / "split.mat")
-        splits: dict[str, Iterable] = {
-            key.removesuffix("Ids"): [f"{i:05d}" for i in content[key].ravel()]
-            for key in content
-            if key.endswith("Ids")
-        }
+        splits = _read_mat(root / "split.mat")
     elif (root / "splits.json").is_file():
         try:
             content = json.loads((root / "splits.json").read_bytes())["splits"]
-            splits = {name: [*map(str, names)] for name, names in content.items()}
+            splits = {
+                name: [*map(str, [*names] if isinstance(names, list) else None)] for name, names in content.items()
+            }
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(
                 f'{root / "splits.json"} cannot be read: expected {{"splits": {{name: [picture, ...]}}}}.'
@@ -289,3 +299,14 @@ def _named_splits(root: Path, split: str) -> set[str] | None:
     if split not in splits:
         raise ValueError(f"Unknown split '{split}' of {root} ({nearest(split, splits)}).")
     return set(splits[split])
+
+
+def _read_mat(path: Path) -> dict[str, Iterable[str]]:
+    """The splits of GTAV's split.mat: {"train": ["00001", ...], ...}."""
+    from scipy.io import loadmat
+
+    try:
+        ids = {key.removesuffix("Ids"): value for key, value in loadmat(path).items() if key.endswith("Ids")}
+        return {split: [f"{int(i):05d}" for i in value.ravel()] for split, value in ids.items()}
+    except Exception as error:  # scipy raises many kinds for a damaged file
+        raise ValueError(f"{path} cannot be read ({error}): download it again.") from None

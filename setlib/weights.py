@@ -148,7 +148,7 @@ def _from_hub(name: str) -> PreTrainedModel:
 
     with contextlib.suppress(OSError):  # not in the cache, or not whole
         return _pretrained(name, local_files_only=True)
-    if constants.HF_HUB_OFFLINE or not _hub_answers(constants.ENDPOINT):
+    if constants.HF_HUB_OFFLINE or not hub_answers(constants.ENDPOINT):
         raise ValueError(
             f"{name} is neither a folder here nor in the cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} does"
             f" not answer: run 'hf download {name} --local-dir FOLDER' where there is a network, copy FOLDER here and"
@@ -162,7 +162,7 @@ def _from_hub(name: str) -> PreTrainedModel:
         raise ValueError(f"{name} cannot be loaded from {constants.ENDPOINT}: {str(error).splitlines()[0]}") from error
 
 
-def _hub_answers(endpoint: str) -> bool:
+def hub_answers(endpoint: str) -> bool:
     """Whether the endpoint answers at all within 3 s, the look-up of its name (which has no limit) included."""
     answered = threading.Event()
 

@@ -14,7 +14,7 @@ from datasets import Image as HubImage
 from PIL import Image
 from scipy.io import savemat
 
-from setlib import check, domains, readers
+from setlib import check, domains, readers, weights
 from setlib.experiment import Data
 from setlib.labels import CLASS_SETS, id_map, read_rows
 
@@ -251,6 +251,72 @@ def test_the_labels_that_serve_most_pictures_are_taken(tmp_path):
     assert domain.ids.name == "labelids" and np.array_equal(domain.sample(1).label, ids[1])
 
 
+def test_rain_on_some_of_cityscapes_and_dummy_labels_of_its_test_split(tmp_path):
+    make(tmp_path, *SETS["cityscapes-rainy:val"], count=2)
+    make(tmp_path, "unused/{}.png", *SETS["cityscapes-rainy:val"][1:], count=4)  # labels of the other pictures
+    assert len(domains.load(f"cityscapes-rainy:val@{tmp_path}", Data())) == 2
+    image, label, *rest = SETS["cityscapes:val"]
+    make(tmp_path, image.replace("val", "test"), label.replace("val", "test"), *rest)
+    assert not domains.load(f"cityscapes:test@{tmp_path}", Data()).has_labels
+
+
+def test_suffixes_links_in_circles_and_a_macs_notes(tmp_path):
+    make(tmp_path, *SETS["cityscapes:val"])
+    folder = tmp_path / "leftImg8bit/val/aachen"
+    (folder / "one").symlink_to(folder.parent, target_is_directory=True)
+    (folder / "two").symlink_to(folder.parent.parent, target_is_directory=True)
+    path = folder / "aachen_000000_000010_leftImg8bit.png"
+    (folder / f"._{path.name}").write_bytes(b"notes")
+    path.rename(path.with_suffix(".PNG"))
+    label = tmp_path / "gtFine/val/aachen/aachen_000000_000011_gtFine_labelIds.png"
+    label.rename(label.with_suffix(".PNG"))
+    found = readers.list_pairs("cityscapes", str(tmp_path))
+    assert len(found.pairs) == 3 and all(pair.label for pair in found.pairs) and not found.problems
+
+
+def test_a_domain_and_itself_corrupted_share_nothing(tmp_path):
+    make(tmp_path, *SETS["folder"])
+    texts = [f"folder@{tmp_path}", f"folder@{tmp_path}~noise3", f"folder@{tmp_path}/"]
+    assert check.duplicates(texts, Data()) == []
+    with pytest.raises(ValueError, match="Prepare the clean set, and add ~noise3 where the copy is used"):
+        check.prepare(texts[1], tmp_path.parent / "noisy", 6, Data())
+    Image.new("L", (5, 5)).save(tmp_path / "labels/1.png")
+    with pytest.raises(ValueError, match="'1' is 17 x 12 but its label is 5 x 5"):
+        check.prepare(texts[0], tmp_path.parent / "mixed", 6, Data())
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>no</html>", b"MATLAB 5.0 MAT-file" + bytes(81)])
+def test_a_damaged_split_mat_is_one_sentence(tmp_path, content):
+    make(tmp_path, *SETS["gtav"])
+    (tmp_path / "split.mat").write_bytes(content)
+    with pytest.raises(ValueError, match="split.mat cannot be read .*: download it again"):
+        domains.load(f"gtav:train@{tmp_path}", Data())
+
+
+def test_a_copy_is_not_made_inside_the_set_nor_over_another(tmp_path):
+    make(tmp_path / "set", *SETS["folder"])
+    with pytest.raises(ValueError, match="lies in the data set itself"):
+        check.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "set" / "images" / "small", 6, Data())
+    check.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "copy", 6, Data())
+    (tmp_path / "copy" / check.MARK).write_text("{damaged")
+    with pytest.raises(ValueError, match="is not empty and no copy of"):
+        check.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "copy", 6, Data())
+    write_label(tmp_path / "set/labels/1.png", np.full(SIZE, 77, np.uint8), "camvid", "ids")
+    with pytest.raises(ValueError, match=r"label of '1' holds the unknown ids \[77\]"):
+        check.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "other", 6, Data())
+
+
+def test_a_turned_png_is_measured_as_it_is_shown(tmp_path):
+    make(tmp_path, "images/{}.png", "labels/{}.png", "cityscapes", "ids")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", SIZE).save(tmp_path / "images/0.png", exif=exif)  # stored as (h, w), shown as the label is
+    assert check.check(f"folder@{tmp_path}", Data())[0].problems == []
+    assert domains.load(f"folder@{tmp_path}", Data()).sample(0).image.shape[:2] == SIZE
+    Image.new("RGB", SIZE[::-1]).save(tmp_path / "images/0.png", exif=exif)
+    assert "label of '0' is 17 x 12 but its image is 12 x 17" in check.check(f"folder@{tmp_path}", Data())[0].problems
+
+
 def test_labels_missing_for_some_are_named_and_counted(tmp_path):
     make(tmp_path, *SETS["cityscapes:val"], count=5)
     for i in (1, 3):
@@ -318,6 +384,11 @@ def test_a_data_set_of_the_hub_is_streamed_and_mapped(monkeypatch):
         asked.append((name, split, streaming))
         return rows.to_iterable_dataset() if streaming else rows
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(weights, "hub_answers", lambda endpoint: False)
+    with pytest.raises(ValueError, match="does not answer; HF_HUB_OFFLINE=1 takes a copy from the cache"):
+        domains.load("hub:owner/streets", Data())
+    monkeypatch.setattr(weights, "hub_answers", lambda endpoint: True)
     monkeypatch.setattr(domains.datasets, "load_dataset", load_dataset)
     domain = domains.load("hub:owner/streets:validation@labelids", Data(eval_images=3))
     assert asked == [("owner/streets", "validation", True)] and len(domain) == 3 and domain.has_labels

