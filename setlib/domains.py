@@ -25,7 +25,7 @@ from setlib.readers import LAYOUTS, Listing, Pair, list_pairs
 
 NAMES = ("scenes", "hub", *LAYOUTS)
 ENDLESS = 500  # rendered scenes that "all" stands for
-LABEL_COLUMNS = ("label", "labels", "annotation", "mask", "segmentation_mask", "semantic_segmentation", "conditioning")
+LABEL_COLUMNS = ("label", "labels", "annotation", "mask", "segmentation_mask", "semantic_segmentation")
 
 
 class Spec(NamedTuple):
