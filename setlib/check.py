@@ -24,7 +24,7 @@ from tqdm import tqdm
 from setlib import domains
 from setlib.experiment import Data, write_atomic
 from setlib.labels import IdMap, id_map
-from setlib.pictures import UNREADABLE, read_label, read_picture, upright_size
+from setlib.pictures import UNREADABLE, LabelError, read_label, read_picture, upright_size
 from setlib.readers import Pair
 
 ALONE = 200  # up to so many pairs are decoded in this process: starting others takes seconds
@@ -100,26 +100,15 @@ def _look(pair: Pair, ids: IdMap, any_size: bool, deep: bool) -> tuple[tuple | N
     try:
         size = upright_size(pair.image, whole=deep)
         if deep and pair.label:
-            label = _label(pair, ids)
+            label = read_label(pair.label, ids)
             counts = np.bincount(label.ravel(), minlength=256)
             if label.shape != size[::-1] and not any_size:
-                problem = problem or f"label of '{pair.name}' {domains.other_size(label.shape, size[::-1])}"
-    except _Wrong as error:
-        problem = problem or str(error)
+                raise LabelError(domains.other_size(label.shape, size[::-1]))
+    except LabelError as error:
+        problem = problem or f"label of '{pair.name}' {error}"
     except UNREADABLE as error:
         problem = problem or f"'{pair.name}' cannot be decoded ({error})"
     return size, counts, problem
-
-
-class _Wrong(Exception):
-    """A label that can be decoded but not used."""
-
-
-def _label(pair: Pair, ids: IdMap) -> np.ndarray:
-    try:
-        return read_label(pair.label, ids)
-    except ValueError as error:
-        raise _Wrong(f"label of '{pair.name}' {error}") from None
 
 
 def _by_class(counts: np.ndarray, ids: IdMap) -> dict[str, int]:
@@ -222,9 +211,11 @@ def _copy(pair: Pair, root: Path, out: Path, short_edge: int, ids: IdMap) -> Non
                 drawn = picture.convert("RGB")
         else:
             try:
-                drawn = Image.fromarray(_label(pair, ids))
-            except _Wrong as error:
-                raise ValueError(f"{error}.") from None
+                drawn = Image.fromarray(read_label(pair.label, ids))
+            except LabelError as error:
+                raise ValueError(f"label of '{pair.name}' {error}.") from None
+            except UNREADABLE as error:
+                raise ValueError(f"{pair.label} cannot be decoded ({error}): download or export it again.") from None
         _save(drawn.resize(size, Image.Resampling.NEAREST), label)
     _save(pixels.resize(size, Image.Resampling.LANCZOS) if factor < 1 else pixels, image)
 

@@ -20,7 +20,7 @@ from PIL import Image as PILImage
 from setlib import corruptions, scenes
 from setlib.experiment import Data, cache_folder, nearest
 from setlib.labels import ClassSet, IdMap, id_map
-from setlib.pictures import UNREADABLE, read_label, read_picture, upright_size
+from setlib.pictures import UNREADABLE, LabelError, read_label, read_picture, upright_size
 from setlib.readers import LAYOUTS, Listing, Pair, list_pairs
 
 NAMES = ("scenes", "hub", *LAYOUTS)
@@ -82,9 +82,9 @@ class Domain:
         try:
             image = read_picture(row["image"], long_edge)
             if self.has_labels:
-                label = self._label(row["label"], name, image.shape[:2], bool(long_edge))
-        except _Named:
-            raise
+                label = self._label(row["label"], image.shape[:2], bool(long_edge))
+        except LabelError as error:
+            raise ValueError(f"{self.spec.text}: label of '{name}' {error}.") from None
         except UNREADABLE as error:
             raise ValueError(
                 f"{self.spec.text}: '{name}' cannot be decoded ({error}): download or export it again."
@@ -93,21 +93,14 @@ class Domain:
             image = corruptions.corrupt(image, self.spec.corruption, self.spec.severity, name)
         return Sample(image, label, name)
 
-    def _label(self, source: str | PILImage.Image, name: str, size: tuple[int, int], smaller: bool) -> np.ndarray:
+    def _label(self, source: str | PILImage.Image, size: tuple[int, int], smaller: bool) -> np.ndarray:
         """The raw ids of a label, of its picture's size."""
-        try:
-            label = read_label(source, self.ids)
-        except ValueError as error:
-            raise _Named(f"{self.spec.text}: label of '{name}' {error}.") from None
+        label = read_label(source, self.ids)
         if label.shape != size and not smaller:
             if not self.any_size:
-                raise _Named(f"{self.spec.text}: label of '{name}' {other_size(label.shape, size)}.")
+                raise LabelError(other_size(label.shape, size))
             label = np.asarray(PILImage.fromarray(label).resize(size[::-1], PILImage.Resampling.NEAREST))
         return label
-
-
-class _Named(ValueError):
-    """An error that names its file already."""
 
 
 def other_size(label: tuple[int, ...], image: tuple[int, ...]) -> str:

@@ -145,10 +145,10 @@ def id_map(name: str, class_set: str = "") -> IdMap:
     found = OWN_SETS.get(name) or CLASS_SETS[class_set or CITYSCAPES.name]
     known = np.zeros(256, bool)
     to_train, to_score = np.full(256, IGNORE, np.uint8), np.full(256, IGNORE, np.uint8)
-    rows = read_rows(name)
+    rows, to_place = read_rows(name), found.to_place
     for row in rows:
         known[row["id"]] = True
-        to_score[row["id"]] = found.to_place[row["train_id"]]
+        to_score[row["id"]] = to_place[row["train_id"]]
         to_train[row["id"]] = IGNORE if row["name"] in COARSE else row["train_id"]
     known[IGNORE] = True
     names = {row["id"]: row["name"] for row in rows}

@@ -26,6 +26,10 @@ UNREADABLE = (
 TURNED = 5  # EXIF orientations from here on swap width and height
 
 
+class LabelError(ValueError):
+    """A label that can be decoded but not used; the message begins with a verb: the label's name goes in front."""
+
+
 def read_picture(image: Any, long_edge: int = 0) -> np.ndarray:
     """A path, PIL picture or array as (h, w, 3) uint8 RGB, EXIF rotation applied, transparency on white.
 
@@ -76,7 +80,7 @@ def upright_size(path: Path, whole: bool = False) -> tuple[int, int]:
 def read_label(source: str | Path | PILImage.Image, ids: IdMap) -> np.ndarray:
     """The raw class ids (h, w) uint8 of a label, a file or a picture, in the form that its data set uses.
 
-    Raises ValueError, beginning with a verb, for another form or unknown ids; what Pillow raises for a damaged file.
+    Raises LabelError for another form or unknown ids, one of UNREADABLE for a damaged file.
     """
     if str(source).endswith(".json"):
         return _draw_polygons(Path(source), ids)
@@ -87,12 +91,12 @@ def read_label(source: str | Path | PILImage.Image, ids: IdMap) -> np.ndarray:
             label = np.asarray(picture)
     if ids.form == "colours":
         if label.ndim != 3:
-            raise ValueError("holds class ids: expected a picture of the classes' colours")
+            raise LabelError("holds class ids: expected a picture of the classes' colours")
         return _colours_to_ids(label[..., :3], ids)
     if label.ndim != 2 or label.dtype not in (np.uint8, np.int32, np.uint16, bool):
-        raise ValueError(f"is a colour picture of shape {label.shape}: expected one channel of class ids")
+        raise LabelError(f"is a colour picture of shape {label.shape}: expected one channel of class ids")
     if label.dtype != np.uint8 and (label.min(initial=0) < 0 or label.max(initial=0) > 255):
-        raise ValueError(f"holds ids from {label.min()} to {label.max()}: expected {_known(ids)}")
+        raise LabelError(f"holds ids from {label.min()} to {label.max()}: expected {_known(ids)}")
     label = label.astype(np.uint8, copy=False)
     pixels = np.array(PILImage.fromarray(label).histogram())
     unknown = np.flatnonzero((pixels > 0) & ~ids.known)
@@ -100,7 +104,7 @@ def read_label(source: str | Path | PILImage.Image, ids: IdMap) -> np.ndarray:
         hint = " (they look like Cityscapes label ids, not train ids)" if ids.name == "cityscapes" else ""
         hint = hint if unknown.max() <= 34 else ""
         found = f"holds the unknown ids {unknown[:5].tolist()} ({pixels[unknown].sum()} pixels)"
-        raise ValueError(f"{found}: expected {_known(ids)}{hint}")
+        raise LabelError(f"{found}: expected {_known(ids)}{hint}")
     return label
 
 
@@ -112,7 +116,7 @@ def _first_of_wide(picture: PILImage.Image) -> np.ndarray:
     """The first channel's low bytes of a PNG of 16 bits, of which Pillow would keep the high ones (SYNTHIA)."""
     raw = picture.tile[0].args if picture.tile else ""
     if not str(raw).endswith(";16B"):
-        raise ValueError(f"is a picture of mode {picture.mode} and 8 bits: expected 16 bits, ids in the first channel")
+        raise LabelError(f"is a picture of mode {picture.mode} and 8 bits: expected 16 bits, ids in the first channel")
     if raw == "LA;16B":  # four bytes a pixel, as RGBA has them
         picture._mode, own, channel = "RGBA", "RGBA", 1
     else:
@@ -129,7 +133,7 @@ def _colours_to_ids(label: np.ndarray, ids: IdMap) -> np.ndarray:
     place = np.searchsorted(known[:, 0], packed).clip(max=len(known) - 1)
     wrong = known[place, 0] != packed
     if wrong.any():
-        raise ValueError(f"holds the unknown colour {label[wrong][0].tolist()}: expected those of {ids.name}.csv")
+        raise LabelError(f"holds the unknown colour {label[wrong][0].tolist()}: expected those of {ids.name}.csv")
     return known[place, 1].astype(np.uint8)
 
 
@@ -140,7 +144,7 @@ def _draw_polygons(path: Path, ids: IdMap) -> np.ndarray:
         content = json.loads(path.read_bytes())
         size = int(content["imgWidth"]), int(content["imgHeight"])
         if not 0 < size[0] * size[1] <= 2 * (PILImage.MAX_IMAGE_PIXELS or 2**31):
-            raise ValueError(f"is {size[0]} x {size[1]}: expected the size of a picture")
+            raise LabelError(f"is {size[0]} x {size[1]}: expected the size of a picture")
         drawn = PILImage.new("L", size, places["unlabeled"])
         pen = ImageDraw.Draw(drawn)
         for shape in content["objects"]:
@@ -148,9 +152,9 @@ def _draw_polygons(path: Path, ids: IdMap) -> np.ndarray:
                 continue
             name = shape["label"] if shape["label"] in places else shape["label"].removesuffix("group")
             if name not in places:
-                raise ValueError(f"holds the unknown class '{name}': expected those of {ids.name}.csv")
+                raise LabelError(f"holds the unknown class '{name}': expected those of {ids.name}.csv")
             if len(shape["polygon"]) > 1:
                 pen.polygon([tuple(point) for point in shape["polygon"]], fill=places[name])
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"is not a file of polygons ({error})") from None
+        raise LabelError(f"is not a file of polygons ({error})") from None
     return np.array(drawn)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ class Views:
         seed = data.content_seed if train.views else self.experiment.seed  # kept views are shared by all seeds
         epoch, place = divmod(index, len(self.domain))
         order = np.random.default_rng([seed, 0, epoch]).permutation(len(self.domain))
-        sample, skipped = self._sample(np.roll(order, -place).tolist())
+        sample, skipped = self._sample(int(order[(place + i) % len(order)]) for i in range(len(order)))
         generator = Generator().manual_seed(
             int(np.random.SeedSequence([seed, 1, index]).generate_state(1, np.uint64)[0] >> 1)
         )
@@ -59,7 +59,7 @@ class Views:
         image, label = augment(image, label, data, generator)
         return View((image * 255).round().byte(), label.byte(), skipped)
 
-    def _sample(self, order: list[int]) -> tuple[domains.Sample, tuple[str, ...]]:
+    def _sample(self, order: Iterable[int]) -> tuple[domains.Sample, tuple[str, ...]]:
         """The first picture that can be decoded, at the size that the largest crop needs, and what is wrong before."""
         data, skipped = self.experiment.data, []
         for index in order:

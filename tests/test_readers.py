@@ -304,6 +304,9 @@ def test_a_copy_is_not_made_inside_the_set_nor_over_another(tmp_path):
     write_label(tmp_path / "set/labels/1.png", np.full(SIZE, 77, np.uint8), "camvid", "ids")
     with pytest.raises(ValueError, match=r"label of '1' holds the unknown ids \[77\]"):
         check.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "other", 6, Data())
+    (tmp_path / "set/labels/1.png").write_bytes((tmp_path / "set/labels/0.png").read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"labels.1.png cannot be decoded .*: download or export it again"):
+        check.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "again", 6, Data())
 
 
 def test_a_turned_png_is_measured_as_it_is_shown(tmp_path):
