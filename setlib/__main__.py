@@ -95,7 +95,7 @@ def open_run(args: argparse.Namespace) -> Run:
     Raises ValueError for an unknown refiner, a domain that cannot be used, and a folder of another configuration.
     """
     experiment = Experiment.build(args.profile, args.source, args.target, args.seed, args.options)
-    from setlib.tokens import REFINERS
+    from setlib.refiners import REFINERS
 
     for name in (experiment.model.refiner, *experiment.ablation.variants):
         if name not in REFINERS:

@@ -19,7 +19,8 @@ from setlib import spectral
 from setlib.analysis import PARTS, as_picture, compare
 from setlib.domains import Domain
 from setlib.model import Segmenter
-from setlib.tokens import LowRankTokens, Refiner, TokenBranch, build_refiner
+from setlib.refiners import build_refiner
+from setlib.tokens import LowRankTokens, Refiner, TokenBranch
 
 TOKENS, RANK = 100, 16  # as the paper has them
 

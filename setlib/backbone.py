@@ -1,23 +1,26 @@
 """Any frozen vision transformer, opened at every layer: features out, a refiner in.
 
-One hook per layer hands the patch features to whatever refiner the caller brings and puts its answer back, so that
-the next frozen layer reads it. Layers are found by structure, not by family. Where the weights come from is said in
-`weights.py`, what a refiner computes in `tokens.py`.
+Every layer's forward is wrapped while the model runs: the wrapper hands the patch features to whatever refiner the
+caller brings and puts its answer back, so that the next frozen layer reads it. Layers are found by structure, not by
+family. Where the weights come from is said in `weights.py`, what a refiner computes in `tokens.py` and `refiners.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from setlib.weights import IMAGENET, load_model, normalisation
+from setlib.weights import IMAGENET, fingerprint, load_model, normalisation
 
 Colour = Sequence[float]  # red, green, blue
 Grid = tuple[int, int]  # patches in height and width
@@ -28,8 +31,8 @@ Output = Tensor | tuple  # of a layer: the tokens, or a tuple that starts with t
 class Prefix:
     """What the first layers made of some images, kept so that they need not run again.
 
-    hidden: all tokens after layer `stop`, (B, N, C) with class and register tokens first, or (B, H, W, C).
-    maps: patch features (B, H, W, C) of the requested layers up to `stop`.
+    hidden: all tokens that layer `stop` itself answered with, before any refiner: (B, N, C) with class and register
+    tokens first, or (B, H, W, C). maps: patch features (B, H, W, C) of the requested layers before `stop`.
     is_tuple: whether the layers of this backbone answer with a tuple.
     """
 
@@ -43,30 +46,44 @@ class FrozenBackbone(nn.Module):
     """A frozen vision transformer whose patch features can be read and refined after every layer.
 
     Layers are numbered from 1. A refiner is a module with an attribute `layers` (the numbers it refines) and the call
-    `refiner(features (B, H, W, C), layer) -> (B, H, W, C)`; class and register tokens pass by it untouched. Nothing
-    in here ever learns or leaves eval mode, whatever `train` is called on.
+    `refiner(features (B, H, W, C), layer) -> (B, H, W, C)`; class and register tokens pass by it untouched. One that
+    works `inside` the layers is not called: it may give `prompts(layer) -> (P, C)`, tokens that a layer reads beside
+    its own and that do not leave it, or change a copy of the model (`adapted`). Nothing else in here ever learns, and
+    nothing leaves eval mode, whatever `train` is called on.
 
-    model: a transformers vision model with a plain column of layers (ViT, DINOv2, DINOv3, CLIP, SigLIP, MAE, SAM;
-    SAM takes images of its own size only). mean, std: of the images it was trained on, RGB in [0, 1].
+    model: a vision model of transformers with a plain column of layers (ViT, DINOv2, DINOv3, CLIP, SigLIP, SigLIP 2,
+    MAE, SAM, timm's EVA-02). mean, std: of the images it was trained on, RGB in [0, 1]. patch_size: to resize its
+    patches to, see `resize_patches`; 0 keeps them.
     """
 
-    def __init__(self, model: nn.Module, name: str = "", mean: Colour = IMAGENET[0], std: Colour = IMAGENET[1]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str = "",
+        mean: Colour = IMAGENET[0],
+        std: Colour = IMAGENET[1],
+        patch_size: int = 0,
+    ) -> None:
         super().__init__()
         self.name = name
         self.model = model.eval().requires_grad_(False)
         self._layers = _find_layers(model)  # a tuple: registered once only, inside the model
-        projection = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-        self.num_layers, self.channels = len(self._layers), projection.out_channels
-        self.patch_size = projection.kernel_size[0]
+        if patch_size:
+            resize_patches(model, patch_size)
+        projection = _patch_convolution(model)
+        self.num_layers = len(self._layers)
+        self.channels = projection.out_channels if projection else model.config.hidden_size
+        self.patch_size = projection.kernel_size[0] if projection else model.config.patch_size
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         if hasattr(model.config, "mask_ratio"):
             model.config.mask_ratio = 0.0  # a masked autoencoder would drop patches
 
     @classmethod
-    def load(cls, name: str, seed: int = 0) -> FrozenBackbone:
-        """The backbone of a preset, folder or hub id; see `weights.load_model`."""
-        return cls(load_model(name, seed), name, *normalisation(name))
+    def load(cls, name: str, seed: int = 0, patch_size: int = 0) -> FrozenBackbone:
+        """The backbone of a preset, folder, file or hub id; see `weights.load_model`."""
+        model = load_model(name, seed)
+        return cls(model, name, *normalisation(name), patch_size)
 
     def train(self, mode: bool = True) -> FrozenBackbone:
         """Takes note of the mode; the frozen model stays in eval mode."""
@@ -74,105 +91,174 @@ class FrozenBackbone(nn.Module):
         self.model.eval()
         return self
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the frozen weights; an adapted copy keeps that of its original."""
+        return fingerprint(self.model)
+
+    def adapted(self, adapt: Callable[[nn.Module, Sequence[nn.Module]], object] | None) -> FrozenBackbone:
+        """A copy whose model `adapt(model, layers)` has changed, layers in order; the backbone itself without one."""
+        if adapt is None:
+            return self
+        original = self.fingerprint
+        twin = copy.deepcopy(self)
+        adapt(twin.model, twin._layers)
+        twin.fingerprint = original
+        return twin
+
     def forward(
         self,
         images: Tensor,
         refiner: nn.Module | None = None,
         layers: Sequence[int] | None = None,
         prefix: Prefix | None = None,
+        checkpointing: bool = False,
     ) -> dict[int, Tensor]:
         """Patch features after the requested layers, after the refiner where it refines them, without the final norm.
 
-        images: (B, 3, h, w) in [0, 1], h and w multiples of the patch size.
+        images: (B, 3, h, w) in [0, 1]; below and to the right the last pixels are repeated up to multiples of the
+        patch size, so that H and W are h and w in patches, rounded up.
         layers: numbers from 1 to `num_layers`; by default the last one. Layers behind the last requested do not run.
-        prefix: of the same images; its layers do not run again.
+        prefix: of the same images; its layers do not run again. checkpointing: layers keep only their input for the
+        gradient and run again for it, refiner included.
         Returns {layer: (B, H, W, C)} in the order of `layers`. No graph is kept before the first refined layer.
 
-        Raises ValueError for unknown layers, sizes that are no multiples, or a prefix that does not fit.
+        Raises ValueError for unknown layers, a refiner that this backbone cannot take, or a prefix that does not fit.
         """
         wanted = self._checked(layers or (self.num_layers,))
         start = prefix.stop if prefix else 0
         refined = self._checked(refiner.layers) if refiner is not None else ()
-        if early := [layer for layer in refined if layer <= start]:
+        first = start + bool(getattr(refiner, "inside", False))  # the first layer that can still be changed
+        if early := [layer for layer in refined if layer < first]:
             raise ValueError(f"The prefix ends with layer {start} but the refiner refines {early}: end it before them.")
-        if absent := [layer for layer in wanted if layer <= start and layer not in prefix.maps]:
+        if absent := [layer for layer in wanted if layer < start and layer not in prefix.maps]:
             raise ValueError(f"The prefix holds no maps of layers {absent}: name them when it is made.")
         maps = dict(prefix.maps) if prefix else {}
-        if max(wanted) > start:
-            maps |= self._run(images, max(wanted), wanted, refiner, prefix)[0]
+        if max(wanted) >= start:
+            maps |= self._run(images, max(wanted), wanted, refiner, prefix, checkpointing)[0]
         return {layer: maps[layer] for layer in wanted}
 
     @torch.no_grad()
     def prefix(self, images: Tensor, stop: int, layers: Sequence[int] = ()) -> Prefix:
         """Runs layers 1 to `stop` once, for any number of later calls of `forward` with the same images.
 
-        images: (B, 3, h, w) in [0, 1]. layers: those up to `stop` whose maps are kept; later ones are ignored.
+        images: (B, 3, h, w) in [0, 1]. layers: those before `stop` whose maps are kept; later ones are ignored.
         """
         self._checked((stop,))
-        wanted = tuple(layer for layer in self._checked(layers) if layer <= stop)
+        wanted = tuple(layer for layer in self._checked(layers) if layer < stop)
         maps, output = self._run(images, stop, wanted, None, None)
         return Prefix(_hidden(output), maps, stop, isinstance(output, tuple))
 
     def _run(
-        self, images: Tensor, last: int, wanted: Sequence[int], refiner: nn.Module | None, prefix: Prefix | None
+        self,
+        images: Tensor,
+        last: int,
+        wanted: Sequence[int],
+        refiner: nn.Module | None,
+        prefix: Prefix | None,
+        checkpointing: bool = False,
     ) -> tuple[dict[int, Tensor], Output]:
         """The maps of the wanted layers, and what layer `last` answered."""
-        grid = self._grid(images)
+        images, grid = self._padded(images)
+        inside, prompts = getattr(refiner, "inside", False), getattr(refiner, "prompts", None)
+        refined = refiner.layers if refiner is not None else ()
+        start = prefix.stop if prefix else 0
         maps: dict[int, Tensor] = {}
         answers: list[Output] = []  # of layer `last`
 
-        def follow(layer: int, module: nn.Module, inputs: tuple, output: Output) -> Output:
-            if refiner is not None and layer in refiner.layers:
-                output = _refine(output, refiner, layer, grid)
+        def compute(layer: int, own: Callable, hidden: Tensor, *args: Any, **kwargs: Any) -> Output:
+            """The layer's own answer, refined."""
+            if layer == start:
+                output = (prefix.hidden,) if prefix.is_tuple else prefix.hidden
+            elif layer in refined and prompts is not None:
+                output = _with_prompts(own, prompts(layer), hidden, *args, **kwargs)
+            else:
+                output = own(hidden, *args, **kwargs)
+            return output if inside or layer not in refined else _refine(output, refiner, layer, grid)
+
+        def answer(layer: int, own: Callable, hidden: Tensor, *args: Any, **kwargs: Any) -> Output:
+            """What the layer answers with in place of its own forward."""
+            if layer > last:
+                return answers[-1]
+            if layer <= start and hidden.shape != prefix.hidden.shape:
+                expected, found = tuple(hidden.shape), tuple(prefix.hidden.shape)
+                raise ValueError(f"The prefix is of other images: expected tokens {expected}, it holds {found}.")
+            if layer < start:
+                return (hidden,) if prefix.is_tuple else hidden
+            learns = torch.is_grad_enabled() and (hidden.requires_grad or layer in refined)
+            if checkpointing and learns:
+                output = checkpoint(compute, layer, own, hidden, *args, use_reentrant=False, **kwargs)
+            else:
+                output = compute(layer, own, hidden, *args, **kwargs)
             if layer in wanted:
                 maps[layer] = _patches(_hidden(output), grid)
             if layer == last:
                 answers.append(output)
             return output
 
-        def resume(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Output:
-            if hidden_states.shape != prefix.hidden.shape:
-                expected, found = tuple(hidden_states.shape), tuple(prefix.hidden.shape)
-                raise ValueError(f"The prefix is of other images: expected tokens {expected}, it holds {found}.")
-            return (prefix.hidden,) if prefix.is_tuple else prefix.hidden
-
         with contextlib.ExitStack() as stack:
             for layer, module in enumerate(self._layers, start=1):
-                if prefix and layer <= prefix.stop:
-                    stack.enter_context(_replaced(module, resume))
-                elif layer <= last:
-                    # In front of the library's own hooks, which then see the refined features too.
-                    stack.callback(module.register_forward_hook(partial(follow, layer), prepend=True).remove)
-                else:
-                    stack.enter_context(_replaced(module, lambda *args, **kwargs: answers[-1]))
+                stack.enter_context(_replaced(module, partial(answer, layer, module.forward)))
             self.model.eval()  # somebody may have called train() on the inner model
             pixels = ((images - self.mean) / self.std).to(next(self.model.parameters()).dtype)
-            self.model(pixels, **self._options(len(images), grid))
+            self._call(pixels, grid)
         return maps, answers[-1]
 
-    def _options(self, num_images: int, grid: Grid) -> dict[str, Any]:
-        """What some families must be told: to fit their position embedding, or not to shuffle the patches."""
-        order = torch.arange(grid[0] * grid[1], device=self.mean.device).expand(num_images, -1)
+    def _call(self, pixels: Tensor, grid: Grid) -> object:
+        """The model's own forward, at any size: families differ in what they must be told."""
         known = inspect.signature(self.model.forward).parameters
-        return {name: value for name, value in (("interpolate_pos_encoding", True), ("noise", order)) if name in known}
+        options: dict[str, Any] = {}
+        if "interpolate_pos_encoding" in known:  # CLIP, SigLIP, ViT, MAE: fit the position embedding
+            options["interpolate_pos_encoding"] = True
+        if "noise" in known:  # MAE: do not shuffle the patches
+            options["noise"] = torch.arange(grid[0] * grid[1], device=pixels.device).expand(len(pixels), -1)
+        if "spatial_shapes" in known:  # SigLIP 2 with any aspect takes patches, not pictures
+            pixels = pixels.unfold(2, self.patch_size, self.patch_size).unfold(3, self.patch_size, self.patch_size)
+            pixels = pixels.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # (B, N, p*p*3)
+            shapes = torch.tensor(grid, device=pixels.device).expand(len(pixels), 2)
+            options |= {"spatial_shapes": shapes, "pixel_attention_mask": None}
+        with contextlib.ExitStack() as stack:
+            parameters = stack.enter_context(_fitted(self.model, grid, tuple(pixels.shape[-2:])))
+            return torch.func.functional_call(self.model, parameters, (pixels,), options)
 
-    def _grid(self, images: Tensor) -> Grid:
+    def _padded(self, images: Tensor) -> tuple[Tensor, Grid]:
+        """The images at multiples of the patch size, the last pixels repeated, and their grid."""
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             found = f"{tuple(images.shape)} of {images.dtype}"
             raise ValueError(f"Expected images of shape (B, 3, h, w), floats in [0, 1], got {found}.")
         (height, width), size = images.shape[2:], self.patch_size
-        if height % size or width % size:
-            padded = (-(-height // size) * size, -(-width // size) * size)
-            raise ValueError(
-                f"Images of {(height, width)} do not divide into patches of {size}: "
-                f"pad them (or set data.height and data.width) to {padded}."
-            )
-        return height // size, width // size
+        grid = (-(-height // size), -(-width // size))
+        below, right = grid[0] * size - height, grid[1] * size - width
+        return (F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images), grid
 
     def _checked(self, layers: Sequence[int]) -> tuple[int, ...]:
         if wrong := [layer for layer in layers if not 1 <= layer <= self.num_layers]:
             raise ValueError(f"Expected layers from 1 to {self.num_layers} ({self.name or 'this model'}), got {wrong}.")
         return tuple(layers)
+
+
+def resize_patches(model: nn.Module, size: int) -> None:
+    """Gives a model patches of another size, in place: its patch kernel is resized, bicubically; positions, which are
+    fitted to the grid in every call, follow.
+
+    Raises ValueError if the patches are not cut by a convolution. Source: Rein's released conversion, 14 -> 16.
+    """
+    projection = _patch_convolution(model)
+    if projection is None:
+        raise ValueError(f"{type(model).__name__} cuts its patches without a convolution: leave model.patch_size at 0.")
+    if projection.kernel_size == (size, size):
+        return
+    kernel = F.interpolate(projection.weight.float(), (size, size), mode="bicubic", align_corners=False)
+    projection.weight = nn.Parameter(kernel.to(projection.weight.dtype), requires_grad=projection.weight.requires_grad)
+    projection.kernel_size = projection.stride = (size, size)
+    for holder in (model.config, *model.modules()):
+        if isinstance(before := getattr(holder, "patch_size", None), int | tuple | list):
+            holder.patch_size = size if isinstance(before, int) else (size, size)
+
+
+def _patch_convolution(model: nn.Module) -> nn.Conv2d | None:
+    """The convolution that cuts a picture into patches."""
+    return next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
 
 
 def _find_layers(model: nn.Module) -> tuple[nn.Module, ...]:
@@ -198,6 +284,26 @@ def _replaced(module: nn.Module, function: Callable) -> Iterator[None]:
         del module.forward
         if own is not None:
             module.forward = own
+
+
+@contextlib.contextmanager
+def _fitted(model: nn.Module, grid: Grid, size: tuple[int, int]) -> Iterator[dict[str, Tensor]]:
+    """Parameters to run the model with at another size than its own: SAM keeps a map of positions (1, H, W, C), which
+    is resized as Rein's released conversion does, and refuses other sizes unless its patch embedding is told."""
+    maps = {name: p for name, p in model.named_parameters() if name.endswith("pos_embed") and p.dim() == 4}
+    checks = [module for module in model.modules() if maps and hasattr(module, "image_size")]
+    before = [module.image_size for module in checks]
+    for module in checks:
+        module.image_size = size
+    try:
+        yield {
+            name: F.interpolate(p.permute(0, 3, 1, 2), grid, mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+            for name, p in maps.items()
+            if p.shape[1:3] != grid
+        }
+    finally:
+        for module, own in zip(checks, before, strict=True):
+            module.image_size = own
 
 
 def _hidden(output: Output) -> Tensor:
@@ -226,3 +332,15 @@ def _refine(output: Output, refiner: nn.Module, layer: int, grid: Grid) -> Outpu
         patches = refined.flatten(1, 2)  # (B, H*W, C)
         refined = torch.cat([hidden[:, : hidden.shape[1] - patches.shape[1]], patches.to(hidden.dtype)], dim=1)
     return (refined, *output[1:]) if isinstance(output, tuple) else refined
+
+
+def _with_prompts(own: Callable, prompts: Tensor, hidden: Tensor, *args: Any, **kwargs: Any) -> Output:
+    """What a layer answers when it reads prompts (P, C) in front of its tokens (B, N, C); they do not leave it."""
+    if hidden.dim() != 3:
+        raise ValueError(
+            f"Prompts need tokens in a row, but this backbone keeps a grid {tuple(hidden.shape)}: take another refiner."
+        )
+    longer = torch.cat([prompts.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], dim=1)  # (B, P + N, C)
+    output = own(longer, *args, **kwargs)
+    kept = _hidden(output)[:, len(prompts) :]
+    return (kept, *output[1:]) if isinstance(output, tuple) else kept

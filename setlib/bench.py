@@ -33,7 +33,7 @@ from tqdm import tqdm
 from setlib import domains, spectral
 from setlib.evaluate import MeanIoU
 from setlib.experiment import Data, nearest
-from setlib.tokens import build_refiner
+from setlib.refiners import build_refiner
 
 Step = Callable[[], object]
 Size = tuple[int, int, int, int]  # (B, H, W, C)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from setlib import domains
 from setlib.experiment import Run
 from setlib.labels import IGNORE, ClassSet
-from setlib.model import DEVICE, Segmenter, label_map
+from setlib.model import Segmenter, label_map
 
 
 class MeanIoU(evaluate.Metric):
@@ -111,15 +112,14 @@ class Score:
 
 
 def evaluate_models(models: dict[str, Segmenter], domain: domains.Domain, progress: bool = True) -> dict[str, Score]:
-    """Scores models that share one backbone on a domain; the layers that none of them touches run once a picture.
+    """Scores models that share one backbone on a domain; the first layers, which they leave as they are, run once.
 
     The 19 classes are merged into the domain's own by summed probabilities.
     Raises ValueError if the domain has no labels.
     """
     if not domain.has_labels:
         raise ValueError(f"Domain '{domain.spec.text}' has no labels: it can be predicted and looked at, not scored.")
-    first = next(iter(models.values()))
-    stop = min(model.frozen_until for model in models.values())
+    first = min(models.values(), key=lambda model: model.frozen_until or math.inf)
     layers = sorted({layer for model in models.values() for layer in model.feature_layers})
     classes = domain.class_set
     merge = torch.from_numpy(classes.merge_matrix())
@@ -130,7 +130,7 @@ def evaluate_models(models: dict[str, Segmenter], domain: domains.Domain, progre
             sample = domain.sample(index)
             reference = domain.to_score(sample.label)
             windows = first.windows(sample.image)
-            prefix = first.backbone.prefix(windows.images.to(DEVICE), stop, layers) if stop else None
+            prefix = first.prefix(windows.images, layers=layers)
             for name, model in models.items():
                 merged = torch.einsum("khw,kc->chw", model.probabilities(windows, prefix), merge)
                 prediction, before = label_map(merged, reference.shape), metrics[name].counts.copy()

@@ -54,11 +54,15 @@ class Model:
     """Backbone, refiner and head."""
 
     backbone: str = "dinov2-small-saliency"
+    patch_size: int = 0  # pixels, to resize the backbone's patches to; 0 = as they are
     refiner: str = "set"
     refined_layers: tuple[int, ...] = (9, 10, 11, 12)  # counted from 1; empty = all
     feature_layers: tuple[int, ...] = (6, 9, 11, 12)  # what the head reads; empty = evenly spaced
-    num_tokens: int = 100
+    num_tokens: int = 100  # of rein, fada and set, per layer
     rank: int = 16
+    num_prompts: int = 150  # of vpt, per layer
+    adapter_width: int = 64
+    lora_rank: int = 8
     any_batch: bool = False  # lets set-released, whose output depends on the batch, be evaluated at any batch size
     head_channels: int = 128
 
@@ -78,6 +82,9 @@ class Train:
     clip_norm: float = 1.0  # largest gradient norm; 0 = off
     ema: float = 0.0  # decay of the moving average of the weights; 0 = off
     checkpoint_every: int = 100  # steps
+    precision: str = "float32"  # of the matrix products: float32, bfloat16, float16; spectra stay in float32
+    checkpointing: bool = False  # keeps only the input of each layer for the gradient: less memory, more time
+    cache_gb: float = 0.0  # disk for frozen features of kept views and scored pictures; 0 = off
 
 
 @dataclass(frozen=True)
@@ -187,9 +194,9 @@ def _paper() -> Experiment:
     data = Data(
         source="",
         targets=(),
-        height=518,  # the paper's 512, rounded up to a multiple of patch 14
-        width=518,
-        long_edge=1036,
+        height=512,
+        width=512,
+        long_edge=1024,
         train_images=0,
         eval_images=0,
         scale_min=0.5,
@@ -197,7 +204,11 @@ def _paper() -> Experiment:
         workers=4,
     )
     model = Model(
-        backbone="facebook/dinov2-large", refined_layers=(), feature_layers=(8, 12, 16, 24), head_channels=256
+        backbone="facebook/dinov2-large",
+        patch_size=16,
+        refined_layers=(),
+        feature_layers=(8, 12, 16, 24),
+        head_channels=256,
     )
     train = Train(steps=40_000, views=0, learning_rate=1e-4, checkpoint_every=1000)
     return Experiment(profile="paper", data=data, model=model, train=train, ablation=Ablation(overrides=()))
@@ -257,12 +268,15 @@ def _parse(key: str, value: str, kind: typing.Any) -> typing.Any:
 
 ABOVE_ZERO = (
     *("data.height", "data.width", "data.long_edge", "data.scale_min", "model.rank", "model.head_channels"),
+    *("model.num_prompts", "model.adapter_width", "model.lora_rank"),
     *("train.steps", "train.batch_size", "train.learning_rate", "train.checkpoint_every"),
 )
 NOT_NEGATIVE = (
     *("seed", "data.train_images", "data.eval_images", "data.content_seed", "data.photometric"),
     *("data.workers", "train.views", "train.weight_decay", "train.clip_norm", "train.power", "ablation.seeds"),
+    *("model.patch_size", "train.cache_gb"),
 )
+CHOICES = {"data.on_error": ("stop", "skip"), "train.precision": ("float32", "bfloat16", "float16")}
 LARGEST = 2**63 - 1  # what a seed or a count can hold
 
 
@@ -283,8 +297,9 @@ def _validate(experiment: Experiment) -> None:
     data, train = experiment.data, experiment.train
     if experiment.model.num_tokens < 2:
         raise ValueError("Option model.num_tokens must be at least 2: token 0 only absorbs attention.")
-    if data.on_error not in ("stop", "skip"):
-        raise ValueError(f"Option data.on_error must be stop or skip, got '{data.on_error}'.")
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            raise ValueError(f"Option {key} must be {', '.join(choices[:-1])} or {choices[-1]}, got '{values[key]}'.")
     if data.scale_max < data.scale_min:
         raise ValueError(f"Option data.scale_max ({data.scale_max}) is below data.scale_min ({data.scale_min}).")
     if not 0 <= train.ema < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +17,16 @@ from torch.nn import functional as F
 
 from setlib.backbone import FrozenBackbone, Prefix
 from setlib.experiment import Experiment, write_atomic
+from setlib.features import FeatureCache
 from setlib.heads import PerPixelHead
 from setlib.labels import CITYSCAPES
 from setlib.pictures import read_picture
-from setlib.tokens import build_refiner
+from setlib.refiners import build_refiner
 from setlib.transforms import fit, resize
-from setlib.weights import fingerprint
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STRIP_PIXELS = 2**21  # rows of the output are scored in strips of at most so many pixels, to bound memory
+OPTIONS = ("any_batch", "num_prompts", "adapter_width", "lora_rank")  # of a refiner, as model.* names them
 OVERLAP = 1 / 3  # of neighbouring windows; the released configurations slide 512-pixel windows by 341
 
 
@@ -39,6 +41,8 @@ class Windows(NamedTuple):
 class Segmenter(nn.Module):
     """A segmentation model with the 19 Cityscapes train classes; only refiner and head learn.
 
+    (The refiners full and lora, too, change a copy of the backbone.) With train.precision below float32 the matrix
+    products run in it; spectra, norms and the loss do not.
     Source: SET, Sec. 3; the per-pixel head is a departure (the paper: Mask2Former).
     """
 
@@ -46,51 +50,70 @@ class Segmenter(nn.Module):
         super().__init__()
         config = experiment.model
         self.experiment = experiment
-        self.backbone = backbone if backbone is not None else FrozenBackbone.load(config.backbone)
-        depth = self.backbone.num_layers
+        backbone = backbone or FrozenBackbone.load(config.backbone, patch_size=config.patch_size)
+        depth, channels = backbone.num_layers, backbone.channels
         self.feature_layers = tuple(config.feature_layers) or tuple(depth * k // 4 for k in (1, 2, 3, 4))
         refined = tuple(config.refined_layers) or tuple(range(1, depth + 1))
         for key, layers in (("feature_layers", self.feature_layers), ("refined_layers", refined)):
             if not all(1 <= layer <= depth for layer in layers):
-                raise ValueError(
-                    f"Option model.{key} names {layers}, but {self.backbone.name} has the layers 1 to {depth}."
-                )
+                raise ValueError(f"Option model.{key} names {layers}, but {backbone.name} has the layers 1 to {depth}.")
+        sizes = {key: getattr(config, key) for key in ("num_tokens", "rank", *OPTIONS)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(experiment.seed)
-            self.head = PerPixelHead(
-                len(self.feature_layers), self.backbone.channels, config.head_channels, len(CITYSCAPES)
-            )
-            self.refiner = build_refiner(
-                config.refiner,
-                refined,
-                self.backbone.channels,
-                config.num_tokens,
-                config.rank,
-                any_batch=config.any_batch,
-            )
+            self.head = PerPixelHead(len(self.feature_layers), channels, config.head_channels, len(CITYSCAPES))
+            self.refiner = build_refiner(config.refiner, refined, channels, **sizes)
+            self.backbone = backbone.adapted(self.refiner.adapt)
+        train = experiment.train
+        self.cache = FeatureCache(train.cache_gb * 1e9)
+        dtype, lower = getattr(torch, train.precision), train.precision != "float32"
+        self.autocast = partial(torch.autocast, DEVICE.type, dtype if lower else None, enabled=lower)
         self.to(DEVICE)
 
     @property
     def frozen_until(self) -> int:
-        """Number of first layers that nothing trainable touches: their features can be computed once."""
-        return min(self.refiner.layers, default=self.backbone.num_layers + 1) - 1
+        """Number of first layers whose own answer nothing trainable can change: it can be computed once."""
+        return min(self.refiner.frozen_until(self.backbone.num_layers), max(self.feature_layers))
+
+    def prefix(self, images: Tensor, layers: Sequence[int] = ()) -> Prefix | None:
+        """What the frozen first layers make of images, for `forward`; from the cache on disk where one is kept.
+
+        layers: whose maps are kept, by default those that the head reads. None if no layer is frozen.
+        """
+        if not self.frozen_until:
+            return None
+        wanted, precision = layers or self.feature_layers, self.experiment.train.precision
+        with self.autocast():
+            return self.cache.prefix(self.backbone, images.to(DEVICE), self.frozen_until, wanted, precision)
 
     def forward(self, images: Tensor, prefix: Prefix | None = None) -> Tensor:
-        """Logits on the patch grid, (B, 19, H, W); images: (B, 3, h, w) in [0, 1], sides multiples of the patch size.
+        """Logits on the patch grid, (B, 19, H, W); images: (B, 3, h, w) in [0, 1] of any size, see `to_pixels`.
 
-        prefix: what `backbone.prefix` made of the same images, to skip the layers that nothing trainable touches.
+        prefix: of the same images, to skip layers that nothing trainable touches; left aside if it goes further.
         """
-        maps = self.backbone(images, self.refiner, self.feature_layers, prefix)
-        return self.head([maps[layer] for layer in self.feature_layers])
+        prefix = prefix if prefix and prefix.stop <= self.frozen_until else None
+        checkpointing = self.training and self.experiment.train.checkpointing
+        with self.autocast():
+            maps = self.backbone(images, self.refiner, self.feature_layers, prefix, checkpointing)
+            return self.head([maps[layer] for layer in self.feature_layers]).float()
+
+    def to_pixels(self, scores: Tensor, size: tuple[int, int]) -> Tensor:
+        """Scores on the patch grid (B, K, H, W) at the pixels of their images, (B, K, h, w), bilinear.
+
+        Where images of `size` did not divide into patches, what they were padded with is cut off.
+        """
+        whole = [side * self.backbone.patch_size for side in scores.shape[2:]]
+        return F.interpolate(scores, whole, mode="bilinear", align_corners=False)[:, :, : size[0], : size[1]]
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Everything that learns, by name: refiner.* and head.*."""
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("backbone.")}
+        """Everything that learns, by name: refiner.*, head.* and what learns of backbone.*."""
+        learns = {name for name, p in self.named_parameters() if p.requires_grad}
+        state = self.state_dict().items()
+        return {name: tensor for name, tensor in state if name in learns or not name.startswith("backbone.")}
 
     def num_trainable(self) -> dict[str, int]:
         """Trainable parameters by part."""
-        parts = {"refiner": self.refiner, "head": self.head}
-        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        parts = {"backbone": self.backbone, "refiner": self.refiner, "head": self.head}
+        return {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts.items()}
 
     def windows(self, image: np.ndarray | Tensor) -> Windows:
         """A picture, (h, w, 3) uint8, resized to the experiment's long edge and cut into overlapping windows."""
@@ -111,8 +134,7 @@ class Segmenter(nn.Module):
     def probabilities(self, windows: Windows, prefix: Prefix | None = None) -> Tensor:
         """Class probabilities at inference size, (19, h, w); windows are averaged where they overlap."""
         h, w = windows.images.shape[-2:]
-        scores = self(windows.images.to(DEVICE), prefix).softmax(1).float()
-        scores = F.interpolate(scores, size=(h, w), mode="bilinear", align_corners=False).cpu()
+        scores = self.to_pixels(self(windows.images.to(DEVICE), prefix).softmax(1), (h, w)).cpu()
         extent = [max(corner[i] for corner in windows.corners) + side for i, side in enumerate((h, w))]
         total, count = torch.zeros(scores.shape[1], *extent), torch.zeros(extent)
         for score, (y, x) in zip(scores, windows.corners, strict=True):
@@ -132,7 +154,7 @@ class Segmenter(nn.Module):
     def save(self, folder: Path) -> None:
         """Writes model.safetensors and config.json (experiment, hash of the backbone), each whole or not at all."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.trainable_state().items()}
-        config = {"experiment": self.experiment.to_dict(), "backbone_fingerprint": fingerprint(self.backbone.model)}
+        config = {"experiment": self.experiment.to_dict(), "backbone_fingerprint": self.backbone.fingerprint}
         write_atomic(Path(folder) / "model.safetensors", save(tensors, metadata={"format": "pt"}))
         write_atomic(Path(folder) / "config.json", json.dumps(config, indent=1) + "\n")
 
@@ -149,7 +171,7 @@ class Segmenter(nn.Module):
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"The model in {folder} cannot be read ({error}): train it again.") from None
         model = cls(experiment, backbone)
-        found = fingerprint(model.backbone.model)
+        found = model.backbone.fingerprint
         if found != trained_on:
             raise ValueError(
                 f"{folder} was trained on a backbone with hash {trained_on}, "

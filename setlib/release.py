@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from setlib.tokens import TokenRefiner, build_refiner
+from setlib.refiners import build_refiner
+from setlib.tokens import TokenRefiner
 
 TOLERANCE = 1e-5
 MODULES = {"rein": ("rein", "patches"), "released_set": ("set-released", "phase")}  # refiner, its low-rank branch

@@ -300,6 +300,31 @@ def _pair(
     return one, other, mask.expand_as(one), size
 
 
+def split_haar(x: Tensor) -> Tensor:
+    """One step of the Haar wavelet transform over the patch grid, orthonormal: four bands at half the resolution.
+
+    x: (B, H, W, C); odd sides are lengthened by repeating their last patches. Returns (4, B, H', W', C), H' and W' half
+    of H and W, rounded up: the mean of each 2 x 2 square (doubled), then its differences along W, along H and across.
+    """
+    x = _checked(x)
+    x = torch.cat([x, x[:, -1:]], 1) if x.shape[1] % 2 else x
+    x = torch.cat([x, x[:, :, -1:]], 2) if x.shape[2] % 2 else x
+    return _haar(x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(2, 4, 0, 1, 3, 5))
+
+
+def join_haar(bands: Tensor, size: tuple[int, int]) -> Tensor:
+    """The inverse of `split_haar`; size: (H, W), which tells odd sides from even ones."""
+    squares = _haar(bands.unflatten(0, (2, 2))).unflatten(0, (2, 2))  # (2, 2, B, H', W', C)
+    return squares.permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2)[:, : size[0], : size[1]]
+
+
+def _haar(squares: Tensor) -> Tensor:
+    """Sums and differences over the first two axes, (2, 2, ...) -> (4, ...); its own inverse."""
+    (one, right), (below, across) = squares
+    top, bottom, top_step, bottom_step = one + right, below + across, one - right, below - across
+    return torch.stack([top + bottom, top_step + bottom_step, top - bottom, top_step - bottom_step]) / 2
+
+
 def log_amplitude_picture(x: Tensor, axes: tuple[int, int] = PIXELS) -> Tensor:
     """log(1 + amplitude) of the full spectrum, zero frequency in the middle, averaged over channels; (B, h, w)."""
     amplitude = torch.fft.fft2(x.float(), dim=axes, norm="ortho").abs()

@@ -1,8 +1,8 @@
-"""Refiners: the learnable tokens that change the features between the frozen layers.
+"""Learnable tokens that change the features between the frozen layers: Rein, SET, and SET as released.
 
 A refiner is called as `refiner(features: (B, H, W, C), layer)` for each of its `layers` (counted from 1) and returns
-refined features of the same shape; `refiner.queries()` gives its tokens to a mask head. A new refiner is one class
-and one line in REFINERS. Nothing here knows of transformers.
+refined features of the same shape; `refiner.queries()` gives its tokens to a mask head. Every refiner by name, and
+those that work without tokens, are in `refiners.py`. Nothing here knows of transformers.
 """
 
 from __future__ import annotations
@@ -16,15 +16,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from setlib import spectral
-from setlib.experiment import nearest
 
 
 class Refiner(nn.Module):
-    """No refiner: the frozen features as they are. Base of all refiners."""
+    """No refiner: the frozen features as they are. Base of all refiners.
+
+    inside: whether it works inside its layers (on what they read, or on their weights) instead of behind them.
+    adapt: `adapt(model, layers)`, for a refiner that changes weights in a copy of the backbone's model; None = it does
+    not. prompts: `prompts(layer) -> (P, C)`, tokens that a layer reads beside its own; None = it has none.
+    """
+
+    inside = False
+    adapt: Callable[[nn.Module, Sequence[nn.Module]], object] | None = None
+    prompts: Callable[[int], Tensor] | None = None
 
     def __init__(self, layers: Sequence[int] = (), **_: int | str) -> None:
         super().__init__()
         self.layers = tuple(layers)
+
+    def frozen_until(self, depth: int) -> int:
+        """Number of first layers, of `depth`, whose own answer nothing trainable can change."""
+        return min(self.layers, default=depth + self.inside) - self.inside
 
     def forward(self, features: Tensor, layer: int) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C), after frozen layer `layer` (counted from 1)."""
@@ -139,10 +151,13 @@ class TokenQueries(nn.Module):
 class TokenRefiner(Refiner):
     """Base of the refiners with tokens: what they share, and their queries.
 
-    query_channels: Q of the queries, 0 = none. query_tokens: whose tokens they are made of, "phase" or "both" (then
-    2 M queries, amplitude first); a refiner with one branch uses that one. any_batch: lets a refiner whose output
-    depends on the batch (set-released) be evaluated at another batch size than it was trained with.
+    query_channels: Q of the queries, 0 = none. query_tokens: whose tokens they are made of, those of the `linked`
+    branch ("phase") or of "both" (then 2 M queries, amplitude first); a refiner with one branch uses that one.
+    any_batch: lets a refiner whose output depends on the batch (set-released) be evaluated at another batch size than
+    it was trained with.
     """
+
+    linked = "phase"
 
     def __init__(
         self,
@@ -153,6 +168,7 @@ class TokenRefiner(Refiner):
         query_channels: int = 0,
         query_tokens: str = "phase",
         any_batch: bool = False,
+        **_: int,
     ) -> None:
         super().__init__(layers)
         self.any_batch = any_batch
@@ -165,8 +181,8 @@ class TokenRefiner(Refiner):
         if self.query_map is None:
             return None
         branches = self.branches()
-        if self.query_tokens == "phase" and "phase" in branches:
-            branches = {"phase": branches["phase"]}
+        if self.query_tokens != "both" and self.linked in branches:
+            branches = {self.linked: branches[self.linked]}
         return self.query_map(torch.cat([branch.tokens() for branch in branches.values()], dim=1))
 
 
@@ -266,27 +282,3 @@ class ReleasedSpectralTokens(TokenRefiner):
                 f"Refiner set-released was trained with batches of {int(self.trained_batch)}, and its output depends "
                 f"on the batch: evaluate it with the same size instead of {batch}, or set model.any_batch=true."
             )
-
-
-REFINERS: dict[str, Callable[..., Refiner]] = {
-    "none": Refiner,
-    "rein": Rein,
-    "set": SpectralTokens,
-    "set-amplitude": partial(SpectralTokens, phase=False),
-    "set-phase": partial(SpectralTokens, amplitude=False),
-    "set-unnormalised": partial(SpectralTokens, normalise=""),
-    "set-released": ReleasedSpectralTokens,
-}
-
-
-def build_refiner(
-    name: str, layers: Sequence[int], channels: int, num_tokens: int, rank: int, **options: int | str
-) -> Refiner:
-    """The refiner called `name`; options: query_channels, query_tokens and any_batch of `TokenRefiner`.
-
-    Raises ValueError for an unknown name (the nearest are listed).
-    """
-    if name not in REFINERS:
-        raise ValueError(f"Unknown refiner '{name}' ({nearest(name, REFINERS)}).")
-    layers = () if name == "none" else layers
-    return REFINERS[name](layers=layers, channels=channels, num_tokens=num_tokens, rank=rank, **options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -27,6 +28,8 @@ from setlib.experiment import Experiment, Run, write_atomic
 from setlib.labels import IGNORE
 from setlib.model import DEVICE, Segmenter
 from setlib.transforms import augment
+
+BACKBONE_RATE = 0.1  # learning rate of the backbone's own weights beside the head's. Source: Rein, Sec. 4.1
 
 
 class View(NamedTuple):
@@ -99,9 +102,11 @@ class Bank:
     labels: Tensor  # (V, h, w) uint8
     prefix: Prefix | None  # None when the first layer is refined already
 
-    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, Prefix | None]:
-        """Images, labels and frozen features of some views."""
+    def batch(self, indices: list[int], frozen_until: int) -> tuple[Tensor, Tensor, Prefix | None]:
+        """Images, labels and frozen features of some views; no features for a model that changes these layers."""
         images, labels, prefix = self.images[indices].float() / 255, self.labels[indices].long(), self.prefix
+        if prefix is not None and prefix.stop > frozen_until:
+            prefix = None
         if prefix is not None:
             maps = {layer: features[indices].to(DEVICE) for layer, features in prefix.maps.items()}
             prefix = replace(prefix, hidden=prefix.hidden[indices].to(DEVICE), maps=maps)
@@ -110,16 +115,15 @@ class Bank:
 
 def make_bank(model: Segmenter, domain: domains.Domain, progress: bool = True) -> Bank:
     """Cuts train.views crops of the source and runs the layers that nothing trainable touches over them, once."""
-    experiment, stop = model.experiment, model.frozen_until
+    experiment = model.experiment
     views, kept = Views(domain, experiment), []
     with tqdm(total=experiment.train.views, desc="frozen features", unit="crop", disable=not progress) as bar:
         chunks = torch.arange(experiment.train.views).split(experiment.train.batch_size)
         for images, labels in views.batches([chunk.tolist() for chunk in chunks]):
-            prefix = model.backbone.prefix(images.to(DEVICE), stop, model.feature_layers) if stop else None
-            kept.append(Bank((images * 255).round().byte(), labels.byte(), prefix))
+            kept.append(Bank((images * 255).round().byte(), labels.byte(), model.prefix(images)))
             bar.update(len(images))
     prefix = None
-    if stop:
+    if model.frozen_until:
         maps = {layer: torch.cat([bank.prefix.maps[layer].cpu() for bank in kept]) for layer in kept[0].prefix.maps}
         prefix = replace(kept[0].prefix, hidden=torch.cat([bank.prefix.hidden.cpu() for bank in kept]), maps=maps)
     return Bank(torch.cat([bank.images for bank in kept]), torch.cat([bank.labels for bank in kept]), prefix)
@@ -138,20 +142,27 @@ def batch_indices(experiment: Experiment, step: int) -> list[int]:
 
 
 def loss_function(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy at label size, 255 ignored; logits: (B, K, H, W), labels: (B, h, w). 0 if nothing is labelled."""
-    logits = F.interpolate(logits.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
+    """Cross-entropy, 255 ignored; logits: (B, K, h, w), labels: (B, h, w). 0 if nothing is labelled."""
     total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     return total / (labels != IGNORE).sum().clamp(min=1)
 
 
 def make_optimiser(model: Segmenter) -> torch.optim.AdamW:
-    """AdamW over refiner and head; no decay on tokens, norms, biases and scales. Source: Rein's released settings."""
-    matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.requires_grad]
-    decayed = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in decayed]
-    train = model.experiment.train
-    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=train.learning_rate)
+    """AdamW over all that learns, no decay on tokens, norms, biases and scales; `share`: of the step's learning rate.
+
+    Weights of the backbone itself, which only full fine-tuning wakes, learn at BACKBONE_RATE.
+    Source: Rein's released settings.
+    """
+    kinds = (nn.Linear, nn.Conv2d)
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, kinds)}
+    train, groups = model.experiment.train, defaultdict(list)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            is_backbone = name.startswith("backbone.") and "lora_" not in name
+            groups[id(p) in matrices, BACKBONE_RATE if is_backbone else 1.0].append(p)
+    decays = {True: train.weight_decay, False: 0.0}
+    settings = [{"params": ps, "weight_decay": decays[m], "share": share} for (m, share), ps in groups.items()]
+    return torch.optim.AdamW(settings, lr=train.learning_rate)
 
 
 class Trainer:
@@ -160,6 +171,7 @@ class Trainer:
     def __init__(self, model: Segmenter, run: Run) -> None:
         self.model, self.run, self.train = model, run, model.experiment.train
         self.optimiser = make_optimiser(model)
+        self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=self.train.precision == "float16")
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if self.train.ema else {}
         self.history: list[dict] = []
@@ -170,22 +182,28 @@ class Trainer:
         began, number = time.perf_counter(), self.next_step + 1
         rate = self.train.learning_rate * (1 - self.next_step / self.train.steps) ** self.train.power
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        loss = loss_function(self.model(images, prefix), labels)
+            group["lr"] = rate * group["share"]
+        logits = self.model.to_pixels(self.model(images, prefix), labels.shape[1:])
+        loss = loss_function(logits, labels)
         self.optimiser.zero_grad()
-        loss.backward()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimiser)
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), self.train.clip_norm or math.inf)
-        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+        too_large = self.scaler.is_enabled() and self.scaler.get_scale() > 1  # passed over, with a smaller scale next
+        if not (math.isfinite(loss.item()) and (math.isfinite(norm.item()) or too_large)):
             raise ValueError(
                 f"Training stopped at step {number}: the loss is {loss.item()}, its gradient norm {norm.item()}; "
                 f"lower train.learning_rate ({self.train.learning_rate})."
             )
-        self.optimiser.step()
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
         for name, value in self.average.items():
             value.lerp_(self.parameters[name].detach(), 1 - self.train.ema)
         self.next_step = number
         seconds = round(time.perf_counter() - began, 4)
         entry = {"step": number, "loss": loss.item(), "lr": rate, "grad_norm": norm.item(), "seconds": seconds}
+        if not math.isfinite(entry["grad_norm"]):
+            entry["grad_norm"] = None
         self.history.append(entry)
         return entry
 
@@ -195,9 +213,8 @@ class Trainer:
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
         for name, p in self.parameters.items():
             tensors |= {f"optimiser.{name}.{key}": value for key, value in self.optimiser.state.get(p, {}).items()}
-        content = save_bytes(
-            {k: v.cpu().contiguous() for k, v in tensors.items()}, metadata={"step": str(self.next_step)}
-        )
+        notes = {"step": str(self.next_step), "scaler": json.dumps(self.scaler.state_dict())}
+        content = save_bytes({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata=notes)
         write_atomic(self.run.path / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
         write_atomic(self.run.path / "checkpoint.safetensors", content)
 
@@ -211,6 +228,7 @@ class Trainer:
             tensors = load_bytes(content)
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
             self.next_step = int(header["__metadata__"]["step"])
+            self.scaler.load_state_dict(json.loads(header["__metadata__"]["scaler"]))
             self.history = read_history(self.run)[: self.next_step]
             with torch.no_grad():
                 for name, p in self.parameters.items():
@@ -255,9 +273,10 @@ def train(
     model.train()
     label, done = f"train {experiment.model.refiner}, seed {experiment.seed}", trainer.next_step
     chosen = [batch_indices(experiment, step) for step in range(done, settings.steps)]
+    kept = (bank.batch(indices, model.frozen_until) for indices in chosen)
     fresh = ((*batch, None) for batch in Views(source, experiment).batches(chosen))
     with tqdm(total=settings.steps, initial=done, desc=label, unit="step", disable=not progress) as bar:
-        for images, labels, prefix in map(bank.batch, chosen) if bank else fresh:
+        for images, labels, prefix in kept if bank else fresh:
             entry = trainer.step(images.to(DEVICE), labels.to(DEVICE), prefix)
             bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
             bar.update()
@@ -272,12 +291,12 @@ def train(
 def train_together(runs: dict[str, Run], progress: bool = True) -> dict[str, tuple[Segmenter, list[dict]]]:
     """Trains runs that share source, views and backbone one after the other: the frozen layers are computed once."""
     first = next(iter(runs.values())).experiment
-    backbone = FrozenBackbone.load(first.model.backbone)
+    backbone = FrozenBackbone.load(first.model.backbone, patch_size=first.model.patch_size)
     source = domains.load(first.data.source, first.data, role="source")
     bank = None
     if first.train.views and not all(is_finished(run) for run in runs.values()):
         models = [Segmenter(run.experiment, backbone) for run in runs.values()]
-        bank = make_bank(min(models, key=lambda model: model.frozen_until), source, progress)
+        bank = make_bank(min(models, key=lambda model: model.frozen_until or math.inf), source, progress)
     return {
         name: train(run, source=source, backbone=backbone, bank=bank, progress=progress) for name, run in runs.items()
     }

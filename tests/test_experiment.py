@@ -68,7 +68,7 @@ def test_paper_profile_asks_for_domains():
         Experiment.build("paper")
     experiment = Experiment.build("paper", source="folder@x", targets=["folder@y"])
     assert experiment.train.steps == 40_000
-    assert experiment.data.height % 14 == experiment.data.width % 14 == 0  # patches of facebook/dinov2-large
+    assert experiment.model.patch_size == 16 and experiment.data.height == experiment.data.width == 512
 
 
 def test_run_folder_refuses_another_configuration(tmp_path):

@@ -73,7 +73,8 @@ def test_frozen_stays_frozen():
 
 def test_prefix_gives_the_same_logits_and_gradients(model):
     images = torch.rand(2, 3, 64, 128)
-    prefix = model.backbone.prefix(images, model.frozen_until, model.feature_layers)
+    prefix = model.prefix(images)
+    assert prefix.stop == model.frozen_until == 3
     torch.testing.assert_close(model(images, prefix), model(images), rtol=1e-5, atol=1e-5)
 
 
@@ -127,7 +128,9 @@ def test_layers_must_exist():
 
 def test_empty_layer_options_mean_all_and_evenly_spaced():
     model = build("model.refined_layers=", "model.feature_layers=")
-    assert model.refiner.layers == (1, 2, 3, 4) == model.feature_layers and model.frozen_until == 0
+    assert (
+        model.refiner.layers == (1, 2, 3, 4) == model.feature_layers and model.frozen_until == 1
+    )  # layer 1 itself is frozen, what follows it is not
 
 
 def modes():

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from setlib import spectral
-from setlib.tokens import REFINERS, LowRankTokens, TokenBranch, build_refiner
+from setlib.refiners import REFINERS, build_refiner
+from setlib.tokens import LowRankTokens, TokenBranch
 
 LAYERS, CHANNELS = (2, 5), 12
 SPECTRAL = [name for name in REFINERS if name.startswith("set") and name != "set-released"]

@@ -1,0 +1,162 @@
+"""Every refiner by name: those of `tokens.py`, and the baselines that a reviewer asks for beside them.
+
+All are trained with the same data, head, schedule and seeds. A new refiner is one class and one line in REFINERS.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from setlib import spectral
+from setlib.experiment import nearest
+from setlib.tokens import Refiner, Rein, ReleasedSpectralTokens, SpectralTokens, TokenBranch, TokenRefiner
+
+ADAPTER_SCALE = 0.1  # of what an adapter adds. Source: AdaptFormer, Sec. 4
+QUERY_AND_VALUE = ("q_proj", "v_proj", "query", "value", "qkv")  # SAM and timm keep query, key and value in one map
+
+
+class FullFineTuning(Refiner):
+    """Every weight of the backbone learns, with a tenth of the head's learning rate (see `train.make_optimiser`)."""
+
+    inside = True
+
+    def adapt(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+        """Wakes the whole model."""
+        model.requires_grad_(True)
+
+    def frozen_until(self, depth: int) -> int:
+        """No layer is frozen."""
+        return 0
+
+
+class LowRankAdaptation(Refiner):
+    """LoRA: query and value maps W x of the refined layers become W x + B A x, A and B of rank r, B = 0 at first.
+
+    Made by peft. Raises ValueError without it. Source: LoRA (ICLR 2022), Sec. 4, applied to query and value.
+    """
+
+    inside = True
+
+    def __init__(self, layers: Sequence[int], lora_rank: int = 8, **_: int | str) -> None:
+        super().__init__(layers)
+        self.rank = lora_rank
+        if importlib.util.find_spec("peft") is None:
+            raise ValueError("Refiner lora needs the package peft: install it with pip install -e '.[lora]'.")
+
+    def adapt(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+        """Puts A and B into the layers. Raises ValueError if they have no query and value maps under a known name."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        chosen = {module for layer in self.layers for module in layers[layer - 1].modules()}
+        names = [
+            name
+            for name, module in model.named_modules()
+            if module in chosen and isinstance(module, nn.Linear) and name.rpartition(".")[2] in QUERY_AND_VALUE
+        ]
+        if not names:
+            expected = ", ".join(QUERY_AND_VALUE)
+            raise ValueError(f"Refiner lora needs maps called {expected}: {type(model).__name__} has none of them.")
+        inject_adapter_in_model(LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=names), model)
+
+
+class Prompts(Refiner):
+    """VPT-deep: every refined layer reads learnable prompts of its own beside the tokens; they do not leave it.
+
+    Source: VPT (ECCV 2022), Sec. 3.2, deep; initialised as there for patches of 16 pixels.
+    """
+
+    inside = True
+
+    def __init__(self, layers: Sequence[int], channels: int, num_prompts: int = 150, **_: int | str) -> None:
+        super().__init__(layers)
+        bound = math.sqrt(6 / (3 * 16**2 + channels))
+        self.tokens = nn.Parameter(torch.empty(len(self.layers), num_prompts, channels).uniform_(-bound, bound))
+
+    def prompts(self, layer: int) -> Tensor:
+        """(P, C) of a layer."""
+        return self.tokens[self.layers.index(layer)]
+
+
+class Adapters(Refiner):
+    """AdaptFormer-style bottlenecks: f + 0.1 up(relu(down(f))) on the patches after a layer; up = 0 at first.
+
+    Source: AdaptFormer (NeurIPS 2022), Sec. 3.2. Departure: behind the whole layer and on patches alone, where the
+    paper's stands beside the layer's MLP and sees every token.
+    """
+
+    def __init__(self, layers: Sequence[int], channels: int, adapter_width: int = 64, **_: int | str) -> None:
+        super().__init__(layers)
+        self.down = nn.ModuleList(nn.Linear(channels, adapter_width) for _ in self.layers)
+        self.up = nn.ModuleList(nn.Linear(adapter_width, channels) for _ in self.layers)
+        for down, up in zip(self.down, self.up, strict=True):
+            nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+            for zeros in (down.bias, up.weight, up.bias):
+                nn.init.zeros_(zeros)
+
+    def forward(self, features: Tensor, layer: int) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        index = self.layers.index(layer)
+        return features + ADAPTER_SCALE * self.up[index](F.relu(self.down[index](features)))
+
+
+class WaveletTokens(TokenRefiner):
+    """FADA: tokens refine the low and the high half of a Haar transform over the patch grid, f + s * inverse(beta).
+
+    The low band (content) has a branch as Rein's; the three high bands (style) share one whose similarities are
+    instance normalised, per image, band and token; s is a learnable scalar from 1e-3. Queries come from the low tokens.
+    Source: FADA (NeurIPS 2024), Sec. 3. Departure: tokens of all C channels for each band; the released code transforms
+    a map of reshaped memory, in which neighbours are not neighbours in the picture.
+    """
+
+    linked = "low"
+
+    def __init__(self, layers: Sequence[int], channels: int, *sizes: int, **options: int | str) -> None:
+        super().__init__(layers, channels, *sizes, **options)
+        self.low = TokenBranch(self.low_rank(), channels)
+        self.high = TokenBranch(self.low_rank(), channels, normalise="positions")
+        self.scale = nn.Parameter(torch.tensor(1e-3))
+
+    def forward(self, features: Tensor, layer: int) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        bands, index = spectral.split_haar(features), self.layers.index(layer)  # (4, B, H', W', C)
+        low = self.low(bands[0].flatten(1, 2), index)
+        high = self.high(bands[1:].flatten(0, 1).flatten(1, 2), index)  # (3 B, H'W', C)
+        change = spectral.join_haar(torch.cat([low, high]).view_as(bands), features.shape[1:3])
+        return features + (self.scale * change).to(features.dtype)
+
+
+REFINERS: dict[str, Callable[..., Refiner]] = {
+    "none": Refiner,
+    "full": FullFineTuning,
+    "lora": LowRankAdaptation,
+    "vpt": Prompts,
+    "adaptformer": Adapters,
+    "rein": Rein,
+    "fada": WaveletTokens,
+    "set": SpectralTokens,
+    "set-amplitude": partial(SpectralTokens, phase=False),
+    "set-phase": partial(SpectralTokens, amplitude=False),
+    "set-unnormalised": partial(SpectralTokens, normalise=""),
+    "set-released": ReleasedSpectralTokens,
+}
+
+
+def build_refiner(
+    name: str, layers: Sequence[int], channels: int, num_tokens: int, rank: int, **options: int | str
+) -> Refiner:
+    """The refiner called `name`.
+
+    options: query_channels, query_tokens and any_batch of `TokenRefiner`; num_prompts, adapter_width, lora_rank.
+    Raises ValueError for an unknown name (the nearest are listed) and for lora without peft.
+    """
+    if name not in REFINERS:
+        raise ValueError(f"Unknown refiner '{name}' ({nearest(name, REFINERS)}).")
+    layers = () if name == "none" else layers
+    return REFINERS[name](layers=layers, channels=channels, num_tokens=num_tokens, rank=rank, **options)
