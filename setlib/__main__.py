@@ -1,4 +1,4 @@
-"""The command line, `python -m setlib`: run, train, evaluate, predict, check, prepare, verify, bench.
+"""The command line, `python -m setlib`: run, train, evaluate, predict, check, prepare, backbones, verify, bench.
 
 Only the standard library is imported until a sub-command starts, so that help and usage errors come at once.
 """
@@ -75,6 +75,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     prepare.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for the copy")
     prepare.add_argument("--short-edge", metavar="N", type=int, required=True, help="pixels; smaller ones stay")
 
+    add("backbones", "List the backbones that are known by name, and whether their weights are on this machine.")
     verify = add("verify", "Compare refiners with golden numbers of the public releases; exit 1 above 1e-5.")
     verify.add_argument("files", metavar="FILE.npz", nargs="+", type=Path)
     bench = add("bench", "Measure speed and memory of the parts, as ratios taken in one run.")
@@ -278,6 +279,21 @@ def prepare_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def backbones_command(args: argparse.Namespace) -> int:
+    """backbones: one row a preset."""
+    from setlib.weights import presets
+
+    rows = presets()
+    for row in rows:
+        row |= {"M parameters": f"{row['M parameters']:.2f}", "here": "yes" if row["here"] else "-"}
+    print(text_table([list(rows[0]), *([str(value) for value in row.values()] for row in rows)]))
+    print(
+        "Name one with -o model.backbone=NAME, or a hub id, a folder of transformers, or a DINOv2 or ViT weight file in"
+        " Meta's or timm's layout (.pth, .safetensors). What is not here is fetched from the hub on first use."
+    )
+    return 0
+
+
 def verify_command(args: argparse.Namespace) -> int:
     """verify: the largest difference of each item; 1 if one is above the tolerance."""
     from setlib import release
@@ -322,10 +338,12 @@ def describe(found: Check) -> str:
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Header and rows as aligned text, the first column to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    form = "  ".join(f"{{:{'>' if place else '<'}{width}}}" for place, width in enumerate(widths))
-    return "\n".join(form.format(*row) for row in rows)
+    """Header and rows as aligned text, columns of words to the left."""
+    columns = list(zip(*rows, strict=True))
+    left = [not i or all(cell[:1].isalpha() for cell in column[1:]) for i, column in enumerate(columns)]
+    widths = [max(map(len, column)) for column in columns]
+    form = "  ".join(f"{{:{'<' if words else '>'}{width}}}" for words, width in zip(left, widths, strict=True))
+    return "\n".join(form.format(*row).rstrip() for row in rows)
 
 
 def sentence(error: object) -> str:

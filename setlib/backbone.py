@@ -171,7 +171,7 @@ class FrozenBackbone(nn.Module):
             if layer == start:
                 output = (prefix.hidden,) if prefix.is_tuple else prefix.hidden
             elif layer in refined and prompts is not None:
-                output = _with_prompts(own, prompts(layer), hidden, *args, **kwargs)
+                output = _with_prompts(self._layers[layer - 1], own, prompts(layer), hidden, *args, **kwargs)
             else:
                 output = own(hidden, *args, **kwargs)
             return output if inside or layer not in refined else _refine(output, refiner, layer, grid)
@@ -334,13 +334,22 @@ def _refine(output: Output, refiner: nn.Module, layer: int, grid: Grid) -> Outpu
     return (refined, *output[1:]) if isinstance(output, tuple) else refined
 
 
-def _with_prompts(own: Callable, prompts: Tensor, hidden: Tensor, *args: Any, **kwargs: Any) -> Output:
+def _with_prompts(
+    layer: nn.Module, own: Callable, prompts: Tensor, hidden: Tensor, *args: Any, **kwargs: Any
+) -> Output:
     """What a layer answers when it reads prompts (P, C) in front of its tokens (B, N, C); they do not leave it."""
     if hidden.dim() != 3:
         raise ValueError(
             f"Prompts need tokens in a row, but this backbone keeps a grid {tuple(hidden.shape)}: take another refiner."
         )
     longer = torch.cat([prompts.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], dim=1)  # (B, P + N, C)
-    output = own(longer, *args, **kwargs)
+    rotating = [module for module in layer.modules() if hasattr(module, "num_prefix_tokens")]  # timm's, with RoPE
+    try:
+        for module in rotating:
+            module.num_prefix_tokens += len(prompts)
+        output = own(longer, *args, **kwargs)
+    finally:
+        for module in rotating:
+            module.num_prefix_tokens -= len(prompts)
     kept = _hidden(output)[:, len(prompts) :]
     return (kept, *output[1:]) if isinstance(output, tuple) else kept

@@ -32,8 +32,10 @@ from tqdm import tqdm
 
 from setlib import domains, spectral
 from setlib.evaluate import MeanIoU
-from setlib.experiment import Data, nearest
+from setlib.experiment import Data, Experiment, nearest
+from setlib.model import Segmenter
 from setlib.refiners import build_refiner
+from setlib.train import Trainer
 
 Step = Callable[[], object]
 Size = tuple[int, int, int, int]  # (B, H, W, C)
@@ -42,6 +44,8 @@ TURN = 0.2  # seconds that a turn lasts at least: a short step is taken several 
 SIZES: tuple[Size, ...] = ((4, 32, 32, 1024), (2, 16, 32, 384))
 GRIDS: tuple[Size, ...] = ((16, 16, 16, 384), (4, 32, 32, 384), (1, 64, 64, 384))  # of as many patches each
 TOKENS, RANK = 100, 16
+BACKBONE, CROP, BATCH, LAST = "dinov2-small-saliency", (224, 448), 4, (9, 10, 11, 12)  # of a training step
+BASELINES = ("none", "full", "lora", "vpt", "adaptformer", "rein", "fada", "set")
 
 
 class Case(NamedTuple):
@@ -100,6 +104,21 @@ def part_step(part: str, size: Size) -> Step:
         "linear maps": lambda *p: [branch.delta_map(y) for branch, y in zip(branches, p, strict=True)],
     }
     return backward_step(positions, calls[part])
+
+
+def training_step(refiner: str, layers: Sequence[int] = (), cached: bool = False, checkpointing: bool = False) -> Step:
+    """One step of the training loop on random pictures: forward, loss, backward, optimiser.
+
+    layers: refined; () = all. cached: whether the features of the frozen first layers are at hand.
+    """
+    options = {"model.backbone": BACKBONE, "model.refiner": refiner, "model.feature_layers": "", "train.steps": 10**6}
+    options |= {"model.refined_layers": ",".join(map(str, layers)), "train.checkpointing": checkpointing}
+    model = Segmenter(Experiment.build("quick", overrides=[f"{key}={value}" for key, value in options.items()]))
+    trainer = Trainer(model.train(), None)
+    images = torch.rand(BATCH, 3, *CROP, device=_device())
+    labels = torch.randint(19, (BATCH, *CROP), device=_device())
+    prefix = model.prefix(images) if cached else None
+    return lambda: trainer.step(images, labels, prefix)
 
 
 def _shown(size: Size) -> str:
@@ -194,12 +213,39 @@ def metric_cases() -> list[Case]:
     return [Case("metric", name, "8 x 512 x 1024", partial(metric_step, name)) for name in names]
 
 
+def step_cases() -> list[Case]:
+    """A training step of every baseline against the frozen backbone with its head alone."""
+    size = f"B={BATCH}, {CROP[0]} x {CROP[1]}, all layers"
+    return [Case("step", name, size, partial(training_step, name)) for name in BASELINES]
+
+
+def cache_cases() -> list[Case]:
+    """A training step of SET on the last layers, with the frozen features at hand and without."""
+    size = f"set, layers {LAST[0]} to {LAST[-1]}"
+    return [
+        Case("cache", "with frozen features", size, partial(training_step, "set", LAST, True)),
+        Case("cache", "without", size, partial(training_step, "set", LAST)),
+    ]
+
+
+def checkpointing_cases() -> list[Case]:
+    """A training step of SET on all layers, with activation checkpointing and without."""
+    size = f"set, B={BATCH}, all layers"
+    return [
+        Case("checkpointing", "without", size, partial(training_step, "set")),
+        Case("checkpointing", "with", size, partial(training_step, "set", checkpointing=True)),
+    ]
+
+
 BENCHES: dict[str, Callable[[], list[Case]]] = {
     "refiner": refiner_cases,
     "parts": part_cases,
     "grid": grid_cases,
     "loading": loading_cases,
     "metric": metric_cases,
+    "step": step_cases,
+    "cache": cache_cases,
+    "checkpointing": checkpointing_cases,
 }
 
 

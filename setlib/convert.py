@@ -1,0 +1,255 @@
+"""Weights in other libraries' layouts as models of transformers: an ONNX graph, files with Meta's or timm's names."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+if TYPE_CHECKING:  # transformers takes 3 s to import
+    from transformers import PreTrainedModel
+
+WRAPPERS = ("model", "state_dict", "teacher", "student")  # what training scripts put their weights into
+UNUSED = re.compile(r"(decoder|head|fc_norm|mask_token|dino_head|ibot_head)\b")  # nothing that features need
+SIGNS = {"rope_embed": "DINOv3", "rel_pos": "SAM", "attn.q_proj": "EVA-02", "inner_attn": "EVA-02"}  # of other layouts
+UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError)
+EMBEDDINGS = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "register_tokens": "embeddings.register_tokens",
+    "reg_token": "embeddings.register_tokens",  # timm
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+    "norm.weight": "layernorm.weight",
+    "norm.bias": "layernorm.bias",
+}
+DINOV2 = {  # names in a block; transformers still reads these, its first ones
+    "attn.proj": "attention.output.dense",
+    "ls1.gamma": "layer_scale1.lambda1",
+    "ls2.gamma": "layer_scale2.lambda1",
+    "mlp.w12": "mlp.weights_in",
+    "mlp.w3": "mlp.weights_out",
+}
+VIT = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+
+
+def from_file(path: Path) -> PreTrainedModel:
+    """The vision transformer in a weight file with Meta's or timm's names: DINOv2 (with registers, with SwiGLU), and
+    plain ViTs such as MAE's and DINO's. All sizes are read off the weights.
+
+    Raises ValueError if the file cannot be read or holds something else.
+    """
+    weights = _vit_weights(read_tensors(path), path)
+    blocks = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
+    is_dinov2 = "blocks.0.ls1.gamma" in weights
+    if is_dinov2 and "blocks.0.mlp.fc1.weight" in weights and _is_packed_swiglu(weights):
+        renamed = {"mlp.fc1": "mlp.w12", "mlp.fc2": "mlp.w3"}  # timm
+        weights = {_replace(name, renamed): value for name, value in weights.items()}
+    made: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        if name in EMBEDDINGS:
+            made[EMBEDDINGS[name]] = value
+        elif block and block[2].startswith("attn.qkv."):
+            kind = block[2].rpartition(".")[2]
+            for part, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                made[f"encoder.layer.{block[1]}.attention.attention.{part}.{kind}"] = third.contiguous()
+        elif block:
+            made[f"encoder.layer.{block[1]}.{_replace(block[2], DINOV2 if is_dinov2 else VIT)}"] = value
+        elif not UNUSED.match(name):
+            made[name] = value  # the model will not know it, and it is named then
+    _complete_positions(made, path)
+    return _build(made, len(blocks), is_dinov2, "blocks.0.mlp.w12.weight" in weights, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, or of a .pth or .bin read as weights only. Raises ValueError if it cannot be."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        raise ValueError(
+            f"{path} cannot be read ({reason(error)}): expected safetensors or a .pth of tensors."
+        ) from None
+    for wrapper in WRAPPERS:
+        if isinstance(values, dict) and isinstance(values.get(wrapper), dict):
+            values = values[wrapper]
+    items = values.items() if isinstance(values, dict) else ()
+    return {name: value for name, value in items if isinstance(value, Tensor)}
+
+
+def reason(error: Exception) -> str:
+    """Why weights cannot be read, in few words; torch's own advice would be to unpickle them."""
+    lines = str(error).strip().splitlines()
+    if isinstance(error, pickle.UnpicklingError) or not lines:
+        return "it is damaged or holds more than tensors"
+    return lines[0].rstrip(".")
+
+
+def _vit_weights(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors of the vision transformer under its own names, whatever holds it."""
+    mark = "patch_embed.proj.weight"
+    holders = [name.removesuffix(mark) for name in tensors if name.endswith(mark)]
+    if not holders:
+        raise ValueError(
+            f"{path} has no {mark}: expected DINOv2 in Meta's layout or timm's names; a model of transformers is named"
+            " by its folder, with its config.json."
+        )
+    weights = {name.removeprefix(holders[0]): value for name, value in tensors.items() if name.startswith(holders[0])}
+    for sign, what in SIGNS.items():
+        if any(sign in name for name in weights):
+            raise ValueError(f"{path} looks like {what} in its original layout: name its preset or hub id instead.")
+    return weights
+
+
+def _is_packed_swiglu(weights: dict[str, Tensor]) -> bool:
+    return weights["blocks.0.mlp.fc1.weight"].shape[0] == 2 * weights["blocks.0.mlp.fc2.weight"].shape[1]
+
+
+def _replace(name: str, table: dict[str, str]) -> str:
+    """A name with the module in front of .weight or .bias (or the whole name) exchanged."""
+    module, dot, kind = name.rpartition(".")
+    for old, new in table.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+        if module.endswith(old):
+            return module.removesuffix(old) + new + dot + kind
+    return name
+
+
+def _complete_positions(made: dict[str, Tensor], path: Path) -> None:
+    """Positions of class token and grid: timm adds the first to the token itself where there are registers."""
+    positions = made.get("embeddings.position_embeddings")
+    if positions is None or "embeddings.cls_token" not in made:
+        raise ValueError(f"{path} has no class token or no positions: expected a plain vision transformer.")
+    count = positions.shape[1]
+    if math.isqrt(count) ** 2 == count:
+        made["embeddings.position_embeddings"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], 1)
+    elif math.isqrt(count - 1) ** 2 != count - 1:
+        raise ValueError(f"{path} has {count} positions: expected those of a square grid and a class token.")
+
+
+def _build(made: dict[str, Tensor], depth: int, is_dinov2: bool, is_swiglu: bool, path: Path) -> PreTrainedModel:
+    """The model of these weights. Raises ValueError naming what is missing or left over."""
+    from transformers import (
+        Dinov2Config,
+        Dinov2Model,
+        Dinov2WithRegistersConfig,
+        Dinov2WithRegistersModel,
+        ViTConfig,
+        ViTModel,
+    )
+
+    width, _, patch, _ = made["embeddings.patch_embeddings.projection.weight"].shape
+    registers = made.get("embeddings.register_tokens")
+    side = math.isqrt(made["embeddings.position_embeddings"].shape[1] - 1)
+    sizes = {
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": max(1, 16 if width == 1280 else width // 64),  # heads are 64 wide, 80 in a ViT-H
+        "patch_size": patch,
+        "image_size": patch * side,
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": "encoder.layer.0.attention.attention.query.bias" in made,
+    }
+    options: dict[str, object] = {}
+    if is_dinov2:
+        made["embeddings.mask_token"] = torch.zeros(1, width)  # only masked training uses it
+        sizes |= {"use_swiglu_ffn": is_swiglu}
+        if not is_swiglu:
+            sizes["mlp_ratio"] = made["encoder.layer.0.mlp.fc1.weight"].shape[0] // width
+        config, kind = Dinov2Config(**sizes), Dinov2Model
+        if registers is not None:
+            sizes["num_register_tokens"] = registers.shape[1]
+            config, kind = Dinov2WithRegistersConfig(**sizes), Dinov2WithRegistersModel
+    else:
+        sizes["intermediate_size"] = made["encoder.layer.0.intermediate.dense.weight"].shape[0]
+        config, kind, options = ViTConfig(**sizes), ViTModel, {"add_pooling_layer": False}
+    try:
+        model, report = kind.from_pretrained(None, config=config, state_dict=made, output_loading_info=True, **options)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {kind.__name__}: {str(error).strip().splitlines()[-1]}") from None
+    wrong = [*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])]
+    if wrong := [name for name in wrong if "layernorm." not in name.removeprefix("encoder")]:
+        raise ValueError(f"{path} does not fit {kind.__name__}: {', '.join(sorted(wrong)[:5])} missing or left over.")
+    return model
+
+
+def convert_onnx(onnx: bytes, folder: Path) -> None:
+    """Writes the DINOv2 encoder in an ONNX graph to a folder that transformers loads.
+
+    All sizes are read off the weights; heads are 64 wide, as in every DINOv2. Linear weights stand transposed in
+    the graph and are named by the node that uses them; the position embedding is split in class token and grid.
+    """
+    from transformers import Dinov2Config
+
+    graph = _message(_message(memoryview(onnx))[7][0])
+    modules = {}  # weight -> the module that multiplies by it
+    for node in map(_message, graph[1]):
+        for source in node[1]:
+            modules[str(source, "utf-8")] = str(node[3][0], "utf-8").removesuffix("/MatMul").replace("/", ".")
+    weights, position = {}, {}
+    for tensor in map(_message, graph[5]):
+        name = str(tensor[8][0], "utf-8")
+        if tensor[2] != [1] or not (name.startswith("backbone.") or "backbone" in modules.get(name, "")):
+            continue  # not float32, or of the saliency decoder
+        value = torch.from_numpy(np.frombuffer(tensor[9][0], "<f4").reshape(tensor[1]).copy())
+        if name.startswith("backbone."):
+            weights[name.removeprefix("backbone.")] = value
+        elif value.dim() == 2:
+            weights[modules[name].removeprefix(".backbone.") + ".weight"] = value.T.contiguous()
+        else:
+            position["class" if value.shape[1] == 1 else "grid"] = value  # (1, 1, C), (1, N, C)
+    patch, width = weights["embeddings.patch_embeddings.projection.weight"], weights["embeddings.cls_token"].shape[-1]
+    weights["embeddings.position_embeddings"] = torch.cat([position["class"], position["grid"]], 1)
+    weights["embeddings.mask_token"] = torch.zeros(1, width)  # only masked training uses it
+    config = Dinov2Config(
+        hidden_size=width,
+        num_hidden_layers=sum(name.endswith("norm1.weight") for name in weights),
+        num_attention_heads=max(1, width // 64),
+        mlp_ratio=weights["encoder.layer.0.mlp.fc1.bias"].numel() // width,
+        patch_size=patch.shape[-1],
+        image_size=patch.shape[-1] * math.isqrt(position["grid"].shape[1]),
+    )
+    config.save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # a cache folder may be shared by a class
+
+
+def _message(data: memoryview) -> dict[int, list[int | memoryview]]:
+    """The fields of a protobuf message by number: integers, or the bytes of strings, arrays and inner messages."""
+    fields, place = defaultdict(list), 0
+    while place < len(data):
+        key, place = _varint(data, place)
+        value, place = (0, place) if key & 7 in (1, 5) else _varint(data, place)
+        if key & 7:  # 2: so many bytes follow; 1 and 5: fixed sizes
+            size = {1: 8, 2: value, 5: 4}[key & 7]
+            value, place = data[place : place + size], place + size
+        fields[key >> 3].append(value)
+    return fields
+
+
+def _varint(data: memoryview, place: int) -> tuple[int, int]:
+    """The integer of 7-bit groups, lowest first, that starts at `place`, and the place after it."""
+    value = shift = 0
+    while True:
+        byte, place = data[place], place + 1
+        value, shift = value | (byte & 127) << shift, shift + 7
+        if byte < 128:
+            return value, place
