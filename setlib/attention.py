@@ -23,14 +23,16 @@ from setlib.refiners import build_refiner
 from setlib.tokens import LowRankTokens, Refiner, TokenBranch
 
 TOKENS, RANK = 100, 16  # as the paper has them
+BANDS = ("low", "high")  # branches of tokens that read wavelets
 
 
 class Attention(NamedTuple):
     """What one branch of a refiner attends to after one layer.
 
     spectrum: share of each token at each position of the half spectrum, (H, W // 2 + 1, M), for a branch that reads
-    amplitude or phase, else None. picture: (H, W, M), the share at each patch for a branch that reads patches; for the
-    others `over_picture`. influence: (M,) mean share times the length of what a token adds; token 0 adds nothing.
+    amplitude or phase, else None. picture: (H, W, M), the share at each patch for a branch that reads patches or
+    wavelets; for the others `over_picture`. influence: (M,) mean share times the length of what a token adds; token 0
+    adds nothing.
     """
 
     layer: int
@@ -88,7 +90,12 @@ def read_tokens(model: Segmenter, image: np.ndarray) -> Reading:
 
 def _attend(branch: TokenBranch, index: int, x: Tensor, features: Tensor, place: tuple[int, str]) -> Attention:
     """One branch on its own input x, for the features (1, H, W, C) of a layer."""
-    share = branch.attention(x, index).flatten(0, 1).unflatten(0, (features.shape[1], -1))
+    share, (height, width) = branch.attention(x, index), features.shape[1:3]
+    if place[1] in BANDS:  # of wavelets, (1 or 3, H'W', M): the mean over the bands, at the patches of each square
+        share = share.mean(0).unflatten(0, (-(-height // 2), -1)).repeat_interleave(2, 0).repeat_interleave(2, 1)
+        share = share[:height, :width]
+    else:
+        share = share.flatten(0, 1).unflatten(0, (height, -1))
     added = branch.token_map(branch.tokens.of_layer(index)) @ branch.delta_map.weight.T  # (M, C)
     influence = share.mean((0, 1)) * added.norm(dim=1)
     influence[0] = 0

@@ -46,6 +46,8 @@ def test_every_case_can_be_prepared_and_stepped(name, monkeypatch):
     sizes = ((1, 3, 4, 8), (2, 2, 3, 8))
     monkeypatch.setattr(bench, "SIZES", sizes)
     monkeypatch.setattr(bench, "GRIDS", sizes)
+    for constant, value in (("BACKBONE", "tiny-random"), ("CROP", (16, 32)), ("BATCH", 1), ("LAST", (3, 4))):
+        monkeypatch.setattr(bench, constant, value)
     cases = bench.BENCHES[name]()
     assert {case.bench for case in cases} == {name} and len({case[:3] for case in cases}) == len(cases)
     for case in cases:

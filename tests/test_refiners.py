@@ -1,0 +1,135 @@
+"""Baselines are the published ones in size and form, learn where they should, and say what they need."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+from setlib import refiners, spectral
+from setlib.experiment import Experiment
+from setlib.model import Segmenter
+from setlib.refiners import REFINERS, build_refiner
+
+BASELINES = ["none", "full", "lora", "vpt", "adaptformer", "rein", "fada", "set"]
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is an optional extra")
+
+
+def build(name, *overrides):
+    return Segmenter(Experiment.build("smoke", overrides=[f"model.refiner={name}", *overrides]))
+
+
+def images():
+    return torch.rand(2, 3, 64, 128, generator=torch.Generator().manual_seed(0))
+
+
+# Sizes at C = 1024 and 24 layers, as Rein's table prints them: 0.79 M, 3.69 M, 3.17 M, 2.99 M
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("none", 0), ("vpt", 3_686_400), ("adaptformer", 3_171_840), ("fada", 5_520_897)]
+)
+def test_trainable_values_at_the_papers_size(name, expected):
+    refiner = build_refiner(name, range(1, 25), 1024, num_tokens=100, rank=16, query_channels=256)
+    assert sum(p.numel() for p in refiner.parameters() if p.requires_grad) == expected
+
+
+@needs_peft
+def test_lora_has_the_published_size():
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, patch_size=8, image_size=32)
+    model = Dinov2Model(config).requires_grad_(False)
+    build_refiner("lora", (1, 3), 64, 100, 16, lora_rank=8).adapt(model, model.encoder.layer)
+    learns = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 2 * 2 * 64 * 8  # at L: 786,432
+    assert all(".0." in name or ".2." in name for name in learns) and len(learns) == 8
+
+
+def test_lora_without_peft_names_the_extra(monkeypatch):
+    monkeypatch.setattr(refiners.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"lora needs the package peft: install it with pip install -e '.\[lora\]'"):
+        build("lora")
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_what_learns_is_what_is_counted_saved_and_loaded(name, tmp_path):
+    if name == "lora":
+        pytest.importorskip("peft")
+    model = build(name)
+    learns = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert sum(model.num_trainable().values()) == sum(p.numel() for p in learns.values())
+    in_backbone = {key for key in learns if key.startswith("backbone.")}
+    assert bool(in_backbone) == (name in ("full", "lora")) == bool(model.num_trainable()["backbone"])
+    with torch.no_grad():
+        for p in learns.values():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    model.eval().save(tmp_path)
+    again = Segmenter.load(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(model(images()), again(images()))
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_all_that_learns_gets_a_gradient_and_frozen_layers_can_be_kept(name):
+    if name == "lora":
+        pytest.importorskip("peft")
+    model = build(name).train()
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):  # some maps start at zero
+        optimiser.zero_grad()
+        (model(images()) * torch.randn(2, 19, 8, 16, generator=torch.Generator().manual_seed(3))).sum().backward()
+        optimiser.step()
+    never = {key for key, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    assert not {key for key in never if not key.startswith("backbone.")}
+    if name == "full":  # of the backbone, all but what comes behind the features
+        assert never == {"backbone.model.embeddings.mask_token", *(k for k in never if "model.layernorm." in k)}
+    else:
+        assert not never
+        prefix = model.prefix(images())
+        torch.testing.assert_close(model(images(), prefix), model(images()), rtol=1e-5, atol=1e-5)
+    expected = {"full": 0, "lora": 2, "vpt": 2, "none": 4}.get(name, 3)
+    assert model.frozen_until == expected
+
+
+def test_a_model_that_changes_a_prefix_leaves_it_aside():
+    model, plain = build("full"), build("none")
+    prefix = plain.prefix(images())
+    with torch.no_grad():
+        model.backbone.model.embeddings.cls_token.add_(5)
+        assert torch.equal(model(images(), prefix), model(images()))
+        assert not torch.equal(model.backbone(images())[4], plain.backbone(images())[4])
+
+
+def test_adapters_are_their_formula():
+    refiner, x = build_refiner("adaptformer", (2, 5), 12, 7, 3, adapter_width=4), torch.randn(2, 3, 4, 12)
+    for p in refiner.parameters():
+        nn.init.normal_(p)
+    hidden = (x @ refiner.down[1].weight.T + refiner.down[1].bias).clamp(min=0)
+    expected = x + 0.1 * (hidden @ refiner.up[1].weight.T + refiner.up[1].bias)
+    torch.testing.assert_close(refiner(x, 5), expected)
+
+
+def test_fada_is_its_formula():
+    torch.manual_seed(0)
+    refiner, x = build_refiner("fada", (2, 5), 12, 7, 3), torch.randn(2, 4, 6, 12)
+    for p in refiner.parameters():
+        nn.init.normal_(p, std=0.5)
+    bands = spectral.split_haar(x)
+    changed = [refiner.low(bands[0].flatten(1, 2), 1), *(refiner.high(b.flatten(1, 2), 1) for b in bands[1:])]
+    expected = x + refiner.scale * spectral.join_haar(torch.stack(changed).view_as(bands), (4, 6))
+    torch.testing.assert_close(refiner(x, 5), expected)
+
+
+def test_a_linked_mask_head_reads_the_low_tokens_of_fada():
+    refiner = build_refiner("fada", (2, 5), 12, 7, 3, query_channels=5)
+    refiner.queries().sum().backward()
+    assert refiner.queries().shape == (7, 5)
+    assert refiner.low.tokens.a.grad is not None and refiner.high.tokens.a.grad is None
+
+
+def test_every_name_builds():
+    for name in REFINERS:
+        if name == "lora" and importlib.util.find_spec("peft") is None:
+            continue
+        assert build_refiner(name, (1, 2), 12, 7, 3).layers == (() if name == "none" else (1, 2))
