@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import pickle
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,6 +96,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return {name: value for name, value in items if isinstance(value, Tensor)}
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' bar of copying weights and its table of what does not fit: our errors say it."""
+    from transformers.utils import logging
+
+    has_bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if has_bar:
+            logging.enable_progress_bar()
+
+
 def reason(error: Exception) -> str:
     """Why weights cannot be read, in few words; torch's own advice would be to unpickle them."""
     lines = str(error).strip().splitlines()
@@ -158,6 +176,13 @@ def _build(made: dict[str, Tensor], depth: int, is_dinov2: bool, is_swiglu: bool
 
     width, _, patch, _ = made["embeddings.patch_embeddings.projection.weight"].shape
     registers = made.get("embeddings.register_tokens")
+
+    def width_of(module: str) -> int:
+        name = f"encoder.layer.0.{module}.weight"
+        if name not in made:
+            raise ValueError(f"{path} has no first block with an MLP: expected a plain vision transformer.")
+        return len(made[name])
+
     side = math.isqrt(made["embeddings.position_embeddings"].shape[1] - 1)
     sizes = {
         "hidden_size": width,
@@ -171,18 +196,19 @@ def _build(made: dict[str, Tensor], depth: int, is_dinov2: bool, is_swiglu: bool
     options: dict[str, object] = {}
     if is_dinov2:
         made["embeddings.mask_token"] = torch.zeros(1, width)  # only masked training uses it
-        sizes |= {"use_swiglu_ffn": is_swiglu}
-        if not is_swiglu:
-            sizes["mlp_ratio"] = made["encoder.layer.0.mlp.fc1.weight"].shape[0] // width
+        sizes |= {"use_swiglu_ffn": is_swiglu, "mlp_ratio": 4 if is_swiglu else width_of("mlp.fc1") // width}
         config, kind = Dinov2Config(**sizes), Dinov2Model
         if registers is not None:
             sizes["num_register_tokens"] = registers.shape[1]
             config, kind = Dinov2WithRegistersConfig(**sizes), Dinov2WithRegistersModel
     else:
-        sizes["intermediate_size"] = made["encoder.layer.0.intermediate.dense.weight"].shape[0]
+        sizes["intermediate_size"] = width_of("intermediate.dense")
         config, kind, options = ViTConfig(**sizes), ViTModel, {"add_pooling_layer": False}
     try:
-        model, report = kind.from_pretrained(None, config=config, state_dict=made, output_loading_info=True, **options)
+        with quiet():
+            model, report = kind.from_pretrained(
+                None, config=config, state_dict=made, output_loading_info=True, **options
+            )
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit {kind.__name__}: {str(error).strip().splitlines()[-1]}") from None
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])]

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from safetensors import SafetensorError
 
-from setlib.convert import convert_onnx, from_file, reason
+from setlib.convert import convert_onnx, from_file, quiet, reason
 from setlib.experiment import cache_folder, nearest
 
 if TYPE_CHECKING:  # transformers takes 3 s to import: it is imported where a model is made
@@ -117,7 +117,9 @@ def load_model(name: str, seed: int = 0) -> PreTrainedModel:
         elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
             model = _from_hub(name)
         elif "/" in name or os.sep in name:
-            raise ValueError(f"There is no {name}: name a folder with config.json and weights, or a weight file.")
+            raise ValueError(
+                f"There is no folder or file {name}: name one that holds config.json and weights, or weights."
+            )
         else:
             presets = nearest(name, PRESETS)
             raise ValueError(
@@ -198,23 +200,19 @@ def _tiny_random() -> PreTrainedModel:
 def _pretrained(source: str | Path, **options: object) -> PreTrainedModel:
     """A model of transformers, from safetensors, else from a .bin that is read as weights alone."""
     from transformers import AutoConfig, AutoModel
-    from transformers.utils import logging
 
-    config = AutoConfig.from_pretrained(source, **options)
-    if config.model_type == "timm_wrapper":
-        if importlib.util.find_spec("timm") is None:
-            raise ValueError(f"{source} needs the package timm: install it with pip install -e '.[timm]'.")
-        config.model_args = {**(config.model_args or {}), "dynamic_img_size": True}
-    quiet = logging.is_progress_bar_enabled() and options.get("local_files_only", False)
-    if quiet:  # the bar of copying weights into modules; downloads keep theirs
-        logging.disable_progress_bar()
     try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except ImportError as error:
+        if "timm" not in str(error):
+            raise
+        raise ValueError(f"{source} needs the package timm: install it with pip install -e '.[timm]'.") from error
+    if config.model_type == "timm_wrapper":
+        config.model_args = {**(config.model_args or {}), "dynamic_img_size": True}
+    with quiet() if options.get("local_files_only") else contextlib.nullcontext():  # downloads keep their bar
         with contextlib.suppress(OSError):  # no safetensors: for a damaged one SafetensorError goes up
             return AutoModel.from_pretrained(source, config=config, use_safetensors=True, **options)
         return AutoModel.from_pretrained(source, config=config, use_safetensors=False, weights_only=True, **options)
-    finally:
-        if quiet:
-            logging.enable_progress_bar()
 
 
 def _from_folder(folder: Path) -> PreTrainedModel:

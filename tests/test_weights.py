@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 import transformers
 from huggingface_hub import constants
 from safetensors.torch import load_file
+from transformers.utils import import_utils
 
 from setlib import convert, weights
 from setlib.convert import convert_onnx
@@ -238,18 +240,34 @@ def test_of_a_model_with_two_towers_the_vision_tower_is_taken(tmp_path):
     assert isinstance(load_model(str(tmp_path / "clip")), transformers.CLIPVisionModel)
 
 
-def test_a_pickle_is_never_opened(tmp_path):
-    load_model("tiny-random").config.save_pretrained(tmp_path)
-    torch.save(load_model("tiny-random").state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="holds no readable safetensors weights"):
+class Harm:
+    """What would run a command if it were unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_an_old_weight_file_is_read_as_weights_alone(tmp_path):
+    model = load_model("tiny-random", seed=6)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert fingerprint(load_model(str(tmp_path))) == fingerprint(model)
+    torch.save(model.state_dict() | {"harm": Harm(tmp_path / "harm")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds no readable weights .it is damaged or holds more than tensors.: fetch"):
         load_model(str(tmp_path))
+    assert not (tmp_path / "harm").exists()
+    load_model("tiny-random").save_pretrained(tmp_path)  # safetensors first: the .bin beside it is not opened
+    assert fingerprint(load_model(str(tmp_path))) == fingerprint(load_model("tiny-random"))
 
 
 def test_a_broken_weight_file_is_named(tmp_path):
     load_model("tiny-random").save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=f"{tmp_path} holds no readable safetensors weights"):
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no readable weights"):
         load_model(str(tmp_path))
 
 
@@ -257,7 +275,7 @@ def test_a_broken_weight_file_is_named(tmp_path):
     ("name", "message"),
     [
         ("tiny-randon", "Unknown backbone 'tiny-randon'.*nearest: tiny-random"),
-        ("./not/here", "There is no folder ./not/here"),
+        ("./not/here", "There is no folder or file ./not/here"),
         ("{tmp}", "holds no config.json"),
     ],
 )
@@ -294,3 +312,69 @@ def test_offline_mode_asks_nobody(monkeypatch):
     monkeypatch.setattr(weights, "hub_answers", lambda endpoint: pytest.fail("asked the hub"))
     with pytest.raises(ValueError, match="does not answer"):
         load_model("no-such-org/no-such-model")
+
+
+# What is known by name
+
+
+def test_presets_are_what_they_say():
+    from transformers import AutoConfig
+
+    assert all(one.patch in (8, 14, 16) and one.layers >= 4 and one.licence for one in weights.PRESETS.values())
+    model = load_model("tiny-random")
+    row = weights.PRESETS["tiny-random"]
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    assert (round(count, 2), model.config.patch_size, model.config.num_hidden_layers) == row[1:4]
+    # DINOv2's sizes as published: what a model of them counts, without making its weights
+    sizes = {"small": (384, 12), "base": (768, 12), "large": (1024, 24), "giant": (1536, 40)}
+    for size, (width, depth) in sizes.items():
+        for kind, name in (("dinov2", f"dinov2-{size}"), ("dinov2_with_registers", f"dinov2-reg-{size}")):
+            options = dict(hidden_size=width, num_hidden_layers=depth, num_attention_heads=width // 64, patch_size=14)
+            config = AutoConfig.for_model(kind, **options, image_size=518, use_swiglu_ffn=size == "giant")
+            with torch.device("meta"):
+                count = sum(p.numel() for p in transformers.AutoModel.from_config(config).parameters()) / 1e6
+            assert (round(count, 2), 14, depth) == weights.PRESETS[name][1:4]
+
+
+def test_a_preset_in_the_hubs_cache_is_found_loaded_and_listed_without_a_network(tmp_path):
+    folder = tmp_path / "hub" / "models--facebook--dinov2-small"
+    model = load_model("tiny-random", seed=7)
+    model.save_pretrained(folder / "snapshots" / "abc")
+    (folder / "snapshots" / "abc" / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3]}')
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    script = """
+from setlib.__main__ import main
+from setlib.weights import fingerprint, is_here, load_model, normalisation
+assert is_here("dinov2-small") and not is_here("dinov2-base")
+print(fingerprint(load_model("dinov2-small")), normalisation("dinov2-small")[0])
+main(["backbones"])
+"""
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "SETLIB_CACHE": str(tmp_path / "own")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=100)
+    assert done.returncode == 0, done.stderr
+    first, *table = done.stdout.splitlines()
+    assert first == f"{fingerprint(model)} (0.1, 0.2, 0.3)"
+    here = {line.split()[0]: line.split()[4] for line in table if line.startswith(("dinov2", "tiny"))}
+    assert [name for name, value in here.items() if value == "yes"] == ["tiny-random", "dinov2-small"]
+
+
+def write_timm(folder):
+    """A folder as timm's models on the hub are, but for the weights."""
+    folder.mkdir()
+    colours = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    config = {"architecture": "eva02_small_patch14_224", "num_classes": 0, "pretrained_cfg": colours}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_without_timm_the_message_names_the_extra(tmp_path, monkeypatch):
+    write_timm(tmp_path / "eva")
+    monkeypatch.setattr(import_utils, "is_timm_available", lambda: False)
+    monkeypatch.setitem(import_utils.BACKENDS_MAPPING, "timm", (lambda: False, "{0} requires timm"))
+    with pytest.raises(ValueError, match=r"eva needs the package timm: install it with pip install -e '.\[timm\]'"):
+        load_model(str(tmp_path / "eva"))
+
+
+def test_timms_models_bring_their_normalisation(tmp_path):
+    write_timm(tmp_path / "eva")
+    assert normalisation(str(tmp_path / "eva")) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
