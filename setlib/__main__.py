@@ -93,15 +93,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def open_run(args: argparse.Namespace) -> Run:
     """The run folder of these options, after everything that can be checked at once is checked.
 
-    Raises ValueError for an unknown refiner, a domain that cannot be used, and a folder of another configuration.
+    Raises ValueError for an unknown backbone, a refiner that is unknown or lacks a package, a domain that cannot be
+    used, and a folder of another configuration.
     """
     experiment = Experiment.build(args.profile, args.source, args.target, args.seed, args.options)
-    from setlib.refiners import REFINERS
-
-    for name in (experiment.model.refiner, *experiment.ablation.variants):
-        if name not in REFINERS:
-            raise ValueError(f"Unknown refiner '{name}' ({nearest(name, REFINERS)}).")
     from setlib import domains
+    from setlib.refiners import build_refiner
+    from setlib.weights import check_name
+
+    check_name(experiment.model.backbone)
+    for name in (experiment.model.refiner, *experiment.ablation.variants):
+        build_refiner(name, (1,), channels=1, num_tokens=2, rank=1)
 
     specs = [domains.parse(name) for name in (experiment.data.source, *experiment.data.targets)]
     if specs[0].name != "scenes":  # these are rendered when they are used

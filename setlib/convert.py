@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-import pickle
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +23,8 @@ if TYPE_CHECKING:  # transformers takes 3 s to import
 WRAPPERS = ("model", "state_dict", "teacher", "student")  # what training scripts put their weights into
 UNUSED = re.compile(r"(decoder|head|fc_norm|mask_token|dino_head|ibot_head)\b")  # nothing that features need
 SIGNS = {"rope_embed": "DINOv3", "rel_pos": "SAM", "attn.q_proj": "EVA-02", "inner_attn": "EVA-02"}  # of other layouts
-UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError)
+DAMAGED = (RuntimeError, SafetensorError, UnpicklingError)  # what reading weights raises, beside OSError
+UNREADABLE = (*DAMAGED, OSError, EOFError, ValueError, KeyError)
 EMBEDDINGS = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
@@ -115,7 +116,7 @@ def quiet() -> Iterator[None]:
 def reason(error: Exception) -> str:
     """Why weights cannot be read, in few words; torch's own advice would be to unpickle them."""
     lines = str(error).strip().splitlines()
-    if isinstance(error, pickle.UnpicklingError) or not lines:
+    if isinstance(error, UnpicklingError) or not lines:
         return "it is damaged or holds more than tensors"
     return lines[0].rstrip(".")
 

@@ -13,7 +13,6 @@ import http.client
 import importlib.util
 import json
 import os
-import pickle
 import re
 import shutil
 import subprocess
@@ -28,9 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 
-from setlib.convert import convert_onnx, from_file, quiet, reason
+from setlib.convert import DAMAGED, convert_onnx, from_file, quiet, reason
 from setlib.experiment import cache_folder, nearest
 
 if TYPE_CHECKING:  # transformers takes 3 s to import: it is imported where a model is made
@@ -112,23 +110,24 @@ def load_model(name: str, seed: int = 0) -> PreTrainedModel:
             model = _from_folder(Path(name).expanduser())
         elif Path(name).expanduser().is_file():
             model = from_file(Path(name).expanduser())
-        elif name in PRESETS:
-            model = _from_hub(PRESETS[name].source)
-        elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-            model = _from_hub(name)
-        elif "/" in name or os.sep in name:
-            raise ValueError(
-                f"There is no folder or file {name}: name one that holds config.json and weights, or weights."
-            )
         else:
-            presets = nearest(name, PRESETS)
-            raise ValueError(
-                f"Unknown backbone '{name}': expected a preset (see python -m setlib backbones), a folder, a file or a"
-                f" hub id org/name; {presets}."
-            )
+            check_name(name)
+            model = _from_hub(PRESETS[name].source if name in PRESETS else name)
     if hasattr(model.config, "vision_config"):  # CLIP and SigLIP bring a text tower, SAM a mask decoder
         model = getattr(model, "vision_model", None) or getattr(model, "vision_encoder", model)
     return model.eval().requires_grad_(False)
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError if `name` can be no backbone: neither a preset, nor a folder or file, nor a hub id."""
+    if name in PRESETS or Path(name).expanduser().exists() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        return
+    if "/" in name or os.sep in name:
+        raise ValueError(f"There is no folder or file {name}: name one that holds config.json and weights, or weights.")
+    raise ValueError(
+        f"Unknown backbone '{name}': expected a preset (see python -m setlib backbones), a folder, a file or a"
+        f" hub id org/name; {nearest(name, PRESETS)}."
+    )
 
 
 def presets() -> list[dict]:
@@ -223,7 +222,7 @@ def _from_folder(folder: Path) -> PreTrainedModel:
         )
     try:
         return _pretrained(folder, local_files_only=True)
-    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except (OSError, *DAMAGED) as error:
         raise ValueError(f"{folder} holds no readable weights ({reason(error)}): fetch them anew.") from error
 
 
@@ -231,11 +230,10 @@ def _from_hub(name: str) -> PreTrainedModel:
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    damaged = (RuntimeError, SafetensorError, pickle.UnpicklingError)
     try:
         with contextlib.suppress(OSError):  # not in the cache, or not whole
             return _pretrained(name, local_files_only=True)
-    except damaged as error:
+    except DAMAGED as error:
         cache = f"the cache {constants.HF_HUB_CACHE}"
         raise ValueError(f"The copy of {name} in {cache} cannot be read ({reason(error)}): delete it there.") from error
     if constants.HF_HUB_OFFLINE or not hub_answers(constants.ENDPOINT):
@@ -248,7 +246,7 @@ def _from_hub(name: str) -> PreTrainedModel:
         with contextlib.suppress(EntryNotFoundError):
             hf_hub_download(name, "preprocessor_config.json")  # for `normalisation`
         return _pretrained(name)
-    except (OSError, *damaged) as error:
+    except (OSError, *DAMAGED) as error:
         raise ValueError(f"{name} cannot be loaded from {constants.ENDPOINT}: {reason(error)}.") from error
 
 

@@ -55,6 +55,9 @@ def read_error(capsys: pytest.CaptureFixture) -> str:
         ("", ["required: COMMAND"]),
         ("run --profle smoke", ["unknown option '--profle' of run", "nearest: --profile"]),
         ("evaluate somewhere --profile smoke", ["unknown option '--profile' of evaluate"]),
+        ("run -o model.backbone=dinov2-lagre", ["Unknown backbone 'dinov2-lagre'", "nearest: dinov2-large"]),
+        ("train -o model.backbone=./nowhere/x.pth", ["There is no folder or file ./nowhere/x.pth"]),
+        ("run -o model.refiner=adapter", ["Unknown refiner 'adapter'", "nearest: adaptformer"]),
         ("run --profile smok", ["Unknown profile 'smok'", "smoke, quick"]),
         ("run --seed one", ["--seed", "'one'"]),
         ("run --seed -1", ["seed must not be negative"]),
@@ -332,3 +335,30 @@ def test_check_looks_at_all_domains_and_names_what_is_unusable(spoil, capsys, tm
     assert words in captured.out and "problem: " in captured.out
     error = captured.err.rpartition("error: ")[2]
     assert words in error and f"'folder@{bad}' cannot be used" in error and str(good) not in error
+
+
+def test_backbones_lists_every_preset(capsys: pytest.CaptureFixture):
+    from setlib.weights import PRESETS
+
+    assert cli.main(["backbones"]) == 0
+    head, *rows, advice = capsys.readouterr().out.splitlines()
+    assert head.split() == ["backbone", "M", "parameters", "patch", "layers", "here", "licence", "from"]
+    assert [row.split()[0] for row in rows] == list(PRESETS)
+    large = next(row.split() for row in rows if row.startswith("dinov2-large"))
+    assert large[:4] == ["dinov2-large", "304.37", "14", "24"] and large[-1] == "facebook/dinov2-large"
+    assert "-o model.backbone=NAME" in advice
+
+
+@pytest.mark.parametrize("refiner", ["full", "lora", "vpt", "adaptformer", "fada"])
+def test_every_baseline_is_trained_scored_and_predicts(refiner: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    if refiner == "lora":
+        pytest.importorskip("peft")
+    domain = f"folder@{make_domain(tmp_path / 'domain')}"
+    options = ["--profile", "smoke", "--run", str(tmp_path / "run"), "--source", domain, "--target", domain, *TINY]
+    assert cli.main(["train", *options, f"model.refiner={refiner}"]) == 0
+    trained = capsys.readouterr().out
+    assert "(backbone) +" in trained and "(refiner) +" in trained and "(head)" in trained
+    assert cli.main(["evaluate", str(tmp_path / "run")]) == 0
+    picture = str(tmp_path / "domain" / "images" / "p0.png")
+    assert cli.main(["predict", str(tmp_path / "run"), picture, "--out", str(tmp_path / "out")]) == 0
+    assert len(list((tmp_path / "out").iterdir())) == 2

@@ -172,3 +172,56 @@ def test_what_is_no_picture_is_one_sentence(tmp_path):
     (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="cannot be read as a picture"):
         read_picture(tmp_path / "cut.png")
+
+
+def test_what_was_padded_is_cut_off(model):
+    """A map that is linear in the column is the same line over the picture, whatever was added on its right."""
+    line = torch.arange(9.0).expand(1, 1, 5, 9)  # patches of 8 pixels over 40 x 72
+    whole = model.to_pixels(line, (40, 72))
+    assert torch.equal(model.to_pixels(line, (37, 65)), whole[:, :, :37, :65])
+    torch.testing.assert_close(whole[0, 0, 0, 4:-4], (torch.arange(4, 68) + 0.5) / 8 - 0.5)
+
+
+@pytest.mark.parametrize("size", [(61, 107), (1, 1), (64, 128)])
+def test_logits_of_any_size(model, size):
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(images)
+        assert logits.shape == (2, 19, -(-size[0] // 8), -(-size[1] // 8)) and logits.dtype == torch.float32
+        assert torch.equal(model(images, model.prefix(images)), logits) or torch.allclose(
+            model(images, model.prefix(images)), logits, rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_says_nearly_the_same(precision):
+    images = torch.rand(2, 3, 64, 128, generator=torch.Generator().manual_seed(0))
+    plain, low = build(), build(f"train.precision={precision}")
+    for one in (plain, low):
+        for i, parameter in enumerate(one.refiner.parameters()):
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(i))
+    with torch.no_grad():
+        expected, found = plain(images), low(images)
+        torch.testing.assert_close(low(images, low.prefix(images)), found, rtol=0.02, atol=0.02)
+    assert found.dtype == torch.float32
+    assert F.cosine_similarity(found.flatten(), expected.flatten(), 0) > 0.999
+
+
+def test_spectra_stay_in_float32_under_autocast(monkeypatch):
+    from setlib import spectral
+
+    seen, split = [], spectral.split_spectrum
+
+    def watch(x, *args):
+        found = split(x, *args)
+        seen.append({part.dtype for part in found})
+        return found
+
+    monkeypatch.setattr(spectral, "split_spectrum", watch)
+    build("train.precision=bfloat16")(torch.rand(1, 3, 64, 128)).sum().backward()
+    assert seen == [{torch.float32}] * 2
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="train.precision must be float32, bfloat16 or float16, got 'half'"):
+        build("train.precision=half")

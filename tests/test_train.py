@@ -57,7 +57,16 @@ def test_same_seed_same_numbers(source, tmp_path):
     ).read_bytes()
 
 
-@pytest.mark.parametrize("options", [(), ("train.views=0",), ("train.ema=0.5",)])
+RESUMED = [
+    (),
+    ("train.views=0",),
+    ("train.ema=0.5",),
+    ("train.precision=float16", "model.refiner=full"),
+    ("train.checkpointing=true", "train.cache_gb=0.01"),
+]
+
+
+@pytest.mark.parametrize("options", RESUMED)
 def test_killed_and_resumed_is_as_never_killed(source, tmp_path, monkeypatch, options):
     settings = experiment(source, "train.steps=7", "train.checkpoint_every=3", *options)
     whole, _ = train.train(Run.open(tmp_path / "whole", settings), progress=False)
@@ -213,3 +222,76 @@ def test_a_source_without_labels_is_refused(tmp_path):
     Image.new("RGB", (20, 10)).save(tmp_path / "images" / "a.png")
     with pytest.raises(ValueError, match="Source .* has no labels"):
         train.train(Run.open(tmp_path / "run", experiment(f"folder@{tmp_path}")), progress=False)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_learns_alike(source, tmp_path, precision):
+    found = []
+    for kind in ("float32", precision):
+        options = ("train.steps=30", "train.learning_rate=3e-3", f"train.precision={kind}")
+        model, history = train.train(Run.open(tmp_path / kind, experiment(source, *options)), progress=False)
+        found.append(losses(history))
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+    same = 30 if precision == "bfloat16" else 3  # float16 passes a step over when its scale proves too large
+    np.testing.assert_allclose(found[1][:same], found[0][:same], rtol=0.05, atol=0.02)
+    assert np.mean(found[1][-5:]) < 0.6 * np.mean(found[1][:3])
+
+
+def test_checkpointing_and_the_cache_on_disk_change_no_number(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("SETLIB_CACHE", str(tmp_path / "cache"))
+    found = []
+    for options in ((), ("train.checkpointing=true",), ("train.cache_gb=0.1",), ("train.cache_gb=0.1",)):
+        run = Run.open(tmp_path / f"run{len(found)}", experiment(source, "train.steps=4", *options))
+        found.append(losses(train.train(run, progress=False)[1]))
+    assert found[0] == found[1]
+    np.testing.assert_allclose(found[2:], [found[0]] * 2, rtol=1e-5)
+    assert list((tmp_path / "cache" / "features").iterdir())
+
+
+def test_a_gradient_that_float16_cannot_hold_is_passed_over_with_a_smaller_scale(source, tmp_path):
+    model = Segmenter(experiment(source, "train.precision=float16")).train()
+    trainer = train.Trainer(model, Run.open(tmp_path, model.experiment))
+    images, labels = torch.rand(2, 3, 64, 128), torch.zeros(2, 64, 128, dtype=torch.int64)
+    trainer.step(images, labels, None)
+    before, weight = trainer.scaler.get_scale(), model.head.classify.weight.detach().clone()
+    handle = model.head.classify.weight.register_hook(lambda gradient: gradient * float("inf"))
+    assert trainer.step(images, labels, None)["grad_norm"] is None
+    assert trainer.scaler.get_scale() == before / 2 and torch.equal(model.head.classify.weight, weight)
+    handle.remove()
+    trainer.save()
+    again = train.Trainer(model, trainer.run)
+    again.resume()
+    assert again.scaler.get_scale() == before / 2 and again.next_step == 2
+
+
+def test_the_backbones_own_weights_learn_slower(source):
+    model = Segmenter(experiment(source, "model.refiner=full"))
+    shares = {id(p): group["share"] for group in train.make_optimiser(model).param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        assert shares[id(p)] == (0.1 if name.startswith("backbone.") else 1.0)
+    trainer = train.Trainer(model, None)
+    trainer.step(torch.rand(2, 3, 64, 128), torch.zeros(2, 64, 128, dtype=torch.int64), None)
+    rates = {round(group["lr"] / trainer.history[0]["lr"], 6) for group in trainer.optimiser.param_groups}
+    assert rates == {0.1, 1.0}
+
+
+def test_full_fine_tuning_changes_only_its_own_copy(source, tmp_path):
+    runs = {
+        name: Run.open(tmp_path / name, experiment(source, "train.steps=2", f"model.refiner={name}"))
+        for name in ("none", "full")
+    }
+    trained = {name: model for name, (model, _) in train.train_together(runs, progress=False).items()}
+    frozen = Segmenter(experiment(source)).backbone.state_dict()
+    assert all(torch.equal(value, frozen[name]) for name, value in trained["none"].backbone.state_dict().items())
+    assert not torch.equal(
+        trained["full"].backbone.model.encoder.layer[0].mlp.fc1.weight, frozen["model.encoder.layer.0.mlp.fc1.weight"]
+    )
+    assert trained["full"].backbone.fingerprint == trained["none"].backbone.fingerprint
+
+
+def test_pictures_need_not_divide_into_patches(source, tmp_path):
+    options = ("train.steps=40", "train.learning_rate=3e-3", "data.height=61", "data.width=107", "model.patch_size=10")
+    model, history = train.train(Run.open(tmp_path, experiment(source, *options)), progress=False)
+    assert model.backbone.patch_size == 10 and np.mean(losses(history)[-5:]) < 0.5 * np.mean(losses(history)[:3])
+    sample = load(source, model.experiment.data).sample(0)
+    assert (model.predict(sample.image) == sample.label).mean() > 0.9
