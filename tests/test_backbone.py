@@ -51,10 +51,18 @@ if importlib.util.find_spec("timm"):  # the optional extra
 ALL = (1, 2, 3, 4)
 
 
-def build(family: str) -> FrozenBackbone:
+def make(family: str) -> nn.Module:
     torch.manual_seed(0)
-    model, config, _ = FAMILIES[family]
-    return FrozenBackbone(model(copy.deepcopy(config)), family, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    kind, config, _ = FAMILIES[family]
+    model = kind(copy.deepcopy(config))
+    if family == "eva02":  # which has no option for larger weights
+        for parameter in model.parameters():
+            parameter.data.mul_(10 if parameter.dim() > 1 else 1)
+    return model
+
+
+def build(family: str, patch_size: int = 0) -> FrozenBackbone:
+    return FrozenBackbone(make(family), family, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), patch_size=patch_size)
 
 
 def images(height: int = 32, width: int = 32, seed: int = 1) -> torch.Tensor:
@@ -85,12 +93,9 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 def library_states(family: str, pixels: torch.Tensor, grid: tuple[int, int]) -> list[torch.Tensor]:
     """The hidden states of a fresh model, called as the library's own documentation says."""
-    torch.manual_seed(0)
-    kind, config, _ = FAMILIES[family]
-    config = copy.deepcopy(config)
+    model = make(family).eval()
     if family == "mae":
-        config.mask_ratio = 0.0
-    model = kind(config).eval()
+        model.config.mask_ratio = 0.0
     normalised = (pixels - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1)
     inputs = {"pixel_values": normalised}
     if family in ("clip", "siglip", "vit", "mae"):
@@ -373,13 +378,12 @@ def test_patches_of_another_size(family):
         with pytest.raises(ValueError, match="without a convolution: leave model.patch_size at 0"):
             resize_patches(build(family).model, 12)
         return
-    torch.manual_seed(0)
-    kind, config, num_prefix = FAMILIES[family]
-    model = kind(copy.deepcopy(config))
-    kernel = next(module for module in model.modules() if isinstance(module, nn.Conv2d)).weight
-    backbone = FrozenBackbone(model, family, patch_size=12)
+    backbone = build(family, patch_size=12)
     assert backbone.patch_size == 12 and backbone(images(48, 60))[4].shape == (2, 4, 5, 16)
-    resized = next(module for module in model.modules() if isinstance(module, nn.Conv2d)).weight
+    kernel, resized = (
+        next(module for module in model.modules() if isinstance(module, nn.Conv2d)).weight
+        for model in (make(family), backbone.model)
+    )
     torch.testing.assert_close(resized, F.interpolate(kernel, (12, 12), mode="bicubic", align_corners=False))
 
 
