@@ -249,7 +249,7 @@ def token_sheet(picture: np.ndarray, attention: Sequence[Any], num_columns: int 
     height = 1.4 if {part for _, part in panels} <= {"picture"} else 2.1
     made = Figure((WIDTH, height * num_rows), layout="constrained")
     if not attention:
-        made.text(0.5, 0.5, "This model has no tokens: its features pass unchanged.", ha="center", va="center")
+        made.text(0.5, 0.5, "There are no tokens that attend to anything here.", ha="center", va="center")
     for place, (one, part) in enumerate(panels, start=1):
         ax, token = made.add_subplot(num_rows, num_columns, place), int(one.influence.argmax())
         if part == "picture":
@@ -270,6 +270,8 @@ def token_changes(changes: Sequence[Mapping], ax: Axes | None = None) -> Axes:
     series = {part: [row[part] for row in changes] for part in ("amplitude", "phase")}
     names = [f"layer {row['layer']}" for row in changes]
     ax = _bars(series, names, _axes(ax, 2.4), upright=True, digits=3)
+    if not changes:
+        ax.text(0.5, 0.5, "Nothing stands behind a layer here.", ha="center", va="center", transform=ax.transAxes)
     ax.set_ylabel("change (as in notebook 02)")
     return ax
 

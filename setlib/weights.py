@@ -92,7 +92,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def load_model(name: str, seed: int = 0) -> PreTrainedModel:
-    """A frozen vision transformer in eval mode.
+    """A frozen vision transformer in eval mode, float32.
 
     name: a preset; a folder with config.json and weights; a weight file in Meta's or timm's layout; or a hub id
     `org/name` (the hub's local cache first, then the hub if it answers within 3 s).
@@ -115,7 +115,7 @@ def load_model(name: str, seed: int = 0) -> PreTrainedModel:
             model = _from_hub(PRESETS[name].source if name in PRESETS else name)
     if hasattr(model.config, "vision_config"):  # CLIP and SigLIP bring a text tower, SAM a mask decoder
         model = getattr(model, "vision_model", None) or getattr(model, "vision_encoder", model)
-    return model.eval().requires_grad_(False)
+    return model.float().eval().requires_grad_(False)  # files in half precision too: autocast decides what runs in it
 
 
 def check_name(name: str) -> None:

@@ -187,6 +187,7 @@ def test_token_changes_are_bars_by_layer():
 def test_token_sheet_of_a_model_without_tokens_says_so():
     made = plots.token_sheet(IMAGE, [])
     assert "no tokens" in made.texts[0].get_text()
+    assert "Nothing stands behind a layer" in plots.token_changes([]).texts[0].get_text()
 
 
 def test_table_shows_numbers_dashes_and_escapes():
