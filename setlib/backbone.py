@@ -11,7 +11,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -40,6 +40,16 @@ class Prefix:
     maps: dict[int, Tensor]
     stop: int
     is_tuple: bool = False
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Prefix:
+        """The prefix with each of its tensors changed: moved, or some images of it taken."""
+        return replace(self, hidden=change(self.hidden), maps={layer: change(m) for layer, m in self.maps.items()})
+
+    @staticmethod
+    def cat(parts: Sequence[Prefix]) -> Prefix:
+        """Prefixes of several batches as one."""
+        maps = {layer: torch.cat([part.maps[layer] for part in parts]) for layer in parts[0].maps}
+        return replace(parts[0], hidden=torch.cat([part.hidden for part in parts]), maps=maps)
 
 
 class FrozenBackbone(nn.Module):
@@ -328,9 +338,10 @@ def _refine(output: Output, refiner: nn.Module, layer: int, grid: Grid) -> Outpu
     if refined.shape != features.shape:
         expected, found = tuple(features.shape), tuple(refined.shape)
         raise ValueError(f"The refiner of layer {layer} answered with shape {found}, expected {expected}.")
+    refined = refined.to(hidden.dtype)
     if hidden.dim() == 3:
         patches = refined.flatten(1, 2)  # (B, H*W, C)
-        refined = torch.cat([hidden[:, : hidden.shape[1] - patches.shape[1]], patches.to(hidden.dtype)], dim=1)
+        refined = torch.cat([hidden[:, : hidden.shape[1] - patches.shape[1]], patches], dim=1)
     return (refined, *output[1:]) if isinstance(output, tuple) else refined
 
 

@@ -21,10 +21,11 @@ if TYPE_CHECKING:  # transformers takes 3 s to import
     from transformers import PreTrainedModel
 
 WRAPPERS = ("model", "state_dict", "teacher", "student")  # what training scripts put their weights into
-UNUSED = re.compile(r"(decoder|head|fc_norm|mask_token|dino_head|ibot_head)\b")  # nothing that features need
+UNUSED = re.compile(r"(decoder\w*|head\w*|fc_norm|mask_token|dino_head|ibot_head)\b")  # nothing that features need
 SIGNS = {"rope_embed": "DINOv3", "rel_pos": "SAM", "attn.q_proj": "EVA-02", "inner_attn": "EVA-02"}  # of other layouts
 DAMAGED = (RuntimeError, SafetensorError, UnpicklingError)  # what reading weights raises, beside OSError
 UNREADABLE = (*DAMAGED, OSError, EOFError, ValueError, KeyError)
+HEADS = {1280: 16, 1408: 16, 1664: 16}  # of ViT-H, -g and -G; heads are 64 wide in all others
 EMBEDDINGS = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
@@ -53,7 +54,7 @@ VIT = {
 
 def from_file(path: Path) -> PreTrainedModel:
     """The vision transformer in a weight file with Meta's or timm's names: DINOv2 (with registers, with SwiGLU), and
-    plain ViTs such as MAE's and DINO's. All sizes are read off the weights.
+    plain ViTs such as MAE's and DINO's. Sizes are read off the weights; the number of heads follows from the width.
 
     Raises ValueError if the file cannot be read or holds something else.
     """
@@ -177,6 +178,8 @@ def _build(made: dict[str, Tensor], depth: int, is_dinov2: bool, is_swiglu: bool
 
     width, _, patch, _ = made["embeddings.patch_embeddings.projection.weight"].shape
     registers = made.get("embeddings.register_tokens")
+    if width % 64:
+        raise ValueError(f"{path} is {width} wide: expected a multiple of 64, the width of an attention head.")
 
     def width_of(module: str) -> int:
         name = f"encoder.layer.0.{module}.weight"
@@ -188,7 +191,7 @@ def _build(made: dict[str, Tensor], depth: int, is_dinov2: bool, is_swiglu: bool
     sizes = {
         "hidden_size": width,
         "num_hidden_layers": depth,
-        "num_attention_heads": max(1, 16 if width == 1280 else width // 64),  # heads are 64 wide, 80 in a ViT-H
+        "num_attention_heads": HEADS.get(width, width // 64),
         "patch_size": patch,
         "image_size": patch * side,
         "layer_norm_eps": 1e-6,
@@ -213,7 +216,7 @@ def _build(made: dict[str, Tensor], depth: int, is_dinov2: bool, is_swiglu: bool
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit {kind.__name__}: {str(error).strip().splitlines()[-1]}") from None
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])]
-    if wrong := [name for name in wrong if "layernorm." not in name.removeprefix("encoder")]:
+    if wrong := [name for name in wrong if not name.startswith("layernorm.")]:  # behind the layers: not used
         raise ValueError(f"{path} does not fit {kind.__name__}: {', '.join(sorted(wrong)[:5])} missing or left over.")
     return model
 

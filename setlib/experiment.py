@@ -186,7 +186,8 @@ def _smoke() -> Experiment:
         head_channels=16,
     )
     train = Train(steps=12, batch_size=2, views=8, checkpoint_every=6)
-    ablation = Ablation(variants=("none", "rein", "set"), overrides=("train.steps=6", "data.eval_images=2"))
+    variants = ("none", "full", "vpt", "adaptformer", "rein", "fada", "set")
+    ablation = Ablation(variants=variants, overrides=("train.steps=6", "data.eval_images=2"))
     return Experiment(profile="smoke", data=data, model=model, train=train, ablation=ablation)
 
 
@@ -276,6 +277,7 @@ NOT_NEGATIVE = (
     *("data.workers", "train.views", "train.weight_decay", "train.clip_norm", "train.power", "ablation.seeds"),
     *("model.patch_size", "train.cache_gb"),
 )
+SAME_NUMBERS = ("train.checkpointing", "train.cache_gb", "data.workers")  # cost time or memory, change no result
 CHOICES = {"data.on_error": ("stop", "skip"), "train.precision": ("float32", "bfloat16", "float16")}
 LARGEST = 2**63 - 1  # what a seed or a count can hold
 
@@ -404,7 +406,7 @@ def _read_json(path: Path) -> typing.Any:
 
 def _differences(one: Experiment, other: Experiment) -> list[str]:
     a, b = one.flat(), other.flat()
-    return [f"{key} is {b[key]}, not {a[key]}" for key in a if a[key] != b[key]]
+    return [f"{key} is {b[key]}, not {a[key]}" for key in a if a[key] != b[key] and key not in SAME_NUMBERS]
 
 
 def default_run_folder(experiment: Experiment) -> Path:

@@ -1,14 +1,17 @@
 """Frozen features kept on disk: what the first layers make of a picture is computed once and found again.
 
 An entry is named by all that decides it (weights, pixels, size, layers, precision), so that none is ever out of date.
-The folder is bounded: what was used longest ago goes first. It may be deleted, and a process killed, at any time.
+The folder is bounded: what was used longest ago goes first (processes side by side each count what they add). It may be
+deleted, and a process killed, at any time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,38 +42,35 @@ class FeatureCache:
         if not self.limit:
             return backbone.prefix(images, stop, layers)
         wanted = sorted({layer for layer in layers if layer < stop})
-        colours = [*backbone.mean.flatten().tolist(), *backbone.std.flatten().tolist()]
-        decides = f"{backbone.fingerprint} {colours} {stop} {wanted} {precision} {tuple(images.shape[1:])}"
-        paths = [self._path(decides, image) for image in images]
-        entries = [self._read(path) for path in paths]
+        decides = [backbone.fingerprint, _configuration(backbone), stop, wanted, precision, images.device.type]
+        paths = [self._path(f"{decides} {tuple(image.shape)} {image.dtype}", image) for image in images]
+        entries = [self._read(path, stop, wanted) for path in paths]
         if missing := [i for i, entry in enumerate(entries) if entry is None]:
-            made = backbone.prefix(images[missing], stop, wanted)
+            made = backbone.prefix(images[missing], stop, wanted).map(Tensor.cpu)
             for place, i in enumerate(missing):
-                parts = {"hidden": made.hidden, **{f"map {layer}": made.maps[layer] for layer in wanted}}
-                entries[i] = {name: part[place].cpu().contiguous() for name, part in parts.items()}
-                entries[i]["is_tuple"] = torch.tensor(made.is_tuple)
+                entries[i] = made.map(lambda part, place=place: part[place : place + 1].contiguous())
                 self._write(paths[i], entries[i])
-        whole = {name: torch.stack([entry[name] for entry in entries]).to(images.device) for name in entries[0]}
-        maps = {layer: whole[f"map {layer}"] for layer in wanted}
-        return Prefix(whole["hidden"], maps, stop, bool(entries[0]["is_tuple"]))
+        return Prefix.cat(entries).map(lambda part: part.to(images.device))
 
     def _path(self, decides: str, image: Tensor) -> Path:
-        digest = hashlib.sha256(f"{decides} {image.dtype}".encode())
+        digest = hashlib.sha256(decides.encode())
         digest.update(image.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return self.folder / f"{digest.hexdigest()[:32]}.safetensors"
 
-    def _read(self, path: Path) -> dict[str, Tensor] | None:
+    def _read(self, path: Path, stop: int, layers: Sequence[int]) -> Prefix | None:
         """An entry, marked as used now; None if there is none, or a damaged one."""
         try:
             entry = load_file(path)
             os.utime(path)
-        except (OSError, SafetensorError):
+            maps = {layer: entry[f"map {layer}"] for layer in layers}
+            return Prefix(entry["hidden"], maps, stop, bool(entry["is_tuple"]))
+        except (OSError, KeyError, SafetensorError):
             return None
-        return entry
 
-    def _write(self, path: Path, entry: dict[str, Tensor]) -> None:
+    def _write(self, path: Path, entry: Prefix) -> None:
         """Keeps an entry, if need be in place of the oldest; a folder that cannot be written is left alone for good."""
-        content = save(entry)
+        parts = {f"map {layer}": part for layer, part in entry.maps.items()}
+        content = save(parts | {"hidden": entry.hidden, "is_tuple": torch.tensor(entry.is_tuple)})
         if len(content) > self.limit:
             return
         try:
@@ -100,3 +100,10 @@ class FeatureCache:
             with contextlib.suppress(OSError):  # gone in the meantime
                 found.append(((info := path.stat()).st_mtime, info.st_size, path))
         return found
+
+
+def _configuration(backbone: FrozenBackbone) -> str:
+    """What else decides the features: colours, and the model's own settings, such as the number of heads."""
+    settings = {k: v for k, v in backbone.model.config.to_dict().items() if not re.search("version|name_or_path", k)}
+    colours = [*backbone.mean.flatten().tolist(), *backbone.std.flatten().tolist()]
+    return f"{colours} {json.dumps(settings, sort_keys=True, default=str)}"

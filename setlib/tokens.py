@@ -23,10 +23,12 @@ class Refiner(nn.Module):
 
     inside: whether it works inside its layers (on what they read, or on their weights) instead of behind them.
     adapt: `adapt(model, layers)`, for a refiner that changes weights in a copy of the backbone's model; None = it does
-    not. prompts: `prompts(layer) -> (P, C)`, tokens that a layer reads beside its own; None = it has none.
+    not. backbone_rate: learning rate of what it wakes there, in units of the head's.
+    prompts: `prompts(layer) -> (P, C)`, tokens that a layer reads beside its own; None = it has none.
     """
 
     inside = False
+    backbone_rate = 1.0
     adapt: Callable[[nn.Module, Sequence[nn.Module]], object] | None = None
     prompts: Callable[[int], Tensor] | None = None
 

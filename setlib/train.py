@@ -10,7 +10,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +28,6 @@ from setlib.experiment import Experiment, Run, write_atomic
 from setlib.labels import IGNORE
 from setlib.model import DEVICE, Segmenter
 from setlib.transforms import augment
-
-BACKBONE_RATE = 0.1  # learning rate of the backbone's own weights beside the head's. Source: Rein, Sec. 4.1
 
 
 class View(NamedTuple):
@@ -100,17 +98,14 @@ class Bank:
 
     images: Tensor  # (V, 3, h, w) uint8
     labels: Tensor  # (V, h, w) uint8
-    prefix: Prefix | None  # None when the first layer is refined already
+    prefix: Prefix | None  # None when no layer is frozen
 
     def batch(self, indices: list[int], frozen_until: int) -> tuple[Tensor, Tensor, Prefix | None]:
         """Images, labels and frozen features of some views; no features for a model that changes these layers."""
         images, labels, prefix = self.images[indices].float() / 255, self.labels[indices].long(), self.prefix
-        if prefix is not None and prefix.stop > frozen_until:
-            prefix = None
-        if prefix is not None:
-            maps = {layer: features[indices].to(DEVICE) for layer, features in prefix.maps.items()}
-            prefix = replace(prefix, hidden=prefix.hidden[indices].to(DEVICE), maps=maps)
-        return images, labels, prefix
+        if prefix is None or prefix.stop > frozen_until:
+            return images, labels, None
+        return images, labels, prefix.map(lambda kept: kept[indices].to(DEVICE))
 
 
 def make_bank(model: Segmenter, domain: domains.Domain, progress: bool = True) -> Bank:
@@ -120,12 +115,10 @@ def make_bank(model: Segmenter, domain: domains.Domain, progress: bool = True) -
     with tqdm(total=experiment.train.views, desc="frozen features", unit="crop", disable=not progress) as bar:
         chunks = torch.arange(experiment.train.views).split(experiment.train.batch_size)
         for images, labels in views.batches([chunk.tolist() for chunk in chunks]):
-            kept.append(Bank((images * 255).round().byte(), labels.byte(), model.prefix(images)))
+            prefix = model.prefix(images)
+            kept.append(Bank((images * 255).round().byte(), labels.byte(), prefix and prefix.map(Tensor.cpu)))
             bar.update(len(images))
-    prefix = None
-    if model.frozen_until:
-        maps = {layer: torch.cat([bank.prefix.maps[layer].cpu() for bank in kept]) for layer in kept[0].prefix.maps}
-        prefix = replace(kept[0].prefix, hidden=torch.cat([bank.prefix.hidden.cpu() for bank in kept]), maps=maps)
+    prefix = Prefix.cat([bank.prefix for bank in kept]) if model.frozen_until else None
     return Bank(torch.cat([bank.images for bank in kept]), torch.cat([bank.labels for bank in kept]), prefix)
 
 
@@ -150,7 +143,6 @@ def loss_function(logits: Tensor, labels: Tensor) -> Tensor:
 def make_optimiser(model: Segmenter) -> torch.optim.AdamW:
     """AdamW over all that learns, no decay on tokens, norms, biases and scales; `share`: of the step's learning rate.
 
-    Weights of the backbone itself, which only full fine-tuning wakes, learn at BACKBONE_RATE.
     Source: Rein's released settings.
     """
     kinds = (nn.Linear, nn.Conv2d)
@@ -158,8 +150,8 @@ def make_optimiser(model: Segmenter) -> torch.optim.AdamW:
     train, groups = model.experiment.train, defaultdict(list)
     for name, p in model.named_parameters():
         if p.requires_grad:
-            is_backbone = name.startswith("backbone.") and "lora_" not in name
-            groups[id(p) in matrices, BACKBONE_RATE if is_backbone else 1.0].append(p)
+            share = model.refiner.backbone_rate if name.startswith("backbone.") else 1.0
+            groups[id(p) in matrices, share].append(p)
     decays = {True: train.weight_decay, False: 0.0}
     settings = [{"params": ps, "weight_decay": decays[m], "share": share} for (m, share), ps in groups.items()]
     return torch.optim.AdamW(settings, lr=train.learning_rate)
@@ -295,7 +287,7 @@ def train_together(runs: dict[str, Run], progress: bool = True) -> dict[str, tup
     source = domains.load(first.data.source, first.data, role="source")
     bank = None
     if first.train.views and not all(is_finished(run) for run in runs.values()):
-        models = [Segmenter(run.experiment, backbone) for run in runs.values()]
+        models = (Segmenter(run.experiment, backbone) for run in runs.values())  # one at a time: some hold a backbone
         bank = make_bank(min(models, key=lambda model: model.frozen_until or math.inf), source, progress)
     return {
         name: train(run, source=source, backbone=backbone, bank=bank, progress=progress) for name, run in runs.items()

@@ -1,8 +1,8 @@
 """Where backbone weights come from: presets, a local folder or file, the hub's cache, the hub.
 
 Every road ends in a frozen transformers model in eval mode, or in one sentence that says what to fetch and where
-to put it; nothing waits for a dead network and nothing is unpickled (safetensors first, else weights alone). What is
-done with the model lives in `backbone.py`, what other libraries' layouts mean in `convert.py`.
+to put it; nothing waits for a dead network and no pickle runs (safetensors first, else tensors alone). What is done
+with the model lives in `backbone.py`, what other libraries' layouts mean in `convert.py`.
 """
 
 from __future__ import annotations
@@ -209,9 +209,13 @@ def _pretrained(source: str | Path, **options: object) -> PreTrainedModel:
     if config.model_type == "timm_wrapper":
         config.model_args = {**(config.model_args or {}), "dynamic_img_size": True}
     with quiet() if options.get("local_files_only") else contextlib.nullcontext():  # downloads keep their bar
-        with contextlib.suppress(OSError):  # no safetensors: for a damaged one SafetensorError goes up
+        try:
             return AutoModel.from_pretrained(source, config=config, use_safetensors=True, **options)
-        return AutoModel.from_pretrained(source, config=config, use_safetensors=False, weights_only=True, **options)
+        except OSError as error:  # most likely there is a .bin in its place
+            with contextlib.suppress(OSError):
+                options |= {"use_safetensors": False, "weights_only": True}
+                return AutoModel.from_pretrained(source, config=config, **options)
+            raise error
 
 
 def _from_folder(folder: Path) -> PreTrainedModel:

@@ -297,11 +297,13 @@ def baseline(name: str, layers=ALL):
 
 @every_family
 def test_checkpointing_changes_neither_values_nor_gradients(family):
-    backbone, found = build(family), []
+    backbone, found, calls = build(family), [], []
     for checkpointing in (False, True):
-        refiner = baseline("set", (2, 3, 4))
+        refiner, before = baseline("set", (2, 3, 4)), len(calls)
+        refiner.register_forward_pre_hook(lambda module, given: calls.append(given[1]))
         maps = backbone(images(24, 48), refiner, layers=ALL, checkpointing=checkpointing)
         projected(maps).backward()
+        assert calls[before:] == ([2, 3, 4, 4, 3, 2] if checkpointing else [2, 3, 4])  # once more, for the gradient
         found.append([*maps.values(), *(p.grad for p in refiner.parameters())])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 

@@ -80,7 +80,8 @@ def timm_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         renamed["reg_token"] = renamed.pop("register_tokens")
         renamed["cls_token"] = renamed["cls_token"] + renamed["pos_embed"][:, :1]
         renamed["pos_embed"] = renamed["pos_embed"][:, 1:].contiguous()
-    return renamed | {"head.weight": torch.zeros(3, 192), "head.bias": torch.zeros(3)}
+    unused = ("head.weight", "decoder_embed.weight", "decoder_blocks.0.norm1.weight", "decoder_pos_embed")  # MAE's too
+    return renamed | {name: torch.zeros(3) for name in unused}
 
 
 def features(model, size=(24, 40)):

@@ -1,5 +1,6 @@
 """Frozen features on disk: the same numbers, never those of something else, bounded, and no loss when it goes wrong."""
 
+import copy
 import os
 
 import pytest
@@ -42,20 +43,25 @@ def test_what_is_kept_is_what_is_computed_and_is_not_computed_again(backbone, tm
     again = FeatureCache(1e9, tmp_path)
     same(again.prefix(backbone, more[[4, 0, 3, 2]], 3, (1, 2)), own(more[[4, 0, 3, 2]], 3, (1, 2)))
     same(again.prefix(backbone, more, 3, (1, 2)), own(more, 3, (1, 2)))
-    assert ran == [
-        2,
-    ]  # the two new pictures, once
+    assert ran == [2]  # the two new pictures, once
 
 
-@pytest.mark.parametrize(
-    "change", ["weights", "colours", "pixel", "size", "stop", "layers", "precision", "type"]
-)  # fmt: skip
+CHANGES = ("weights", "heads", "colours", "pixel", "size", "stop", "layers", "precision", "type")
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_anything_that_decides_the_features_makes_new_ones(backbone, tmp_path, change):
     cache, pixels = FeatureCache(1e9, tmp_path), images(1)
     cache.prefix(backbone, pixels, 3, (1, 2))
     other, stop, layers, precision = backbone, 3, (1, 2), "float32"
     if change == "weights":
         other = FrozenBackbone.load("tiny-random", seed=1)
+    if change == "heads":  # the same weights, another function
+        model = copy.deepcopy(backbone.model)
+        model.config.num_attention_heads = 2
+        for layer in model.encoder.layer:
+            layer.attention.num_attention_heads, layer.attention.head_dim = 2, 16
+        other = FrozenBackbone(model)
     if change == "colours":
         other = FrozenBackbone(backbone.model, "", mean=(0.5, 0.5, 0.5))
     pixels = pixels.clone()

@@ -9,10 +9,11 @@ from torch import nn
 from setlib import refiners, spectral
 from setlib.experiment import Experiment
 from setlib.model import Segmenter
-from setlib.refiners import REFINERS, build_refiner
+from setlib.refiners import build_refiner
 
-BASELINES = ["none", "full", "lora", "vpt", "adaptformer", "rein", "fada", "set"]
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is an optional extra")
+LORA = pytest.param("lora", marks=needs_peft)
+BASELINES = ["none", "full", LORA, "vpt", "adaptformer", "rein", "fada", "set"]
 
 
 def build(name, *overrides):
@@ -23,7 +24,7 @@ def images():
     return torch.rand(2, 3, 64, 128, generator=torch.Generator().manual_seed(0))
 
 
-# Sizes at C = 1024 and 24 layers, as Rein's table prints them: 0.79 M, 3.69 M, 3.17 M, 2.99 M
+# Sizes at C = 1024 and 24 layers, as Rein's table prints them (LoRA 0.79 M, VPT 3.69 M, AdaptFormer 3.17 M); FADA's as ours
 
 
 @pytest.mark.parametrize(
@@ -54,8 +55,6 @@ def test_lora_without_peft_names_the_extra(monkeypatch):
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_what_learns_is_what_is_counted_saved_and_loaded(name, tmp_path):
-    if name == "lora":
-        pytest.importorskip("peft")
     model = build(name)
     learns = {key: p for key, p in model.named_parameters() if p.requires_grad}
     assert sum(model.num_trainable().values()) == sum(p.numel() for p in learns.values())
@@ -72,8 +71,6 @@ def test_what_learns_is_what_is_counted_saved_and_loaded(name, tmp_path):
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_all_that_learns_gets_a_gradient_and_frozen_layers_can_be_kept(name):
-    if name == "lora":
-        pytest.importorskip("peft")
     model = build(name).train()
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):  # some maps start at zero
@@ -81,11 +78,8 @@ def test_all_that_learns_gets_a_gradient_and_frozen_layers_can_be_kept(name):
         (model(images()) * torch.randn(2, 19, 8, 16, generator=torch.Generator().manual_seed(3))).sum().backward()
         optimiser.step()
     never = {key for key, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
-    assert not {key for key in never if not key.startswith("backbone.")}
-    if name == "full":  # of the backbone, all but what comes behind the features
-        assert never == {"backbone.model.embeddings.mask_token", *(k for k in never if "model.layernorm." in k)}
-    else:
-        assert not never
+    assert not never
+    if model.frozen_until:
         prefix = model.prefix(images())
         torch.testing.assert_close(model(images(), prefix), model(images()), rtol=1e-5, atol=1e-5)
     expected = {"full": 0, "lora": 2, "vpt": 2, "none": 4}.get(name, 3)
@@ -126,10 +120,3 @@ def test_a_linked_mask_head_reads_the_low_tokens_of_fada():
     refiner.queries().sum().backward()
     assert refiner.queries().shape == (7, 5)
     assert refiner.low.tokens.a.grad is not None and refiner.high.tokens.a.grad is None
-
-
-def test_every_name_builds():
-    for name in REFINERS:
-        if name == "lora" and importlib.util.find_spec("peft") is None:
-            continue
-        assert build_refiner(name, (1, 2), 12, 7, 3).layers == (() if name == "none" else (1, 2))

@@ -192,3 +192,36 @@ def test_wrong_shapes_are_named():
         spectral.transform(torch.zeros(3, 4, 5))
     with pytest.raises(ValueError, match="differ in shape"):
         spectral.mix_amplitude(torch.zeros(1, 4, 4, 1), torch.zeros(1, 4, 5, 1))
+
+
+# The Haar transform over the patch grid
+
+
+@few
+@given(sizes, seeds)
+def test_haar_bands_joined_are_the_features(size, seed):
+    x = features(size, seed)
+    bands = spectral.split_haar(x)
+    assert bands.shape == (4, 2, -(-size[0] // 2), -(-size[1] // 2), 3)
+    torch.testing.assert_close(spectral.join_haar(bands, size), x)
+
+
+@few
+@given(st.tuples(st.integers(1, 6), st.integers(1, 6)), seeds)
+def test_haar_bands_keep_the_energy(half, seed):
+    x = features((2 * half[0], 2 * half[1]), seed)
+    torch.testing.assert_close(spectral.split_haar(x).square().sum(), x.square().sum())
+
+
+def test_haar_bands_are_the_mean_and_the_differences_of_each_square():
+    x = features((4, 6), 0)
+    one, right, below, across = (x[:, i::2, j::2] for i in (0, 1) for j in (0, 1))
+    signs = ((1, 1, 1), (-1, 1, -1), (1, -1, -1), (-1, -1, 1))  # of right, below and across
+    for band, (r, b, a) in zip(spectral.split_haar(x), signs, strict=True):
+        torch.testing.assert_close(band, (one + r * right + b * below + a * across) / 2)
+    ramp = torch.arange(6.0).view(1, 1, 6, 1).expand(1, 4, 6, 1)
+    low, along_width, along_height, both = spectral.split_haar(ramp)
+    assert (along_width == -1).all() and not along_height.any() and not both.any()
+    assert low[0, 0, :, 0].tolist() == [1, 5, 9]  # twice the mean
+    assert not spectral.split_haar(torch.ones(1, 5, 7, 2))[1:].any()  # odd sides repeat their last patches
+    assert spectral.split_haar(x.half()).dtype == torch.float32
