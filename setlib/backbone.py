@@ -81,6 +81,9 @@ class FrozenBackbone(nn.Module):
         if patch_size:
             resize_patches(model, patch_size)
         projection = _patch_convolution(model)
+        settings = model.config
+        if projection is None and not hasattr(settings, "patch_size") or hasattr(settings, "num_detection_tokens"):
+            raise ValueError(f"{type(model).__name__} has no patches in its last tokens: expected a plain ViT.")
         self.num_layers = len(self._layers)
         self.channels = projection.out_channels if projection else model.config.hidden_size
         self.patch_size = projection.kernel_size[0] if projection else model.config.patch_size

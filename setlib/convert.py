@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,8 +22,14 @@ if TYPE_CHECKING:  # transformers takes 3 s to import
 WRAPPERS = ("model", "state_dict", "teacher", "student")  # what training scripts put their weights into
 UNUSED = re.compile(r"(decoder\w*|head\w*|fc_norm|mask_token|dino_head|ibot_head)\b")  # nothing that features need
 SIGNS = {"rope_embed": "DINOv3", "rel_pos": "SAM", "attn.q_proj": "EVA-02", "inner_attn": "EVA-02"}  # of other layouts
-DAMAGED = (RuntimeError, SafetensorError, UnpicklingError)  # what reading weights raises, beside OSError
-UNREADABLE = (*DAMAGED, OSError, EOFError, ValueError, KeyError)
+CONFUSED = (
+    AttributeError,
+    KeyError,
+    IndexError,
+    RuntimeError,
+    TypeError,
+)  # what tensors of unexpected shapes and names lead to
+UNNEEDED = re.compile(r"mask_token|pooler|head|decoder|text|logit|layernorm\.|layer_norm\.|(^|\.)norm\.|neck")
 HEADS = {1280: 16, 1408: 16, 1664: 16}  # of ViT-H, -g and -G; heads are 64 wide in all others
 EMBEDDINGS = {
     "cls_token": "embeddings.cls_token",
@@ -58,12 +63,22 @@ def from_file(path: Path) -> PreTrainedModel:
 
     Raises ValueError if the file cannot be read or holds something else.
     """
-    weights = _vit_weights(read_tensors(path), path)
-    blocks = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
+    tensors = read_tensors(path)
+    try:
+        return _build(*_renamed(_vit_weights(tensors)))
+    except (ValueError, *CONFUSED) as error:
+        text = reason(error) if isinstance(error, ValueError | RuntimeError) else "its tensors do not fit together"
+        raise ValueError(f"{path} is no vision transformer that can be used: {text}.") from error
+
+
+def _renamed(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], int, bool]:
+    """The weights under the names that transformers reads, the number of blocks, and whether they are DINOv2's."""
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     is_dinov2 = "blocks.0.ls1.gamma" in weights
-    if is_dinov2 and "blocks.0.mlp.fc1.weight" in weights and _is_packed_swiglu(weights):
-        renamed = {"mlp.fc1": "mlp.w12", "mlp.fc2": "mlp.w3"}  # timm
-        weights = {_replace(name, renamed): value for name, value in weights.items()}
+    inner = DINOV2 if is_dinov2 else VIT
+    packed, back = (weights.get(f"blocks.0.mlp.fc{n}.weight") for n in (1, 2))
+    if is_dinov2 and packed is not None and len(packed) == 2 * back.shape[1]:
+        inner = inner | {"mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"}  # SwiGLU as timm packs it
     made: dict[str, Tensor] = {}
     for name, value in weights.items():
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
@@ -74,11 +89,12 @@ def from_file(path: Path) -> PreTrainedModel:
             for part, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
                 made[f"encoder.layer.{block[1]}.attention.attention.{part}.{kind}"] = third.contiguous()
         elif block:
-            made[f"encoder.layer.{block[1]}.{_replace(block[2], DINOV2 if is_dinov2 else VIT)}"] = value
+            old = next((old for old in inner if f"{block[2]}.".startswith(f"{old}.")), block[2])
+            made[f"encoder.layer.{block[1]}.{inner.get(old, old)}{block[2].removeprefix(old)}"] = value
         elif not UNUSED.match(name):
             made[name] = value  # the model will not know it, and it is named then
-    _complete_positions(made, path)
-    return _build(made, len(blocks), is_dinov2, "blocks.0.mlp.w12.weight" in weights, path)
+    _complete_positions(made)
+    return made, len(blocks), is_dinov2
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -87,15 +103,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
+    except Exception as error:  # whatever a damaged file makes its reader say
         raise ValueError(
             f"{path} cannot be read ({reason(error)}): expected safetensors or a .pth of tensors."
-        ) from None
-    for wrapper in WRAPPERS:
-        if isinstance(values, dict) and isinstance(values.get(wrapper), dict):
-            values = values[wrapper]
-    items = values.items() if isinstance(values, dict) else ()
-    return {name: value for name, value in items if isinstance(value, Tensor)}
+        ) from error
+    values = values if isinstance(values, dict) else {}
+    while inner := next((values[key] for key in WRAPPERS if isinstance(values.get(key), dict)), None):
+        values = inner
+    return {name: value for name, value in values.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
 @contextlib.contextmanager
@@ -116,56 +131,43 @@ def quiet() -> Iterator[None]:
 
 def reason(error: Exception) -> str:
     """Why weights cannot be read, in few words; torch's own advice would be to unpickle them."""
-    lines = str(error).strip().splitlines()
-    if isinstance(error, UnpicklingError) or not lines:
+    text = " ".join(str(error).split())
+    if isinstance(error, UnpicklingError) or "weights_only" in text or not text:
         return "it is damaged or holds more than tensors"
-    return lines[0].rstrip(".")
+    if "ignore_mismatched_sizes" in text:
+        return "the sizes of its tensors do not fit"
+    return re.split(r"\.\s", text)[0].rstrip(".")
 
 
-def _vit_weights(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _vit_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the vision transformer under its own names, whatever holds it."""
     mark = "patch_embed.proj.weight"
     holders = [name.removesuffix(mark) for name in tensors if name.endswith(mark)]
     if not holders:
         raise ValueError(
-            f"{path} has no {mark}: expected DINOv2 in Meta's layout or timm's names; a model of transformers is named"
-            " by its folder, with its config.json."
+            f"it has no {mark}, as DINOv2 in Meta's layout and timm's names have it; a model of transformers is named"
+            " by its folder, with its config.json"
         )
     weights = {name.removeprefix(holders[0]): value for name, value in tensors.items() if name.startswith(holders[0])}
     for sign, what in SIGNS.items():
         if any(sign in name for name in weights):
-            raise ValueError(f"{path} looks like {what} in its original layout: name its preset or hub id instead.")
+            raise ValueError(f"it looks like {what} in its original layout: name its preset or hub id instead")
     return weights
 
 
-def _is_packed_swiglu(weights: dict[str, Tensor]) -> bool:
-    return weights["blocks.0.mlp.fc1.weight"].shape[0] == 2 * weights["blocks.0.mlp.fc2.weight"].shape[1]
-
-
-def _replace(name: str, table: dict[str, str]) -> str:
-    """A name with the module in front of .weight or .bias (or the whole name) exchanged."""
-    module, dot, kind = name.rpartition(".")
-    for old, new in table.items():
-        if name.endswith(old):
-            return name.removesuffix(old) + new
-        if module.endswith(old):
-            return module.removesuffix(old) + new + dot + kind
-    return name
-
-
-def _complete_positions(made: dict[str, Tensor], path: Path) -> None:
+def _complete_positions(made: dict[str, Tensor]) -> None:
     """Positions of class token and grid: timm adds the first to the token itself where there are registers."""
     positions = made.get("embeddings.position_embeddings")
     if positions is None or "embeddings.cls_token" not in made:
-        raise ValueError(f"{path} has no class token or no positions: expected a plain vision transformer.")
+        raise ValueError("it has no class token or no positions")
     count = positions.shape[1]
     if math.isqrt(count) ** 2 == count:
         made["embeddings.position_embeddings"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], 1)
     elif math.isqrt(count - 1) ** 2 != count - 1:
-        raise ValueError(f"{path} has {count} positions: expected those of a square grid and a class token.")
+        raise ValueError(f"it has {count} positions, which are not those of a square grid and a class token")
 
 
-def _build(made: dict[str, Tensor], depth: int, is_dinov2: bool, is_swiglu: bool, path: Path) -> PreTrainedModel:
+def _build(made: dict[str, Tensor], depth: int, is_dinov2: bool) -> PreTrainedModel:
     """The model of these weights. Raises ValueError naming what is missing or left over."""
     from transformers import (
         Dinov2Config,
@@ -177,48 +179,42 @@ def _build(made: dict[str, Tensor], depth: int, is_dinov2: bool, is_swiglu: bool
     )
 
     width, _, patch, _ = made["embeddings.patch_embeddings.projection.weight"].shape
-    registers = made.get("embeddings.register_tokens")
+    registers, first = made.get("embeddings.register_tokens"), "encoder.layer.0"
     if width % 64:
-        raise ValueError(f"{path} is {width} wide: expected a multiple of 64, the width of an attention head.")
-
-    def width_of(module: str) -> int:
-        name = f"encoder.layer.0.{module}.weight"
-        if name not in made:
-            raise ValueError(f"{path} has no first block with an MLP: expected a plain vision transformer.")
-        return len(made[name])
-
-    side = math.isqrt(made["embeddings.position_embeddings"].shape[1] - 1)
+        raise ValueError(f"it is {width} wide, no multiple of 64, the width of an attention head")
     sizes = {
         "hidden_size": width,
         "num_hidden_layers": depth,
         "num_attention_heads": HEADS.get(width, width // 64),
         "patch_size": patch,
-        "image_size": patch * side,
+        "image_size": patch * math.isqrt(made["embeddings.position_embeddings"].shape[1] - 1),
         "layer_norm_eps": 1e-6,
-        "qkv_bias": "encoder.layer.0.attention.attention.query.bias" in made,
+        "qkv_bias": f"{first}.attention.attention.query.bias" in made,
     }
-    options: dict[str, object] = {}
-    if is_dinov2:
-        made["embeddings.mask_token"] = torch.zeros(1, width)  # only masked training uses it
-        sizes |= {"use_swiglu_ffn": is_swiglu, "mlp_ratio": 4 if is_swiglu else width_of("mlp.fc1") // width}
+    if not is_dinov2:
+        sizes["intermediate_size"] = len(made[f"{first}.intermediate.dense.weight"])
+        config, kind, options = ViTConfig(**sizes), ViTModel, {"add_pooling_layer": False}
+    else:
+        made["embeddings.mask_token"], options = torch.zeros(1, width), {}  # only masked training uses it
+        sizes["use_swiglu_ffn"] = f"{first}.mlp.weights_in.weight" in made
+        if not sizes["use_swiglu_ffn"]:
+            sizes["mlp_ratio"] = len(made[f"{first}.mlp.fc1.weight"]) // width
         config, kind = Dinov2Config(**sizes), Dinov2Model
         if registers is not None:
             sizes["num_register_tokens"] = registers.shape[1]
             config, kind = Dinov2WithRegistersConfig(**sizes), Dinov2WithRegistersModel
-    else:
-        sizes["intermediate_size"] = width_of("intermediate.dense")
-        config, kind, options = ViTConfig(**sizes), ViTModel, {"add_pooling_layer": False}
-    try:
-        with quiet():
-            model, report = kind.from_pretrained(
-                None, config=config, state_dict=made, output_loading_info=True, **options
-            )
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {kind.__name__}: {str(error).strip().splitlines()[-1]}") from None
-    wrong = [*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])]
-    if wrong := [name for name in wrong if not name.startswith("layernorm.")]:  # behind the layers: not used
-        raise ValueError(f"{path} does not fit {kind.__name__}: {', '.join(sorted(wrong)[:5])} missing or left over.")
+    with quiet():
+        model, report = kind.from_pretrained(None, config=config, state_dict=made, output_loading_info=True, **options)
+    check_complete(report)
+    if left := sorted(report["unexpected_keys"]):
+        raise ValueError(f"{', '.join(left[:5])} left over for {kind.__name__}")
     return model
+
+
+def check_complete(report: dict) -> None:
+    """Raises ValueError if weights that features depend on are missing in what transformers says of its loading."""
+    if missing := sorted(name for name in report["missing_keys"] if not UNNEEDED.search(name)):
+        raise ValueError(f"{', '.join(missing[:5])} missing ({len(missing)} in all)")
 
 
 def convert_onnx(onnx: bytes, folder: Path) -> None:

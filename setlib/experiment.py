@@ -269,7 +269,7 @@ def _parse(key: str, value: str, kind: typing.Any) -> typing.Any:
 
 ABOVE_ZERO = (
     *("data.height", "data.width", "data.long_edge", "data.scale_min", "model.rank", "model.head_channels"),
-    *("model.num_prompts", "model.adapter_width", "model.lora_rank"),
+    *("model.num_tokens", "model.num_prompts", "model.adapter_width", "model.lora_rank"),
     *("train.steps", "train.batch_size", "train.learning_rate", "train.checkpoint_every"),
 )
 NOT_NEGATIVE = (
@@ -279,6 +279,7 @@ NOT_NEGATIVE = (
 )
 SAME_NUMBERS = ("train.checkpointing", "train.cache_gb", "data.workers")  # cost time or memory, change no result
 CHOICES = {"data.on_error": ("stop", "skip"), "train.precision": ("float32", "bfloat16", "float16")}
+LARGEST_SIZE = 2**16  # of a part of the model
 LARGEST = 2**63 - 1  # what a seed or a count can hold
 
 
@@ -297,6 +298,9 @@ def _validate(experiment: Experiment) -> None:
         if not values[key]:
             raise ValueError(f"Option {key} is empty: name at least one.")
     data, train = experiment.data, experiment.train
+    for key in (key for key in ABOVE_ZERO + NOT_NEGATIVE if key.startswith("model.")):
+        if values[key] > LARGEST_SIZE:
+            raise ValueError(f"Option {key} must be at most {LARGEST_SIZE}, got {values[key]}.")
     if experiment.model.num_tokens < 2:
         raise ValueError("Option model.num_tokens must be at least 2: token 0 only absorbs attention.")
     for key, choices in CHOICES.items():

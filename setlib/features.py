@@ -1,8 +1,7 @@
 """Frozen features kept on disk: what the first layers make of a picture is computed once and found again.
 
 An entry is named by all that decides it (weights, pixels, size, layers, precision), so that none is ever out of date.
-The folder is bounded: what was used longest ago goes first (processes side by side each count what they add). It may be
-deleted, and a process killed, at any time.
+The folder is bounded: what was used longest ago goes first. It may be deleted, and a process killed, at any time.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,13 +24,14 @@ from torch import Tensor
 from setlib.backbone import FrozenBackbone, Prefix
 from setlib.experiment import cache_folder, write_atomic
 
+ABANDONED = 600  # seconds after which a file that was never finished is nobody's
+
 
 class FeatureCache:
     """A folder of frozen features, one file a picture. limit: its size in bytes, at most; 0 = nothing is kept."""
 
     def __init__(self, limit: float, folder: Path | None = None) -> None:
         self.limit, self.folder = limit, folder or cache_folder() / "features"
-        self.size = sum(size for _, size, _ in self._files()) if limit else 0
 
     def prefix(
         self, backbone: FrozenBackbone, images: Tensor, stop: int, layers: Sequence[int], precision: str = "float32"
@@ -76,29 +77,28 @@ class FeatureCache:
         try:
             self._make_room(len(content))
             write_atomic(path, content)
-            self.size += len(content)
         except (ValueError, OSError) as error:
             warnings.warn(f"Frozen features are no longer kept: {error}", stacklevel=2)
             self.limit = 0
 
     def _make_room(self, needed: int) -> None:
         """Deletes the entries that were used longest ago until `needed` bytes fit in."""
-        if self.size + needed <= self.limit:
-            return
-        files = sorted(self._files())
-        self.size = sum(size for _, size, _ in files)  # other processes write too
-        for _, size, path in files:
-            if self.size + needed <= self.limit:
+        files = sorted(self._files())  # counted anew each time: other processes write too
+        size = sum(size for _, size, _ in files)
+        for used, freed, path in files:
+            if size + needed <= self.limit:
                 return
-            path.unlink(missing_ok=True)
-            self.size -= size
+            if path.suffix == ".safetensors" or time.time() - used > ABANDONED:  # else another process is writing it
+                path.unlink(missing_ok=True)
+                size -= freed
 
     def _files(self) -> list[tuple[float, int, Path]]:
         """(time of last use, bytes, path) of everything in the folder, what a killed process left included."""
         found = []
         for path in self.folder.glob("*"):
             with contextlib.suppress(OSError):  # gone in the meantime
-                found.append(((info := path.stat()).st_mtime, info.st_size, path))
+                if path.is_file():
+                    found.append(((info := path.stat()).st_mtime, info.st_size, path))
         return found
 
 

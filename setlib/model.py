@@ -52,7 +52,7 @@ class Segmenter(nn.Module):
         self.experiment = experiment
         backbone = backbone or FrozenBackbone.load(config.backbone, patch_size=config.patch_size)
         depth, channels = backbone.num_layers, backbone.channels
-        self.feature_layers = tuple(config.feature_layers) or tuple(depth * k // 4 for k in (1, 2, 3, 4))
+        self.feature_layers = tuple(config.feature_layers) or tuple(max(1, depth * k // 4) for k in (1, 2, 3, 4))
         refined = tuple(config.refined_layers) or tuple(range(1, depth + 1))
         for key, layers in (("feature_layers", self.feature_layers), ("refined_layers", refined)):
             if not all(1 <= layer <= depth for layer in layers):

@@ -270,6 +270,7 @@ class ReleasedSpectralTokens(TokenRefiner):
         patches = patches if patches.dtype == torch.float64 else patches.float()
         spectrum, index = torch.fft.fft2(patches, dim=(1, 2)), self.layers.index(layer)
         amplitude, phase = self.amplitude(spectrum.abs(), index), self.phase(spectrum.angle(), index)
+        amplitude, phase = amplitude.to(patches.dtype), phase.to(patches.dtype)  # lower under autocast
         refined = torch.complex(
             amplitude * phase.cos(), amplitude * phase.sin()
         )  # polar's gradient wants amplitude >= 0

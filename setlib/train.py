@@ -201,7 +201,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes history.jsonl and checkpoint.safetensors (weights, optimiser, average, step), whole or not at all."""
-        tensors = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
+        tensors = {f"model.{name}": value.detach() for name, value in self.model.trainable_state().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
         for name, p in self.parameters.items():
             tensors |= {f"optimiser.{name}.{key}": value for key, value in self.optimiser.state.get(p, {}).items()}
@@ -223,8 +223,9 @@ class Trainer:
             self.scaler.load_state_dict(json.loads(header["__metadata__"]["scaler"]))
             self.history = read_history(self.run)[: self.next_step]
             with torch.no_grad():
+                for name, value in self.model.trainable_state().items():  # buffers too
+                    value.copy_(tensors[f"model.{name}"])
                 for name, p in self.parameters.items():
-                    p.copy_(tensors[f"model.{name}"])
                     saved = {key: tensors.get(f"optimiser.{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
                     if saved["step"] is not None:
                         self.optimiser.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in saved.items()}

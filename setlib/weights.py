@@ -23,12 +23,13 @@ import urllib.error
 import urllib.request
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from setlib.convert import DAMAGED, convert_onnx, from_file, quiet, reason
+from setlib.convert import check_complete, convert_onnx, from_file, quiet, reason
 from setlib.experiment import cache_folder, nearest
 
 if TYPE_CHECKING:  # transformers takes 3 s to import: it is imported where a model is made
@@ -106,10 +107,10 @@ def load_model(name: str, seed: int = 0) -> PreTrainedModel:
             model = _tiny_random()
         elif name == SALIENCY:
             model = _from_folder(_saliency_folder())
-        elif Path(name).expanduser().is_dir():
-            model = _from_folder(Path(name).expanduser())
-        elif Path(name).expanduser().is_file():
-            model = from_file(Path(name).expanduser())
+        elif _local(name).is_dir():
+            model = _from_folder(_local(name))
+        elif _local(name).is_file():
+            model = from_file(_local(name))
         else:
             check_name(name)
             model = _from_hub(PRESETS[name].source if name in PRESETS else name)
@@ -118,9 +119,16 @@ def load_model(name: str, seed: int = 0) -> PreTrainedModel:
     return model.float().eval().requires_grad_(False)  # files in half precision too: autocast decides what runs in it
 
 
+def _local(name: str) -> Path:
+    """A name as a path here."""
+    with contextlib.suppress(RuntimeError):  # ~ of a user that is not known
+        return Path(name).expanduser()
+    return Path(name)
+
+
 def check_name(name: str) -> None:
     """Raises ValueError if `name` can be no backbone: neither a preset, nor a folder or file, nor a hub id."""
-    if name in PRESETS or Path(name).expanduser().exists() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+    if name in PRESETS or _local(name).exists() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         return
     if "/" in name or os.sep in name:
         raise ValueError(f"There is no folder or file {name}: name one that holds config.json and weights, or weights.")
@@ -149,8 +157,7 @@ def is_here(name: str) -> bool:
 
 def _cached(name: str, file: str) -> Path | None:
     """A file of a preset or hub id in the hub's cache here, or of a folder."""
-    if Path(name).expanduser().exists():
-        path = Path(name).expanduser()
+    if (path := _local(name)).exists():
         path = (path if path.is_dir() else path.parent) / file
     else:
         from huggingface_hub import try_to_load_from_cache
@@ -168,14 +175,21 @@ def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if name in (TINY, SALIENCY):
         return IMAGENET
     stored: dict = {}
-    if path := _cached(name, "preprocessor_config.json"):
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    elif path := _cached(name, "config.json"):
-        timm = json.loads(path.read_text(encoding="utf-8")).get("pretrained_cfg") or {}
-        stored = {"image_mean": timm.get("mean"), "image_std": timm.get("std")}
+    path = _cached(name, "preprocessor_config.json") or _cached(name, "config.json")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        if path and path.name == "config.json":
+            timm = stored.get("pretrained_cfg") or {}
+            stored = {"image_mean": timm.get("mean"), "image_std": timm.get("std")}
+        stored.get("image_mean")
+    except (ValueError, AttributeError):
+        raise ValueError(f"{path} cannot be read as the settings of a model: fetch it anew.") from None
     if not stored.get("image_mean"):
         warnings.warn(f"{name} has no preprocessor_config.json: ImageNet's mean and deviation are used", stacklevel=2)
-    return tuple(stored.get("image_mean") or IMAGENET[0]), tuple(stored.get("image_std") or IMAGENET[1])
+    mean, std = stored.get("image_mean") or IMAGENET[0], stored.get("image_std") or IMAGENET[1]
+    if not all(isinstance(c, list | tuple) and len(c) == 3 for c in (mean, std)) or min(std) <= 0:
+        raise ValueError(f"{path} gives the mean {mean} and deviation {std}: expected three numbers each, std above 0.")
+    return tuple(mean), tuple(std)
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -200,6 +214,7 @@ def _pretrained(source: str | Path, **options: object) -> PreTrainedModel:
     """A model of transformers, from safetensors, else from a .bin that is read as weights alone."""
     from transformers import AutoConfig, AutoModel
 
+    options = {**options, "trust_remote_code": False}  # a model that brings code of its own is refused
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except ImportError as error:
@@ -209,13 +224,16 @@ def _pretrained(source: str | Path, **options: object) -> PreTrainedModel:
     if config.model_type == "timm_wrapper":
         config.model_args = {**(config.model_args or {}), "dynamic_img_size": True}
     with quiet() if options.get("local_files_only") else contextlib.nullcontext():  # downloads keep their bar
+        load = partial(AutoModel.from_pretrained, source, config=config, output_loading_info=True, **options)
         try:
-            return AutoModel.from_pretrained(source, config=config, use_safetensors=True, **options)
+            model, report = load(use_safetensors=True)
         except OSError as error:  # most likely there is a .bin in its place
-            with contextlib.suppress(OSError):
-                options |= {"use_safetensors": False, "weights_only": True}
-                return AutoModel.from_pretrained(source, config=config, **options)
-            raise error
+            try:
+                model, report = load(use_safetensors=False, weights_only=True)
+            except OSError:
+                raise error from None
+    check_complete(report)
+    return model
 
 
 def _from_folder(folder: Path) -> PreTrainedModel:
@@ -226,8 +244,8 @@ def _from_folder(folder: Path) -> PreTrainedModel:
         )
     try:
         return _pretrained(folder, local_files_only=True)
-    except (OSError, *DAMAGED) as error:
-        raise ValueError(f"{folder} holds no readable weights ({reason(error)}): fetch them anew.") from error
+    except Exception as error:  # whatever a damaged or foreign folder makes its readers say
+        raise ValueError(f"{folder} holds no model that can be used: {reason(error)}.") from error
 
 
 def _from_hub(name: str) -> PreTrainedModel:
@@ -237,9 +255,9 @@ def _from_hub(name: str) -> PreTrainedModel:
     try:
         with contextlib.suppress(OSError):  # not in the cache, or not whole
             return _pretrained(name, local_files_only=True)
-    except DAMAGED as error:
+    except Exception as error:
         cache = f"the cache {constants.HF_HUB_CACHE}"
-        raise ValueError(f"The copy of {name} in {cache} cannot be read ({reason(error)}): delete it there.") from error
+        raise ValueError(f"The copy of {name} in {cache} cannot be used: {reason(error)}.") from error
     if constants.HF_HUB_OFFLINE or not hub_answers(constants.ENDPOINT):
         raise ValueError(
             f"{name} is neither a folder here nor in the cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} does"
@@ -250,7 +268,7 @@ def _from_hub(name: str) -> PreTrainedModel:
         with contextlib.suppress(EntryNotFoundError):
             hf_hub_download(name, "preprocessor_config.json")  # for `normalisation`
         return _pretrained(name)
-    except (OSError, *DAMAGED) as error:
+    except Exception as error:
         raise ValueError(f"{name} cannot be loaded from {constants.ENDPOINT}: {reason(error)}.") from error
 
 

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from setlib.backbone import FrozenBackbone
 from setlib.experiment import Experiment
@@ -108,7 +109,33 @@ def test_what_a_killed_process_leaves_does_no_harm(backbone, tmp_path):
     (tmp_path / ".half.safetensors.1").write_bytes(b"x" * 1000)
     same(FeatureCache(1e9, tmp_path).prefix(backbone, images(2), 3, (1,)), backbone.prefix(images(2), 3, (1,)))
     assert damaged.stat().st_size == whole.stat().st_size
-    assert FeatureCache(1e9, tmp_path).size == 2 * whole.stat().st_size + 1000  # it counts, and goes with the oldest
+    half = tmp_path / ".half.safetensors.1"
+    small = FeatureCache(2 * whole.stat().st_size + 1000, tmp_path)
+    small.prefix(backbone, images(1, 5), 3, (1,))
+    assert half.exists() and len(files(small)) == 2  # it counts; somebody may be writing it
+    os.utime(half, (1000, 1000))
+    small.prefix(backbone, images(1, 6), 3, (1,))
+    assert not half.exists() and len(files(small)) == 2
+
+
+def test_an_entry_of_something_else_and_a_folder_are_passed_by(backbone, tmp_path):
+    cache = FeatureCache(1e9, tmp_path)
+    cache.prefix(backbone, images(1), 3, (1,))
+    (path,) = files(cache)
+    save_file({"x": torch.ones(1)}, path)
+    (tmp_path / "folder").mkdir()
+    same(cache.prefix(backbone, images(1), 3, (1,)), backbone.prefix(images(1), 3, (1,)))
+
+
+def test_processes_side_by_side_keep_the_bound(backbone, tmp_path):
+    one = FeatureCache(1e9, tmp_path)
+    one.prefix(backbone, images(1), 3, (1,))
+    size = files(one)[0].stat().st_size
+    caches = [FeatureCache(3.5 * size, tmp_path) for _ in range(3)]
+    for seed in range(1, 7):
+        for number, cache in enumerate(caches):
+            cache.prefix(backbone, images(1, 10 * seed + number), 3, (1,))
+            assert len(files(cache)) <= 3
 
 
 def test_a_folder_that_cannot_be_written_only_warns(backbone, tmp_path):

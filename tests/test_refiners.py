@@ -24,7 +24,7 @@ def images():
     return torch.rand(2, 3, 64, 128, generator=torch.Generator().manual_seed(0))
 
 
-# Sizes at C = 1024 and 24 layers, as Rein's table prints them (LoRA 0.79 M, VPT 3.69 M, AdaptFormer 3.17 M); FADA's as ours
+# Sizes at C = 1024 and 24 layers, as Rein's table prints them (LoRA 0.79 M, VPT 3.69 M, AdaptFormer 3.17 M), and ours
 
 
 @pytest.mark.parametrize(

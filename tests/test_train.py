@@ -63,6 +63,7 @@ RESUMED = [
     ("train.ema=0.5",),
     ("train.precision=float16", "model.refiner=full"),
     ("train.checkpointing=true", "train.cache_gb=0.01"),
+    ("model.refiner=set-released", "train.precision=bfloat16"),
 ]
 
 

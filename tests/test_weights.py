@@ -14,10 +14,11 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import constants
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers.utils import import_utils
 
 from setlib import convert, weights
+from setlib.backbone import FrozenBackbone
 from setlib.convert import convert_onnx
 from setlib.weights import fingerprint, load_model, normalisation
 
@@ -256,7 +257,7 @@ def test_an_old_weight_file_is_read_as_weights_alone(tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     assert fingerprint(load_model(str(tmp_path))) == fingerprint(model)
     torch.save(model.state_dict() | {"harm": Harm(tmp_path / "harm")}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="holds no readable weights .it is damaged or holds more than tensors.: fetch"):
+    with pytest.raises(ValueError, match="holds no model that can be used: it is damaged or holds more than tensors"):
         load_model(str(tmp_path))
     assert not (tmp_path / "harm").exists()
     load_model("tiny-random").save_pretrained(tmp_path)  # safetensors first: the .bin beside it is not opened
@@ -267,7 +268,7 @@ def test_a_broken_weight_file_is_named(tmp_path):
     load_model("tiny-random").save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=f"{tmp_path} holds no readable weights"):
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no model that can be used"):
         load_model(str(tmp_path))
 
 
@@ -371,10 +372,68 @@ def test_without_timm_the_message_names_the_extra(tmp_path, monkeypatch):
     write_timm(tmp_path / "eva")
     monkeypatch.setattr(import_utils, "is_timm_available", lambda: False)
     monkeypatch.setitem(import_utils.BACKENDS_MAPPING, "timm", (lambda: False, "{0} requires timm"))
-    with pytest.raises(ValueError, match=r"eva needs the package timm: install it with pip install -e '.\[timm\]'"):
+    with pytest.raises(ValueError, match=r"eva.* needs the package timm: install it with pip install -e '.\[timm\]'"):
         load_model(str(tmp_path / "eva"))
 
 
 def test_timms_models_bring_their_normalisation(tmp_path):
     write_timm(tmp_path / "eva")
     assert normalisation(str(tmp_path / "eva")) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def broken_folder(folder, kind):
+    model = load_model("tiny-random")
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    if kind == "other weights":
+        save_file({"x": torch.ones(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    elif kind == "too few layers":
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 6}))
+    elif kind == "other sizes":
+        (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    elif kind == "code":
+        (folder / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": {"AutoConfig": "mod.Cfg"}}))
+        (folder / "mod.py").write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\n")
+    elif kind == "an empty bin":
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").touch()
+    elif kind == "language":
+        transformers.BertModel(
+            transformers.BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=9)
+        ).save_pretrained(folder)
+    elif kind == "activation":
+        (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "nope"}))
+    else:
+        (folder / "preprocessor_config.json").write_text(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("other weights", r"can be used: embeddings.cls_token, .* missing \(\d+ in all\)"),
+        ("too few layers", r"encoder.layer.4.* missing"),
+        ("other sizes", "the sizes of its tensors do not fit"),
+        ("code", "can be used"),
+        ("an empty bin", "can be used"),
+        ("language", "BertModel has no patches"),
+        ("activation", "can be used"),
+        ("[]", "preprocessor_config.json cannot be read as the settings of a model"),
+        ("{", "preprocessor_config.json cannot be read as the settings of a model"),
+        ('{"image_mean": 1.0}', "expected three numbers each"),
+        ('{"image_mean": [0, 0, 0], "image_std": [1, 1, 0]}', "expected three numbers each, std above 0"),
+    ],
+)
+def test_a_folder_that_is_no_backbone_is_one_sentence(kind, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
+    broken_folder(tmp_path, kind)
+    capsys.readouterr()
+    with pytest.raises(ValueError, match=message) as caught:
+        FrozenBackbone.load(str(tmp_path))
+    assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
+    assert "MISSING" not in capsys.readouterr().err
+
+
+def test_half_precision_weights_are_computed_with_in_float32(tmp_path):
+    model = load_model("tiny-random").half()
+    model.save_pretrained(tmp_path)
+    assert {p.dtype for p in load_model(str(tmp_path)).parameters()} == {torch.float32}
