@@ -389,6 +389,21 @@ def test_patches_of_another_size(family):
     torch.testing.assert_close(resized, F.interpolate(kernel, (12, 12), mode="bicubic", align_corners=False))
 
 
+def test_a_resized_kernel_sees_in_a_larger_picture_what_it_saw():
+    one, other = build("dinov2"), build("dinov2", patch_size=12)
+    smooth = F.interpolate(images(4, 6), (32, 48), mode="bicubic")
+    larger = F.interpolate(smooth, (48, 72), mode="bicubic")
+    small, large = (
+        backbone.model.embeddings.patch_embeddings.projection._conv_forward(
+            pixels, backbone.model.embeddings.patch_embeddings.projection.weight, None
+        )
+        for backbone, pixels in ((one, smooth), (other, larger))
+    )
+    assert F.cosine_similarity(small.flatten(), large.flatten(), 0) > 0.95
+    gain = (large * small).sum() / small.square().sum()
+    assert 0.9 * (12 / 8) ** 2 < gain < 1.1 * (12 / 8) ** 2  # as in the released conversion, not divided by the area
+
+
 def test_load_names_and_normalises():
     backbone = FrozenBackbone.load("tiny-random", seed=3)
     assert (backbone.name, backbone.num_layers, backbone.channels, backbone.patch_size) == ("tiny-random", 4, 32, 8)
