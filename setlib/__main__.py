@@ -283,12 +283,13 @@ def prepare_command(args: argparse.Namespace) -> int:
 
 def backbones_command(args: argparse.Namespace) -> int:
     """backbones: one row a preset."""
-    from setlib.weights import presets
+    from setlib.weights import PRESETS, is_here
 
-    rows = presets()
-    for row in rows:
-        row |= {"M parameters": f"{row['M parameters']:.2f}", "here": "yes" if row["here"] else "-"}
-    print(text_table([list(rows[0]), *([str(value) for value in row.values()] for row in rows)]))
+    rows = [["backbone", "M parameters", "patch", "layers", "here", "licence", "from"]]
+    for name, preset in PRESETS.items():
+        sizes = [f"{preset.millions:.2f}", str(preset.patch), str(preset.layers)]
+        rows.append([name, *sizes, "yes" if is_here(name) else "-", preset.licence, preset.source])
+    print(text_table(rows))
     print(
         "Name one with -o model.backbone=NAME, or a hub id, a folder of transformers, or a DINOv2 or ViT weight file in"
         " Meta's or timm's layout (.pth, .safetensors). What is not here is fetched from the hub on first use."

@@ -81,8 +81,7 @@ class FrozenBackbone(nn.Module):
         if patch_size:
             resize_patches(model, patch_size)
         projection = _patch_convolution(model)
-        settings = model.config
-        if projection is None and not hasattr(settings, "patch_size") or hasattr(settings, "num_detection_tokens"):
+        if not (projection or hasattr(model.config, "patch_size")) or hasattr(model.config, "num_detection_tokens"):
             raise ValueError(f"{type(model).__name__} has no patches in its last tokens: expected a plain ViT.")
         self.num_layers = len(self._layers)
         self.channels = projection.out_channels if projection else model.config.hidden_size
@@ -230,8 +229,7 @@ class FrozenBackbone(nn.Module):
             pixels = pixels.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # (B, N, p*p*3)
             shapes = torch.tensor(grid, device=pixels.device).expand(len(pixels), 2)
             options |= {"spatial_shapes": shapes, "pixel_attention_mask": None}
-        with contextlib.ExitStack() as stack:
-            parameters = stack.enter_context(_fitted(self.model, grid, tuple(pixels.shape[-2:])))
+        with _fitted(self.model, grid, tuple(pixels.shape[-2:])) as parameters:
             return torch.func.functional_call(self.model, parameters, (pixels,), options)
 
     def _padded(self, images: Tensor) -> tuple[Tensor, Grid]:

@@ -22,13 +22,8 @@ if TYPE_CHECKING:  # transformers takes 3 s to import
 WRAPPERS = ("model", "state_dict", "teacher", "student")  # what training scripts put their weights into
 UNUSED = re.compile(r"(decoder\w*|head\w*|fc_norm|mask_token|dino_head|ibot_head)\b")  # nothing that features need
 SIGNS = {"rope_embed": "DINOv3", "rel_pos": "SAM", "attn.q_proj": "EVA-02", "inner_attn": "EVA-02"}  # of other layouts
-CONFUSED = (
-    AttributeError,
-    KeyError,
-    IndexError,
-    RuntimeError,
-    TypeError,
-)  # what tensors of unexpected shapes and names lead to
+CONFUSED = (AttributeError, LookupError, RuntimeError, TypeError)  # what tensors of unexpected shapes lead to
+# Missing, these change no feature: what stands behind the layers or in another tower, and the token of masked training.
 UNNEEDED = re.compile(r"mask_token|pooler|head|decoder|text|logit|layernorm\.|layer_norm\.|(^|\.)norm\.|neck")
 HEADS = {1280: 16, 1408: 16, 1664: 16}  # of ViT-H, -g and -G; heads are 64 wide in all others
 EMBEDDINGS = {

@@ -100,12 +100,10 @@ class Bank:
     labels: Tensor  # (V, h, w) uint8
     prefix: Prefix | None  # None when no layer is frozen
 
-    def batch(self, indices: list[int], frozen_until: int) -> tuple[Tensor, Tensor, Prefix | None]:
-        """Images, labels and frozen features of some views; no features for a model that changes these layers."""
-        images, labels, prefix = self.images[indices].float() / 255, self.labels[indices].long(), self.prefix
-        if prefix is None or prefix.stop > frozen_until:
-            return images, labels, None
-        return images, labels, prefix.map(lambda kept: kept[indices].to(DEVICE))
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, Prefix | None]:
+        """Images, labels and frozen features of some views."""
+        prefix = self.prefix and self.prefix.map(lambda kept: kept[indices].to(DEVICE))
+        return self.images[indices].float() / 255, self.labels[indices].long(), prefix
 
 
 def make_bank(model: Segmenter, domain: domains.Domain, progress: bool = True) -> Bank:
@@ -266,10 +264,9 @@ def train(
     model.train()
     label, done = f"train {experiment.model.refiner}, seed {experiment.seed}", trainer.next_step
     chosen = [batch_indices(experiment, step) for step in range(done, settings.steps)]
-    kept = (bank.batch(indices, model.frozen_until) for indices in chosen)
     fresh = ((*batch, None) for batch in Views(source, experiment).batches(chosen))
     with tqdm(total=settings.steps, initial=done, desc=label, unit="step", disable=not progress) as bar:
-        for images, labels, prefix in kept if bank else fresh:
+        for images, labels, prefix in map(bank.batch, chosen) if bank else fresh:
             entry = trainer.step(images.to(DEVICE), labels.to(DEVICE), prefix)
             bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
             bar.update()

@@ -138,15 +138,6 @@ def check_name(name: str) -> None:
     )
 
 
-def presets() -> list[dict]:
-    """Rows of what `load_model` knows by name: backbone, M parameters, patch, layers, here, licence, from."""
-    titles = ("backbone", "M parameters", "patch", "layers", "here", "licence", "from")
-    return [
-        dict(zip(titles, (n, p.millions, p.patch, p.layers, is_here(n), p.licence, p.source), strict=True))
-        for n, p in PRESETS.items()
-    ]
-
-
 def is_here(name: str) -> bool:
     """Whether a preset's weights are on this machine."""
     if name in (TINY, SALIENCY):

@@ -109,7 +109,7 @@ def test_kept_features_give_the_same_loss_as_the_plain_path(source):
     settings = experiment(source)
     model, domain = Segmenter(settings), load(source, settings.data, role="source")
     bank = train.make_bank(model, domain, progress=False)
-    images, labels, prefix = bank.batch([5, 1], model.frozen_until)
+    images, labels, prefix = bank.batch([5, 1])
     ((again, same_labels),) = train.Views(domain, settings).batches([[5, 1]])
     assert torch.equal(images, again) and torch.equal(labels, same_labels)
     torch.testing.assert_close(model(images, prefix), model(images), rtol=1e-5, atol=1e-5)
