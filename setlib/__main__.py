@@ -14,7 +14,8 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from setlib.experiment import Data, Experiment, Run, nearest, write_atomic
+from setlib.experiment import Data, Experiment, Run, nearest
+from setlib.files import write_atomic
 
 if TYPE_CHECKING:
     from setlib.check import Check

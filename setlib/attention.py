@@ -62,7 +62,7 @@ def read_tokens(model: Segmenter, image: np.ndarray) -> Reading:
     The branches' own inputs are caught while the model runs. changes: per refined layer, `compare` of the features
     before and after the refiner. Without tokens (refiner none) attention and changes are empty.
     """
-    windows = model.windows(image).images
+    windows = model.windows(image)[0].images
     window = windows[len(windows) // 2][None]
     inputs: dict[str, Tensor] = {}
     attention: list[Attention] = []
@@ -136,7 +136,7 @@ def attention_table(reading: Reading, top: int = 3) -> list[dict]:
 @torch.no_grad()
 def frozen_features(model: Segmenter, domain: Domain, count: int = 3) -> Tensor:
     """Features (count, H, W, C) of a domain's pictures after the first refined layer (else the last), unrefined."""
-    cut = [model.windows(domain.sample(i % len(domain)).image).images[0] for i in range(count)]
+    cut = [model.windows(domain.sample(i % len(domain)).image)[0].images[0] for i in range(count)]
     h, w = (min(window.shape[axis] for window in cut) for axis in (1, 2))
     layer = (model.refiner.layers or (model.backbone.num_layers,))[0]
     images = torch.stack([window[:, :h, :w] for window in cut]).to(model.backbone.mean.device)

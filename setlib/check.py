@@ -22,7 +22,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from setlib import domains
-from setlib.experiment import Data, write_atomic
+from setlib.experiment import Data
+from setlib.files import write_atomic
 from setlib.labels import IdMap, id_map
 from setlib.pictures import UNREADABLE, LabelError, read_label, read_picture, upright_size
 from setlib.readers import Pair

@@ -18,7 +18,8 @@ from datasets import Dataset
 from PIL import Image as PILImage
 
 from setlib import corruptions, scenes
-from setlib.experiment import Data, cache_folder, nearest
+from setlib.experiment import Data, nearest
+from setlib.files import cache_folder
 from setlib.labels import ClassSet, IdMap, id_map
 from setlib.pictures import UNREADABLE, LabelError, read_label, read_picture, upright_size
 from setlib.readers import LAYOUTS, Listing, Pair, list_pairs

@@ -16,7 +16,9 @@ from tqdm import tqdm
 from setlib import domains
 from setlib.experiment import Run
 from setlib.labels import IGNORE, ClassSet
-from setlib.model import Segmenter, label_map
+from setlib.model import DEVICE, Segmenter
+from setlib.processes import add_up, collect, part, state
+from setlib.windows import label_map
 
 
 class MeanIoU(evaluate.Metric):
@@ -114,7 +116,8 @@ class Score:
 def evaluate_models(models: dict[str, Segmenter], domain: domains.Domain, progress: bool = True) -> dict[str, Score]:
     """Scores models that share one backbone on a domain; the first layers, which they leave as they are, run once.
 
-    The 19 classes are merged into the domain's own by summed probabilities.
+    The 19 classes are merged into the domain's own by summed probabilities. Of several processes each takes its part of
+    the pictures; all get the whole score.
     Raises ValueError if the domain has no labels.
     """
     if not domain.has_labels:
@@ -125,19 +128,24 @@ def evaluate_models(models: dict[str, Segmenter], domain: domains.Domain, progre
     merge = torch.from_numpy(classes.merge_matrix())
     metrics = {name: MeanIoU(len(classes)) for name in models}
     scores = {name: Score(domain.spec.text, classes, metric.counts) for name, metric in metrics.items()}
-    with tqdm(range(len(domain)), desc=f"evaluate {domain.spec.text}", unit="img", disable=not progress) as bar:
+    shown = progress and state().is_main_process
+    with tqdm(part(len(domain)), desc=f"evaluate {domain.spec.text}", unit="img", disable=not shown) as bar:
         for index in bar:
             sample = domain.sample(index)
             reference = domain.to_score(sample.label)
-            windows = first.windows(sample.image)
-            prefix = first.prefix(windows.images, layers=layers)
+            edge = first.experiment.data.edge(domain.spec.name, max(sample.image.shape[:2]))
+            views = first.windows(sample.image, edge)
+            prefixes = [first.prefix(view.images, layers=layers) for view in views]
             for name, model in models.items():
-                merged = torch.einsum("khw,kc->chw", model.probabilities(windows, prefix), merge)
+                merged = torch.einsum("khw,kc->chw", model.probabilities(views, prefixes), merge)
                 prediction, before = label_map(merged, reference.shape), metrics[name].counts.copy()
                 metrics[name].add(prediction=prediction, reference=reference)
                 alone = mean_iou(iou_per_class(metrics[name].counts - before))
                 scores[name].pictures.append((index, sample.name, alone))
             bar.set_postfix({name: f"{score.miou:.1f}" for name, score in list(scores.items())[:3]}, refresh=False)
+    for score in scores.values():
+        score.counts = add_up(torch.from_numpy(score.counts).to(DEVICE)).cpu().numpy()
+        score.pictures = sorted(collect(score.pictures))
     return scores
 
 

@@ -5,20 +5,18 @@ No data is read and no model is built here.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import json
 import os
 import re
-import sys
 import tempfile
 import types
 import typing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[1]
+from setlib.files import PROJECT, load_json, peak_bytes, plain, write_atomic
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,15 @@ class Data:
     scale_max: float = 1.75
     max_class_share: float = 0.75  # of one class in a training crop
     photometric: float = 1.0  # strength of brightness, contrast, saturation and colour distortion; 0 = off
+    eval_edges: tuple[str, ...] = ()  # long edge by data set where it is another: acdc=960; mapillary=0.5 is half
     class_set: str = ""  # a smaller convention to score the 19 classes in: synthia-16, synthia-13; empty = all
     on_error: str = "stop"  # at a damaged file in training: stop, or skip it and count
     workers: int = 0  # processes that decode and augment fresh crops (train.views=0); 0 = the training's own
+
+    def edge(self, name: str, own: int) -> int:
+        """Long edge, pixels, at which pictures of the data set `name` are predicted; own: that of the picture."""
+        edge = dict(text.split("=") for text in self.eval_edges).get(name, str(self.long_edge))
+        return max(1, round(float(edge) * own)) if "." in edge else int(edge)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,13 @@ class Model:
     adapter_width: int = 64
     lora_rank: int = 8
     any_batch: bool = False  # lets set-released, whose output depends on the batch, be evaluated at any batch size
+    head: str = "per-pixel"  # or mask2former, with as many queries as there are tokens
     head_channels: int = 128
+    attention_heads: int = 8  # of mask2former, as all below
+    pixel_layers: int = 6
+    pixel_width: int = 1024  # of the feed-forward parts of the pixel decoder
+    decoder_layers: int = 9
+    decoder_width: int = 2048
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,8 @@ class Train:
     """The loop."""
 
     steps: int = 200
-    batch_size: int = 4
+    batch_size: int = 4  # views per step, over all processes
+    accumulate: int = 1  # parts that each process takes its views of a step in
     views: int = (
         320  # augmented crops made once, with the frozen first layers' features kept; 0 = a fresh crop each time
     )
@@ -82,9 +93,23 @@ class Train:
     clip_norm: float = 1.0  # largest gradient norm; 0 = off
     ema: float = 0.0  # decay of the moving average of the weights; 0 = off
     checkpoint_every: int = 100  # steps
+    validate_every: int = 0  # steps between scores on other pictures of the source; 0 = never. Nothing is chosen by it
     precision: str = "float32"  # of the matrix products: float32, bfloat16, float16; spectra stay in float32
     checkpointing: bool = False  # keeps only the input of each layer for the gradient: less memory, more time
     cache_gb: float = 0.0  # disk for frozen features of kept views and scored pictures; 0 = off
+    shard: bool = False  # over several processes: each keeps a part of the frozen weights (FSDP)
+    compile: bool = False  # the frozen layers with torch.compile
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How a picture is predicted: whole or in windows of data.height x data.width, averaged where they overlap."""
+
+    whole: bool = False
+    stride: float = 2 / 3  # from window to window, as a share of the window; 1 = no overlap
+    windows: int = 8  # at most so many at once
+    scales: tuple[float, ...] = (1.0,)  # of data.long_edge; the probabilities of several are averaged
+    flip: bool = False  # averaged with the prediction of the mirrored picture
 
 
 @dataclass(frozen=True)
@@ -105,6 +130,7 @@ class Experiment:
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     train: Train = field(default_factory=Train)
+    inference: Inference = field(default_factory=Inference)
     ablation: Ablation = field(default_factory=Ablation)
 
     @classmethod
@@ -128,6 +154,8 @@ class Experiment:
             source=source or experiment.data.source,
             targets=tuple(targets or ()) or experiment.data.targets,
         )
+        if not data.source or not data.targets:
+            raise ValueError(f"Profile {profile} has no domains of its own: name yours with --source and --target.")
         experiment = replace(experiment, data=data, seed=experiment.seed if seed is None else int(seed))
         return experiment.override(*overrides)
 
@@ -156,11 +184,11 @@ class Experiment:
 
     @classmethod
     def from_dict(cls, values: dict) -> Experiment:
-        """The inverse of `to_dict`. Raises ValueError if a field is unknown or missing."""
-        groups = {"data": Data, "model": Model, "train": Train, "ablation": Ablation}
+        """The inverse of `to_dict`; what is missing has its default value. Raises ValueError if a field is unknown."""
+        groups = {"data": Data, "model": Model, "train": Train, "inference": Inference, "ablation": Ablation}
         try:
             parts = {
-                k: groups[k](**{f: tuple(v) if isinstance(v, list) else v for f, v in values[k].items()})
+                k: groups[k](**{f: tuple(v) if isinstance(v, list) else v for f, v in values.get(k, {}).items()})
                 for k in groups
             }
             return cls(**(values | parts))
@@ -191,13 +219,16 @@ def _smoke() -> Experiment:
     return Experiment(profile="smoke", data=data, model=model, train=train, ablation=ablation)
 
 
-def _paper() -> Experiment:
+def _paper(crop: int = 512) -> Experiment:
+    """One GPU. Source: the released configurations; what differs from them is listed in the README."""
+    edges = {"cityscapes": 1024, "bdd100k": 1280, "mapillary": 0.5, "acdc": 960}  # of their pictures at crops of 512
     data = Data(
         source="",
         targets=(),
-        height=512,
-        width=512,
-        long_edge=1024,
+        height=crop,
+        width=crop,
+        long_edge=2 * crop,
+        eval_edges=tuple(f"{name}={edge * (crop // 512)}" for name, edge in edges.items()),
         train_images=0,
         eval_images=0,
         scale_min=0.5,
@@ -209,13 +240,17 @@ def _paper() -> Experiment:
         patch_size=16,
         refined_layers=(),
         feature_layers=(8, 12, 16, 24),
+        head="mask2former",
         head_channels=256,
     )
-    train = Train(steps=40_000, views=0, learning_rate=1e-4, checkpoint_every=1000)
-    return Experiment(profile="paper", data=data, model=model, train=train, ablation=Ablation(overrides=()))
+    train = Train(steps=40_000, views=0, learning_rate=1e-4, clip_norm=0.0, checkpoint_every=1000)
+    profile = "paper" if crop == 512 else f"paper-{crop}"
+    return Experiment(profile=profile, data=data, model=model, train=train, ablation=Ablation(overrides=()))
 
 
-PROFILES: dict[str, Experiment] = {"smoke": _smoke(), "quick": Experiment(), "paper": _paper()}
+PROFILES: dict[str, Experiment] = {
+    profile.profile: profile for profile in (_smoke(), Experiment(), _paper(), _paper(crop=1024))
+}
 
 
 def nearest(name: str, choices: typing.Iterable[str]) -> str:
@@ -270,15 +305,25 @@ def _parse(key: str, value: str, kind: typing.Any) -> typing.Any:
 ABOVE_ZERO = (
     *("data.height", "data.width", "data.long_edge", "data.scale_min", "model.rank", "model.head_channels"),
     *("model.num_tokens", "model.num_prompts", "model.adapter_width", "model.lora_rank"),
-    *("train.steps", "train.batch_size", "train.learning_rate", "train.checkpoint_every"),
+    *("model.attention_heads", "model.pixel_layers", "model.decoder_layers"),
+    *("model.pixel_width", "model.decoder_width"),
+    *("train.steps", "train.batch_size", "train.accumulate", "train.learning_rate", "train.checkpoint_every"),
+    *("inference.scales", "inference.windows"),
 )
 NOT_NEGATIVE = (
     *("seed", "data.train_images", "data.eval_images", "data.content_seed", "data.photometric"),
     *("data.workers", "train.views", "train.weight_decay", "train.clip_norm", "train.power", "ablation.seeds"),
-    *("model.patch_size", "train.cache_gb"),
+    *("model.patch_size", "train.cache_gb", "train.validate_every"),
 )
-SAME_NUMBERS = ("train.checkpointing", "train.cache_gb", "data.workers")  # cost time or memory, change no result
-CHOICES = {"data.on_error": ("stop", "skip"), "train.precision": ("float32", "bfloat16", "float16")}
+SAME_NUMBERS = (  # cost time or memory, change no result
+    *("train.checkpointing", "train.cache_gb", "train.accumulate", "train.shard", "train.compile", "data.workers"),
+    *("train.validate_every", "inference.windows"),
+)
+CHOICES = {
+    "data.on_error": ("stop", "skip"),
+    "model.head": ("per-pixel", "mask2former"),
+    "train.precision": ("float32", "bfloat16", "float16"),
+}
 LARGEST_SIZE = 2**16  # of a part of the model
 LARGEST = 2**63 - 1  # what a seed or a count can hold
 
@@ -290,7 +335,7 @@ def _validate(experiment: Experiment) -> None:
         numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int | float)]
         if not all(-LARGEST <= number <= LARGEST for number in numbers):  # NaN neither
             raise ValueError(f"Option {key} must be a number below 2^63, got {value}.")
-        if key in ABOVE_ZERO and not min(numbers) > 0:
+        if key in ABOVE_ZERO and not min(numbers, default=1) > 0:
             raise ValueError(f"Option {key} must be above 0, got {value}.")
         if key in NOT_NEGATIVE and numbers and min(numbers) < 0:
             raise ValueError(f"Option {key} must not be negative, got {value}.")
@@ -310,10 +355,22 @@ def _validate(experiment: Experiment) -> None:
         raise ValueError(f"Option data.scale_max ({data.scale_max}) is below data.scale_min ({data.scale_min}).")
     if not 0 <= train.ema < 1:
         raise ValueError(f"Option train.ema must lie in [0, 1), got {train.ema}.")
-    if not data.source or not data.targets:
+    model = experiment.model
+    if model.head == "mask2former" and (model.head_channels % 32 or model.head_channels % model.attention_heads):
         raise ValueError(
-            f"Profile {experiment.profile} has no domains of its own: name yours with --source and --target."
+            f"Option model.head_channels must be a multiple of 32 and of model.attention_heads for mask2former, "
+            f"got {model.head_channels}."
         )
+    if not experiment.inference.scales or not 0 < experiment.inference.stride <= 1:
+        raise ValueError(
+            "Options inference.scales and inference.stride: name at least one scale, and a stride in (0, 1]."
+        )
+    for text in data.eval_edges:
+        name, _, edge = text.partition("=")
+        if not name or not re.fullmatch(r"\d+|\d*\.\d+", edge) or not float(edge):
+            raise ValueError(
+                f"Option data.eval_edges expects NAME=PIXELS or NAME=SHARE, for example acdc=960, not '{text}'."
+            )
 
 
 class Run:
@@ -351,7 +408,7 @@ class Run:
             raise ValueError(
                 f"{path} is no run folder (no experiment.json): make one with python -m setlib run --run {path}."
             )
-        return cls(Path(path), Experiment.from_dict(_read_json(stored)))
+        return cls(Path(path), Experiment.from_dict(load_json(stored)))
 
     def nested(self, name: str, *overrides: str) -> Run:
         """A run of its own inside this one, with some options changed: the baseline, an ablation's variant."""
@@ -365,14 +422,14 @@ class Run:
 
     def write_json(self, name: str, values: typing.Any) -> Path:
         """Writes JSON into the folder, whole or not at all; NaN as null, numpy's numbers as plain ones."""
-        return write_atomic(self.path / name, json.dumps(_plain(values), indent=1, allow_nan=False) + "\n")
+        return write_atomic(self.path / name, json.dumps(plain(values), indent=1, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> typing.Any:
         """Reads JSON of the folder. Raises ValueError naming the step that writes it when it is missing."""
         path = self.path / name
         if not path.is_file():
             raise ValueError(f"{path} is missing: run the notebook or command that writes it first.")
-        return _read_json(path)
+        return load_json(path)
 
     def finish(self, name: str, values: dict) -> dict:
         """Writes a notebook's numbers to results/<name>.json, with profile, seed and peak memory; returns them."""
@@ -388,24 +445,6 @@ class Run:
             figure.savefig(made, dpi=100, bbox_inches="tight")
             os.replace(made, self.path / "figures" / f"{name}.png")
         return figure
-
-
-def _plain(value: typing.Any) -> typing.Any:
-    """Dictionaries and lists of JSON's own types: numpy's numbers and arrays unpacked, NaN as None."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return None if isinstance(value, float) and value != value else value
-
-
-def _read_json(path: Path) -> typing.Any:
-    """JSON of a file. Raises ValueError naming the file if it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}): delete the run folder or restore the file.") from None
 
 
 def _differences(one: Experiment, other: Experiment) -> list[str]:
@@ -424,38 +463,3 @@ def default_run_folder(experiment: Experiment) -> Path:
     if experiment.seed != base.seed:
         parts.append(f"seed{experiment.seed}")
     return PROJECT / "runs" / "-".join(parts)
-
-
-def peak_bytes() -> int:
-    """Largest resident memory of this process so far, bytes; 0 where the system does not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def cache_folder() -> Path:
-    """Where converted weights and rendered scenes are kept: SETLIB_CACHE, else ~/.cache/setlib."""
-    return Path(os.environ.get("SETLIB_CACHE") or Path.home() / ".cache" / "setlib")
-
-
-def write_atomic(path: Path, content: str | bytes) -> Path:
-    """Writes a file whole or not at all (temporary file, then a rename); the folder is made.
-
-    Raises ValueError naming the path if it cannot be written (full disk, no permission).
-    """
-    content = content.encode("utf-8") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise ValueError(
-            f"Cannot write {path}: {error.strerror or error}: choose another folder or free some space."
-        ) from None
-    return path

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from setlib.backbone import FrozenBackbone, Prefix
-from setlib.experiment import cache_folder, write_atomic
+from setlib.files import cache_folder, write_atomic
 
 ABANDONED = 600  # seconds after which a file that was never finished is nobody's
 

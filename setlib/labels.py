@@ -12,7 +12,8 @@ from functools import cache
 
 import numpy as np
 
-from setlib.experiment import PROJECT, nearest
+from setlib.experiment import nearest
+from setlib.files import PROJECT
 
 IGNORE = 255
 LABELS = PROJECT / "data" / "labels"

@@ -1,48 +1,45 @@
-"""The segmenter: frozen backbone + refiner + head; whole-picture prediction, saving and loading."""
+"""The segmenter: frozen backbone + refiner + head; whole-picture prediction, saving, loading and sharing."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from setlib.backbone import FrozenBackbone, Prefix
-from setlib.experiment import Experiment, write_atomic
+from setlib.experiment import Experiment, Model
 from setlib.features import FeatureCache
-from setlib.heads import PerPixelHead
-from setlib.labels import CITYSCAPES
+from setlib.files import write_atomic
+from setlib.heads import Mask2FormerHead, Masks, PerPixelHead
+from setlib.labels import CITYSCAPES, IGNORE
 from setlib.pictures import read_picture
-from setlib.refiners import build_refiner
+from setlib.refiners import Refiner, build_refiner
 from setlib.transforms import fit, resize
+from setlib.windows import Windows, blend, cut, label_map
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-STRIP_PIXELS = 2**21  # rows of the output are scored in strips of at most so many pixels, to bound memory
-OPTIONS = ("any_batch", "num_prompts", "adapter_width", "lora_rank")  # of a refiner, as model.* names them
-OVERLAP = 1 / 3  # of neighbouring windows; the released configurations slide 512-pixel windows by 341
-
-
-class Windows(NamedTuple):
-    """A picture at inference size cut into windows: (n, 3, h, w), their corners, and the picture's (h, w)."""
-
-    images: Tensor
-    corners: list[tuple[int, int]]
-    size: tuple[int, int]
+DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+REFINER_SIZES = ("num_tokens", "rank", "any_batch", "num_prompts", "adapter_width", "lora_rank")
+HEAD_SIZES = ("attention_heads", "pixel_layers", "pixel_width", "decoder_layers", "decoder_width")  # of mask2former
+FILES = ("config.json", "model.safetensors")
 
 
-class Segmenter(nn.Module):
+class Segmenter(nn.Module, ModelHubMixin):
     """A segmentation model with the 19 Cityscapes train classes; only refiner and head learn.
 
     (The refiners full and lora, too, change a copy of the backbone.) With train.precision below float32 the matrix
-    products run in it; spectra, norms and the loss do not.
+    products run in it; spectra, norms and the loss do not. `save_pretrained`, `from_pretrained` and `push_to_hub` share
+    it: what learns, and the backbone by name and hash.
     Source: SET, Sec. 3; the per-pixel head is a departure (the paper: Mask2Former).
     """
 
@@ -50,18 +47,17 @@ class Segmenter(nn.Module):
         super().__init__()
         config = experiment.model
         self.experiment = experiment
+        self.results: list[dict] = []  # of metrics.json, for the model card
         backbone = backbone or FrozenBackbone.load(config.backbone, patch_size=config.patch_size)
-        depth, channels = backbone.num_layers, backbone.channels
+        depth = backbone.num_layers
         self.feature_layers = tuple(config.feature_layers) or tuple(max(1, depth * k // 4) for k in (1, 2, 3, 4))
         refined = tuple(config.refined_layers) or tuple(range(1, depth + 1))
         for key, layers in (("feature_layers", self.feature_layers), ("refined_layers", refined)):
             if not all(1 <= layer <= depth for layer in layers):
                 raise ValueError(f"Option model.{key} names {layers}, but {backbone.name} has the layers 1 to {depth}.")
-        sizes = {key: getattr(config, key) for key in ("num_tokens", "rank", *OPTIONS)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(experiment.seed)
-            self.head = PerPixelHead(len(self.feature_layers), channels, config.head_channels, len(CITYSCAPES))
-            self.refiner = build_refiner(config.refiner, refined, channels, **sizes)
+            self.head, self.refiner = build_parts(config, backbone.channels, self.feature_layers, refined)
             self.backbone = backbone.adapted(self.refiner.adapt)
         train = experiment.train
         self.cache = FeatureCache(train.cache_gb * 1e9)
@@ -85,8 +81,8 @@ class Segmenter(nn.Module):
         with self.autocast():
             return self.cache.prefix(self.backbone, images.to(DEVICE), self.frozen_until, wanted, precision)
 
-    def forward(self, images: Tensor, prefix: Prefix | None = None) -> Tensor:
-        """Logits on the patch grid, (B, 19, H, W); images: (B, 3, h, w) in [0, 1] of any size, see `to_pixels`.
+    def forward(self, images: Tensor, prefix: Prefix | None = None) -> Tensor | Masks:
+        """What the head says of images (B, 3, h, w) in [0, 1], of any size: logits (B, 19, H, W), or masks.
 
         prefix: of the same images, to skip layers that nothing trainable touches; left aside if it goes further.
         """
@@ -94,15 +90,32 @@ class Segmenter(nn.Module):
         checkpointing = self.training and self.experiment.train.checkpointing
         with self.autocast():
             maps = self.backbone(images, self.refiner, self.feature_layers, prefix, checkpointing)
-            return self.head([maps[layer] for layer in self.feature_layers]).float()
+            return self.head([maps[layer] for layer in self.feature_layers], self.refiner.queries())
 
-    def to_pixels(self, scores: Tensor, size: tuple[int, int]) -> Tensor:
-        """Scores on the patch grid (B, K, H, W) at the pixels of their images, (B, K, h, w), bilinear.
+    def loss(
+        self, output: Tensor | Masks, labels: Tensor, counts: Tensor | None = None, seeds: Sequence[int] = ()
+    ) -> Tensor:
+        """The head's loss of its output, a scalar; labels: (B, h, w) int64 train ids, 255 ignored.
 
-        Where images of `size` did not divide into patches, what they were padded with is cut off.
+        counts: `head.counts` of all labels of the step where these are a part of them. seeds: of what a mask head
+        draws, one per image.
         """
-        whole = [side * self.backbone.patch_size for side in scores.shape[2:]]
-        return F.interpolate(scores, whole, mode="bilinear", align_corners=False)[:, :, : size[0], : size[1]]
+        counts = self.head.counts(labels) if counts is None else counts
+        h, w = self._padded(labels.shape[1:])
+        labels = F.pad(labels, (0, w - labels.shape[2], 0, h - labels.shape[1]), value=IGNORE)
+        return self.head.loss(output, labels, counts, seeds or range(len(labels)))
+
+    def pixel_probabilities(self, output: Tensor | Masks, size: tuple[int, int]) -> Tensor:
+        """Class probabilities at the pixels of images of `size`, (B, 19, h, w).
+
+        Where these did not divide into patches, what they were padded with is cut off.
+        """
+        return self.head.probabilities(output, self._padded(size))[..., : size[0], : size[1]]
+
+    def _padded(self, size: Sequence[int]) -> tuple[int, int]:
+        """Image size (h, w) in pixels, rounded up to whole patches."""
+        patch = self.backbone.patch_size
+        return tuple(-(-side // patch) * patch for side in size)
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Everything that learns, by name: refiner.*, head.* and what learns of backbone.*."""
@@ -115,32 +128,40 @@ class Segmenter(nn.Module):
         parts = {"backbone": self.backbone, "refiner": self.refiner, "head": self.head}
         return {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts.items()}
 
-    def windows(self, image: np.ndarray | Tensor) -> Windows:
-        """A picture, (h, w, 3) uint8, resized to the experiment's long edge and cut into overlapping windows."""
-        data, patch = self.experiment.data, self.backbone.patch_size
+    def windows(self, image: np.ndarray | Tensor, long_edge: int = 0) -> list[Windows]:
+        """A picture, (h, w, 3) uint8, at every scale of the experiment, and mirrored if it says so, cut into windows.
+
+        long_edge: of the picture at scale 1, pixels; 0 = data.long_edge.
+        """
+        data, settings = self.experiment.data, self.experiment.inference
         pixels = torch.as_tensor(np.array(image)).permute(2, 0, 1)[None].float() / 255
-        size = fit(pixels, data.long_edge)
-        pixels = resize(pixels, size)
-        window = [
-            min(limit, -(-side // patch) * patch) for limit, side in zip((data.height, data.width), size, strict=True)
-        ]
-        below, right = (max(0, w - s) for w, s in zip(window, size, strict=True))
-        pixels = F.pad(pixels, (0, right, 0, below), mode="replicate")
-        corners = [(y, x) for y in _starts(pixels.shape[2], window[0]) for x in _starts(pixels.shape[3], window[1])]
-        cut = [pixels[0, :, y : y + window[0], x : x + window[1]] for y, x in corners]
-        return Windows(torch.stack(cut), corners, size)
+        found = []
+        for scale in settings.scales:
+            size = fit(pixels, long_edge or data.long_edge, scale)
+            resized, patches = resize(pixels, size)[0], self._padded(size)
+            window = patches if settings.whole else tuple(map(min, (data.height, data.width), patches))
+            stride = tuple(max(1, round(side * settings.stride)) for side in window)
+            found.append(cut(resized, window, stride))
+            if settings.flip:
+                found.append(cut(resized.flip(-1), window, stride)._replace(flipped=True))
+        return found
 
     @torch.no_grad()
-    def probabilities(self, windows: Windows, prefix: Prefix | None = None) -> Tensor:
-        """Class probabilities at inference size, (19, h, w); windows are averaged where they overlap."""
-        h, w = windows.images.shape[-2:]
-        scores = self.to_pixels(self(windows.images.to(DEVICE), prefix).softmax(1), (h, w)).cpu()
-        extent = [max(corner[i] for corner in windows.corners) + side for i, side in enumerate((h, w))]
-        total, count = torch.zeros(scores.shape[1], *extent), torch.zeros(extent)
-        for score, (y, x) in zip(scores, windows.corners, strict=True):
-            total[:, y : y + h, x : x + w] += score
-            count[y : y + h, x : x + w] += 1
-        return (total / count)[:, : windows.size[0], : windows.size[1]]
+    def probabilities(self, views: Sequence[Windows], prefixes: Sequence[Prefix | None] = ()) -> Tensor:
+        """Class probabilities of a picture at its first view's size, (19, h, w): the mean over windows and views.
+
+        views: of `windows`. prefixes: of each view's images.
+        """
+        total: Tensor | float = 0.0
+        for view, prefix in zip(views, prefixes or [None] * len(views), strict=True):
+            scores = []
+            for part in torch.arange(len(view.images)).split(self.experiment.inference.windows):
+                own = prefix and prefix.map(lambda kept, part=part: kept[part])
+                output = self(view.images[part].to(DEVICE), own)
+                scores.append(self.pixel_probabilities(output, view.images.shape[-2:]).cpu())
+            blended = blend(torch.cat(scores), view)
+            total = total + F.interpolate(blended[None], views[0].size, mode="bilinear", align_corners=False)[0]
+        return total / len(views)
 
     def predict(self, image: Any) -> np.ndarray:
         """Train ids (h, w) uint8 of one picture, at the picture's own size.
@@ -153,31 +174,35 @@ class Segmenter(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Writes model.safetensors and config.json (experiment, hash of the backbone), each whole or not at all."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.trainable_state().items()}
-        config = {"experiment": self.experiment.to_dict(), "backbone_fingerprint": self.backbone.fingerprint}
-        write_atomic(Path(folder) / "model.safetensors", save(tensors, metadata={"format": "pt"}))
-        write_atomic(Path(folder) / "config.json", json.dumps(config, indent=1) + "\n")
+        write_model(folder, self.trainable_state(), self.experiment, self.backbone.fingerprint)
 
     @classmethod
     def load(cls, folder: Path, backbone: FrozenBackbone | None = None) -> Segmenter:
-        """A saved model, in evaluation mode. Raises ValueError if files are missing or the backbone differs."""
+        """A saved model, in evaluation mode, from its folder or a run's.
+
+        Raises ValueError if files are missing or the backbone differs.
+        """
         folder = Path(folder)
-        if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-            raise ValueError(f"{folder} holds no saved model (config.json and model.safetensors): train one first.")
+        folder = folder / "model" if (folder / "model").is_dir() else folder
+        if not all((folder / name).is_file() for name in FILES):
+            raise ValueError(f"{folder} holds no saved model ({' and '.join(FILES)}): train one first.")
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             experiment, trained_on = Experiment.from_dict(config["experiment"]), config["backbone_fingerprint"]
             tensors = load_file(folder / "model.safetensors")
+            metrics = folder.parent / "metrics.json"
+            results = json.loads(metrics.read_text(encoding="utf-8"))["results"] if metrics.is_file() else []
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"The model in {folder} cannot be read ({error}): train it again.") from None
         model = cls(experiment, backbone)
         found = model.backbone.fingerprint
-        if found != trained_on:
+        if trained_on not in ("", found):  # "": imported, the release does not say
             raise ValueError(
                 f"{folder} was trained on a backbone with hash {trained_on}, "
                 f"but {model.backbone.name} has {found}: use the same weights."
             )
         model.load_state(tensors)
+        model.results = results
         return model.eval()
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -191,26 +216,85 @@ class Segmenter(nn.Module):
             )
         self.load_state_dict(tensors, strict=False)
 
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save(save_directory)
 
-def label_map(scores: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """Class of the highest score at every pixel of `size`, (h, w) uint8; scores: (K, h', w'), bilinearly resized.
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, backbone: FrozenBackbone | None = None, **options: Any) -> Segmenter:
+        """`load` of a folder, or of a repository of the hub; options: revision, token, cache_dir ... of the hub's.
 
-    Rows are done in strips, so that a picture of 100 megapixels needs no K x 100 megapixels of memory.
-    """
-    h, w = size
-    rows = ((torch.arange(h) + 0.5) * scores.shape[1] / h - 0.5).clamp(0, scores.shape[1] - 1)
-    above = rows.long()
-    below = (above + 1).clamp(max=scores.shape[1] - 1)
-    share = (rows - above)[None, :, None]
-    labels = np.empty(size, np.uint8)
-    for strip in torch.arange(h).split(max(1, STRIP_PIXELS // w)):
-        mixed = torch.lerp(scores[:, above[strip]], scores[:, below[strip]], share[:, strip])
-        wide = F.interpolate(mixed[None], size=(len(strip), w), mode="bilinear", align_corners=False)[0]
-        labels[strip.numpy()] = wide.argmax(0).numpy()
-    return labels
+        Raises ValueError as `load` does, and if the hub does not have it.
+        """
+        if not Path(name).is_dir():
+            try:
+                name = snapshot_download(str(name), allow_patterns=list(FILES), **options)
+            except (ValueError, OSError) as error:  # every error of the hub is one of these
+                reason = str(error).strip().splitlines()[0]
+                raise ValueError(f"{name} is no folder, and the hub does not give it: {reason}") from None
+        return cls.load(Path(name), backbone)
+
+    def generate_model_card(self, **_: Any) -> ModelCard:
+        """README.md of a shared model: what it is, how to load it, and the run's table."""
+        experiment = self.experiment
+        rows = [f"| {r['domain']} | {r['class_set']} | {r['images']} | {r['miou']} |" for r in self.results]
+        table = "\n".join(["| domain | classes | pictures | mIoU, % |", "|---|---|---|---|", *rows])
+        counts = " + ".join(f"{number:,} ({part})" for part, number in self.num_trainable().items() if number)
+        return ModelCard(
+            CARD.format(
+                refiner=experiment.model.refiner,
+                head=experiment.model.head,
+                backbone=experiment.model.backbone,
+                fingerprint=self.backbone.fingerprint,
+                source=experiment.data.source or "not known",
+                steps=experiment.train.steps,
+                seed=experiment.seed,
+                counts=counts,
+                table=table if rows else "Not scored yet.",
+            )
+        )
 
 
-def _starts(length: int, window: int) -> Sequence[int]:
-    """First pixels of evenly spread windows that cover `length` and overlap by at least OVERLAP."""
-    count = 1 + max(0, int(np.ceil((length - window) / (window * (1 - OVERLAP)))))
-    return np.linspace(0, length - window, count).round().astype(int).tolist()
+CARD = """---
+library_name: setlib
+pipeline_tag: image-segmentation
+tags: [semantic-segmentation, domain-generalization, {refiner}]
+---
+# {refiner} on {backbone}, trained on {source}
+
+A segmentation model with the 19 Cityscapes train classes for pictures of domains it was not trained on: the frozen
+backbone `{backbone}` (hash {fingerprint}, not stored here), the refiner `{refiner}` and the head `{head}`.
+Trained values: {counts}. Steps: {steps}, seed {seed}.
+
+```python
+from setlib.model import Segmenter
+
+labels = Segmenter.from_pretrained("THIS_REPOSITORY").predict("street.jpg")  # (h, w) train ids
+```
+
+{table}
+"""
+
+
+def build_parts(
+    config: Model, channels: int, feature_layers: Sequence[int], refined_layers: Sequence[int]
+) -> tuple[nn.Module, Refiner]:
+    """Head and refiner as a configuration names them, for a backbone of so many channels."""
+    masks = config.head == "mask2former"
+    if masks and len(feature_layers) != 4:
+        raise ValueError(f"Option model.feature_layers must name 4 layers for mask2former, got {len(feature_layers)}.")
+    sizes = {key: getattr(config, key) for key in REFINER_SIZES} | {"query_channels": masks and config.head_channels}
+    if not masks:
+        head = PerPixelHead(len(feature_layers), channels, config.head_channels, len(CITYSCAPES))
+        return head, build_refiner(config.refiner, refined_layers, channels, **sizes)
+    refiner = build_refiner(config.refiner, refined_layers, channels, **sizes)
+    learned = 0 if refiner.queries() is not None else config.num_tokens
+    widths = {key: getattr(config, key) for key in HEAD_SIZES}
+    return Mask2FormerHead(channels, config.head_channels, len(CITYSCAPES), learned, **widths), refiner
+
+
+def write_model(folder: Path, tensors: dict[str, Tensor], experiment: Experiment, fingerprint: str) -> None:
+    """A model's two files, each whole or not at all. fingerprint: of its backbone, "" if it is not known."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    config = {"experiment": experiment.to_dict(), "backbone_fingerprint": fingerprint}
+    write_atomic(Path(folder) / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+    write_atomic(Path(folder) / "config.json", json.dumps(config, indent=1) + "\n")

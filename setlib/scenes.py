@@ -26,7 +26,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from setlib import streets
-from setlib.experiment import PROJECT, nearest, write_atomic
+from setlib.experiment import nearest
+from setlib.files import PROJECT, write_atomic
 from setlib.streets import LANE, ROAD, SIDEWALK, SKY, TERRAIN, Street, stream  # noqa: F401 (train ids, for callers)
 from setlib.surfaces import noise, surface
 

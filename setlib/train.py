@@ -1,10 +1,12 @@
-"""The training loop: views of the source, loss, optimiser, schedule, checkpoint, resume, history.
+"""The training loop: views of the source, optimiser, schedule, checkpoint, resume, history.
 
 Only the source domain is touched here. Same seed and machine give the same numbers, also after a kill and a resume.
+Several processes, or several parts of a step one after the other, take the steps that one process would.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -18,15 +20,16 @@ import torch
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from setlib import domains
 from setlib.backbone import FrozenBackbone, Prefix
-from setlib.experiment import Experiment, Run, write_atomic
-from setlib.labels import IGNORE
+from setlib.evaluate import evaluate_models
+from setlib.experiment import Experiment, Run
+from setlib.files import write_atomic
 from setlib.model import DEVICE, Segmenter
+from setlib.processes import accelerator, add_up, state
 from setlib.transforms import augment
 
 
@@ -132,12 +135,6 @@ def batch_indices(experiment: Experiment, step: int) -> list[int]:
     return [int(orders[p // views][p % views]) for p in positions]
 
 
-def loss_function(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy, 255 ignored; logits: (B, K, h, w), labels: (B, h, w). 0 if nothing is labelled."""
-    total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-    return total / (labels != IGNORE).sum().clamp(min=1)
-
-
 def make_optimiser(model: Segmenter) -> torch.optim.AdamW:
     """AdamW over all that learns, no decay on tokens, norms, biases and scales; `share`: of the step's learning rate.
 
@@ -160,6 +157,14 @@ class Trainer:
 
     def __init__(self, model: Segmenter, run: Run) -> None:
         self.model, self.run, self.train = model, run, model.experiment.train
+        self.engine = accelerator(some_unused=model.refiner.adapt is not None)
+        parts = self.engine.num_processes * self.train.accumulate
+        if self.train.batch_size % parts:
+            raise ValueError(
+                f"Option train.batch_size ({self.train.batch_size}) must be a multiple of {parts}: "
+                f"{self.engine.num_processes} processes x train.accumulate ({self.train.accumulate})."
+            )
+        self.prepared = self.engine.prepare_model(model, device_placement=False)
         self.optimiser = make_optimiser(model)
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=self.train.precision == "float16")
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -168,15 +173,16 @@ class Trainer:
         self.next_step = 0
 
     def step(self, images: Tensor, labels: Tensor, prefix: Prefix | None) -> dict:
-        """One optimiser step; returns its history entry. Raises ValueError when the loss is not finite."""
+        """One optimiser step on this process's views of it; returns its history entry.
+
+        Raises ValueError when the loss is not finite.
+        """
         began, number = time.perf_counter(), self.next_step + 1
         rate = self.train.learning_rate * (1 - self.next_step / self.train.steps) ** self.train.power
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["share"]
-        logits = self.model.to_pixels(self.model(images, prefix), labels.shape[1:])
-        loss = loss_function(logits, labels)
         self.optimiser.zero_grad()
-        self.scaler.scale(loss).backward()
+        loss = self.backward(images, labels, prefix)
         self.scaler.unscale_(self.optimiser)
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), self.train.clip_norm or math.inf)
         too_large = self.scaler.is_enabled() and self.scaler.get_scale() > 1  # passed over, with a smaller scale next
@@ -197,8 +203,28 @@ class Trainer:
         self.history.append(entry)
         return entry
 
+    def backward(self, images: Tensor, labels: Tensor, prefix: Prefix | None) -> Tensor:
+        """Gradients of a step, taken in train.accumulate parts; returns its loss over all processes."""
+        counts = add_up(self.model.head.counts(labels))
+        first = self.next_step * self.train.batch_size + state().process_index * len(images)  # view, counted from start
+        seeds = [np.random.SeedSequence([self.model.experiment.seed, 3, first + i]) for i in range(len(images))]
+        seeds = [int(seed.generate_state(1)[0]) for seed in seeds]
+        total = torch.zeros((), device=labels.device)
+        parts = np.array_split(np.arange(len(images)), self.train.accumulate)
+        for part in parts:
+            own = prefix and prefix.map(lambda kept, part=part: kept[part])
+            more = part is not parts[-1]
+            with self.engine.no_sync(self.prepared) if more else contextlib.nullcontext():
+                output = self.prepared(images[part], own)
+                loss = self.model.loss(output, labels[part], counts, [seeds[i] for i in part])
+                self.scaler.scale(loss * self.engine.num_processes).backward()  # the engine takes the processes' mean
+            total += loss.detach()
+        return add_up(total)
+
     def save(self) -> None:
         """Writes history.jsonl and checkpoint.safetensors (weights, optimiser, average, step), whole or not at all."""
+        if not self.engine.is_main_process:
+            return
         tensors = {f"model.{name}": value.detach() for name, value in self.model.trainable_state().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
         for name, p in self.parameters.items():
@@ -232,6 +258,18 @@ class Trainer:
         except Exception as error:
             raise ValueError(f"{path} cannot be resumed ({error}): delete it to train from the start.") from None
 
+    @property
+    def validated(self) -> float | None:
+        """The last score on the source's other pictures, percent; None before the first."""
+        return next((entry["source_miou"] for entry in reversed(self.history) if "source_miou" in entry), None)
+
+    def validate(self, own: domains.Domain) -> float:
+        """mIoU of the model as it is on pictures of the source that it is not trained on, percent."""
+        self.model.eval()
+        score = evaluate_models({"": self.model}, own, progress=False)[""]
+        self.model.train()
+        return score.miou
+
     def use_average(self) -> None:
         """Puts the moving average of the weights, if one is kept, in place of the weights."""
         with torch.no_grad():
@@ -256,26 +294,40 @@ def train(
     experiment, settings = run.experiment, run.experiment.train
     if is_finished(run):
         return Segmenter.load(run.path / "model", backbone), read_history(run)
-    model = Segmenter(experiment, backbone)
+    with state().main_process_first():  # what is fetched, converted or rendered once is then there for all
+        model = Segmenter(experiment, backbone)
+        source = source or domains.load(experiment.data.source, experiment.data, role="source")
+        own = domains.load(experiment.data.source, experiment.data) if settings.validate_every else None
     trainer = Trainer(model, run)
     trainer.resume()
-    source = source or domains.load(experiment.data.source, experiment.data, role="source")
+    progress = progress and state().is_main_process
     bank = bank or (make_bank(model, source, progress) if settings.views else None)
     model.train()
     label, done = f"train {experiment.model.refiner}, seed {experiment.seed}", trainer.next_step
-    chosen = [batch_indices(experiment, step) for step in range(done, settings.steps)]
+    chosen = [own_part(batch_indices(experiment, step)) for step in range(done, settings.steps)]
     fresh = ((*batch, None) for batch in Views(source, experiment).batches(chosen))
-    with tqdm(total=settings.steps, initial=done, desc=label, unit="step", disable=not progress) as bar:
+    with tqdm(total=settings.steps, initial=done, desc=label, unit="step", smoothing=0, disable=not progress) as bar:
         for images, labels, prefix in map(bank.batch, chosen) if bank else fresh:
             entry = trainer.step(images.to(DEVICE), labels.to(DEVICE), prefix)
-            bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
+            if own and (entry["step"] % settings.validate_every == 0 or entry["step"] == settings.steps):
+                entry["source_miou"] = trainer.validate(own)
+            shown = {"source mIoU": f"{trainer.validated:.1f}"} if trainer.validated is not None else {}
+            bar.set_postfix({"loss": f"{entry['loss']:.3f}"} | shown, refresh=False)
             bar.update()
             if trainer.next_step % settings.checkpoint_every == 0 or trainer.next_step == settings.steps:
                 trainer.save()
     trainer.use_average()
-    model.save(run.path / "model")
-    (run.path / "checkpoint.safetensors").unlink(missing_ok=True)
+    if state().is_main_process:
+        model.save(run.path / "model")
+        (run.path / "checkpoint.safetensors").unlink(missing_ok=True)
+    state().wait_for_everyone()
     return model.eval(), trainer.history
+
+
+def own_part(indices: list[int]) -> list[int]:
+    """This process's views of a step."""
+    length = len(indices) // state().num_processes
+    return indices[state().process_index * length :][:length]
 
 
 def train_together(runs: dict[str, Run], progress: bool = True) -> dict[str, tuple[Segmenter, list[dict]]]:

@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from setlib.convert import check_complete, convert_onnx, from_file, quiet, reason
-from setlib.experiment import cache_folder, nearest
+from setlib.experiment import nearest
+from setlib.files import cache_folder
 
 if TYPE_CHECKING:  # transformers takes 3 s to import: it is imported where a model is made
     from transformers import PreTrainedModel

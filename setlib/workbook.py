@@ -20,7 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from setlib.experiment import PROFILES, PROJECT, Experiment, Run, nearest, write_atomic
+from setlib.experiment import PROFILES, Experiment, Run, nearest
+from setlib.files import PROJECT, write_atomic
 
 NOTEBOOKS = PROJECT / "notebooks"
 TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}

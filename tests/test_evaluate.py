@@ -9,7 +9,8 @@ from setlib import domains, evaluate
 from setlib.evaluate import MeanIoU
 from setlib.experiment import Data, Experiment, Run
 from setlib.labels import CAMVID, CITYSCAPES
-from setlib.model import Segmenter, label_map
+from setlib.model import Segmenter
+from setlib.windows import label_map
 
 
 def naive_iou(prediction, reference, classes):

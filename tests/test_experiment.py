@@ -6,7 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from setlib.experiment import PROFILES, Experiment, Run, default_run_folder, write_atomic
+from setlib.experiment import PROFILES, Experiment, Run, default_run_folder
+from setlib.files import write_atomic
 
 
 @pytest.mark.parametrize("profile", ["smoke", "quick"])

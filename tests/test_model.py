@@ -9,7 +9,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from setlib.experiment import Experiment
-from setlib.model import Segmenter, label_map, read_picture
+from setlib.model import Segmenter, read_picture
+from setlib.windows import label_map
 
 
 def build(*overrides):
@@ -33,15 +34,15 @@ def test_any_size_is_predicted_at_its_own_size(model, size):
 
 def test_strips_equal_plain_interpolation(monkeypatch):
     scores = torch.randn(5, 9, 13, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr("setlib.model.STRIP_PIXELS", 200)
+    monkeypatch.setattr("setlib.windows.STRIP_PIXELS", 200)
     for size in [(9, 13), (50, 41), (4, 5), (1, 1), (100, 3)]:
         expected = F.interpolate(scores[None], size=size, mode="bilinear", align_corners=False)[0].argmax(0)
         assert np.array_equal(label_map(scores, size), expected.numpy())
 
 
 def test_windows_cover_the_picture_and_agree_with_themselves(model):
-    windows = model.windows(picture(128, 128))  # the window is 64 x 128: two and a half of them
-    assert windows.images.shape == (3, 3, 64, 128) and windows.corners == [(0, 0), (32, 0), (64, 0)]
+    (windows,) = model.windows(picture(128, 128))  # the window is 64 x 128: two and a half of them
+    assert windows.images.shape == (3, 3, 64, 128) and windows.corners == [(0, 0), (43, 0), (64, 0)]
     constant = model.probabilities(model.windows(np.full((128, 128, 3), 90, np.uint8)))
     assert constant.shape == (19, 128, 128)
     torch.testing.assert_close(constant.sum(0), torch.ones(128, 128))
@@ -176,10 +177,11 @@ def test_what_is_no_picture_is_one_sentence(tmp_path):
 
 def test_what_was_padded_is_cut_off(model):
     """A map that is linear in the column is the same line over the picture, whatever was added on its right."""
-    line = torch.arange(9.0).expand(1, 1, 5, 9)  # patches of 8 pixels over 40 x 72
-    whole = model.to_pixels(line, (40, 72))
-    assert torch.equal(model.to_pixels(line, (37, 65)), whole[:, :, :37, :65])
-    torch.testing.assert_close(whole[0, 0, 0, 4:-4], (torch.arange(4, 68) + 0.5) / 8 - 0.5)
+    line = (torch.arange(9.0).expand(1, 1, 5, 9) + 1) / 10  # patches of 8 pixels over 40 x 72
+    logits = torch.cat([line, 1 - line], dim=1).log()
+    whole = model.pixel_probabilities(logits, (40, 72))
+    assert torch.equal(model.pixel_probabilities(logits, (37, 65)), whole[:, :, :37, :65])
+    torch.testing.assert_close(whole[0, 0, 0, 4:-4], ((torch.arange(4, 68) + 0.5) / 8 + 0.5) / 10)
 
 
 @pytest.mark.parametrize("size", [(61, 107), (1, 1), (64, 128)])

@@ -10,7 +10,6 @@ from PIL import Image
 from setlib import train
 from setlib.domains import load
 from setlib.experiment import Experiment, Run
-from setlib.labels import IGNORE
 from setlib.model import Segmenter
 
 
@@ -129,20 +128,10 @@ def test_a_bank_serves_refiners_that_start_later_and_layers_from_the_first(sourc
 
 
 def test_a_loss_that_is_not_finite_stops_at_once(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "loss_function", lambda logits, labels: logits.sum() * float("nan"))
+    monkeypatch.setattr(Segmenter, "loss", lambda self, logits, *_: logits.sum() * float("nan"))
     with pytest.raises(ValueError, match="stopped at step 1: the loss is nan.*lower train.learning_rate"):
         train.train(Run.open(tmp_path, experiment(source)), progress=False)
     assert not (tmp_path / "model").exists()
-
-
-def test_ignored_pixels_do_not_count():
-    logits = torch.randn(1, 19, 8, 8, generator=torch.Generator().manual_seed(0))
-    labels = torch.zeros(1, 8, 8, dtype=torch.int64)
-    half = labels.clone()
-    half[:, 4:] = IGNORE
-    expected = torch.nn.functional.cross_entropy(logits[:, :, :4], labels[:, :4])
-    torch.testing.assert_close(train.loss_function(logits, half), expected)
-    assert train.loss_function(logits, torch.full_like(labels, IGNORE)) == 0
 
 
 def test_only_matrices_decay(source):

@@ -19,7 +19,8 @@ from PIL import Image
 
 from setlib import __main__ as cli
 from setlib import workbook
-from setlib.experiment import PROJECT, Experiment, Run
+from setlib.experiment import Experiment, Run
+from setlib.files import PROJECT
 
 PARAMETERS = """PROFILE: str = "quick"
 RUN: str = ""

@@ -1,0 +1,65 @@
+"""Where files live, and how they are written: whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import typing
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far, bytes; 0 where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def cache_folder() -> Path:
+    """Where converted weights and rendered scenes are kept: SETLIB_CACHE, else ~/.cache/setlib."""
+    return Path(os.environ.get("SETLIB_CACHE") or Path.home() / ".cache" / "setlib")
+
+
+def write_atomic(path: Path, content: str | bytes) -> Path:
+    """Writes a file whole or not at all (temporary file, then a rename); the folder is made.
+
+    Raises ValueError naming the path if it cannot be written (full disk, no permission).
+    """
+    content = content.encode("utf-8") if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise ValueError(
+            f"Cannot write {path}: {error.strerror or error}: choose another folder or free some space."
+        ) from None
+    return path
+
+
+def plain(value: typing.Any) -> typing.Any:
+    """Dictionaries and lists of JSON's own types: numpy's numbers and arrays unpacked, NaN as None."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return None if isinstance(value, float) and value != value else value
+
+
+def load_json(path: Path) -> typing.Any:
+    """JSON of a file. Raises ValueError naming the file if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): delete the run folder or restore the file.") from None

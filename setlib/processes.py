@@ -1,0 +1,39 @@
+"""Several processes that train or score together, as `accelerate launch` starts them; one process is the plain case.
+
+Each takes its part of a step's views, or of a domain's pictures, and sums are taken over all of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, reduce
+from torch import Tensor
+
+WITHOUT_GPU = not torch.cuda.is_available()
+
+
+def state() -> PartialState:
+    """Rank (`process_index`), number of processes, and who waits for whom."""
+    return PartialState(cpu=WITHOUT_GPU)
+
+
+def accelerator(some_unused: bool = False) -> Accelerator:
+    """The engine of a training. some_unused: whether some weights that learn may have no gradient in a step."""
+    options = DistributedDataParallelKwargs(find_unused_parameters=some_unused)
+    return Accelerator(cpu=WITHOUT_GPU, mixed_precision="no", kwargs_handlers=[options])  # autocast is the model's own
+
+
+def part(count: int) -> range:
+    """This process's places of `count`: every n-th of n processes."""
+    return range(state().process_index, count, state().num_processes)
+
+
+def add_up(value: Tensor) -> Tensor:
+    """The sum over all processes; exact for whole numbers."""
+    return reduce(value, "sum")
+
+
+def collect(values: list) -> list:
+    """The lists of all processes as one, by rank."""
+    return gather_object(values) if state().num_processes > 1 else values

@@ -1,0 +1,72 @@
+"""Pictures cut into windows and put together again, and the class of every pixel. Pure functions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+STRIP_PIXELS = 2**21  # rows of the output are scored in strips of at most so many pixels, to bound memory
+
+
+class Windows(NamedTuple):
+    """A picture at inference size cut into windows: (n, 3, h, w), their corners, and the picture's (h, w).
+
+    flipped: whether the picture was mirrored before.
+    """
+
+    images: Tensor
+    corners: list[tuple[int, int]]
+    size: tuple[int, int]
+    flipped: bool = False
+
+
+def cut(pixels: Tensor, window: tuple[int, int], stride: tuple[int, int]) -> Windows:
+    """Windows (h, w) of a picture (3, H, W), from the upper left in steps of `stride`; the last ones end with it.
+
+    Where the picture is smaller than a window its last pixels are repeated. Source: the field's sliding window, as in
+    the released configurations.
+    """
+    size = pixels.shape[1:]
+    below, right = (max(0, w - s) for w, s in zip(window, size, strict=True))
+    padded = F.pad(pixels[None], (0, right, 0, below), mode="replicate")[0]
+    rows, columns = (
+        [*range(0, length - side, step), length - side]
+        for length, side, step in zip(padded.shape[1:], window, stride, strict=True)
+    )
+    corners = [(y, x) for y in rows for x in columns]
+    cuts = [padded[:, y : y + window[0], x : x + window[1]] for y, x in corners]
+    return Windows(torch.stack(cuts), corners, tuple(size))
+
+
+def blend(scores: Tensor, windows: Windows) -> Tensor:
+    """Scores of windows (n, K, h, w) as those of their picture, (K, H, W): the mean where windows overlap."""
+    h, w = scores.shape[-2:]
+    extent = [max(corner[i] for corner in windows.corners) + side for i, side in enumerate((h, w))]
+    total, count = scores.new_zeros(scores.shape[1], *extent), scores.new_zeros(extent)
+    for score, (y, x) in zip(scores, windows.corners, strict=True):
+        total[:, y : y + h, x : x + w] += score
+        count[y : y + h, x : x + w] += 1
+    blended = (total / count)[:, : windows.size[0], : windows.size[1]]
+    return blended.flip(-1) if windows.flipped else blended
+
+
+def label_map(scores: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Class of the highest score at every pixel of `size`, (h, w) uint8; scores: (K, h', w'), bilinearly resized.
+
+    Rows are done in strips, so that a picture of 100 megapixels needs no K x 100 megapixels of memory.
+    """
+    h, w = size
+    rows = ((torch.arange(h) + 0.5) * scores.shape[1] / h - 0.5).clamp(0, scores.shape[1] - 1)
+    above = rows.long()
+    below = (above + 1).clamp(max=scores.shape[1] - 1)
+    share = (rows - above)[None, :, None]
+    labels = np.empty(size, np.uint8)
+    for strip in torch.arange(h).split(max(1, STRIP_PIXELS // w)):
+        mixed = torch.lerp(scores[:, above[strip]], scores[:, below[strip]], share[:, strip])
+        wide = F.interpolate(mixed[None], size=(len(strip), w), mode="bilinear", align_corners=False)[0]
+        labels[strip.numpy()] = wide.argmax(0).numpy()
+    return labels
