@@ -1,4 +1,4 @@
-"""The command line, `python -m setlib`: run, train, evaluate, predict, check, prepare, backbones, verify, bench.
+"""The command line, `python -m setlib`: run, train, evaluate, predict, check, prepare, import, export and others.
 
 Only the standard library is imported until a sub-command starts, so that help and usage errors come at once.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from setlib.model import Segmenter
 
 BAR = 40  # characters of a class that covers everything
+FREE = ("data.eval_images", "data.content_seed", "data.eval_edges", "inference.")  # when a trained model is scored
+SHARED = ("train", "evaluate")  # by several processes
 LISTED = 10  # problems of a domain that are shown
 
 
@@ -77,6 +80,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     prepare.add_argument("--short-edge", metavar="N", type=int, required=True, help="pixels; smaller ones stay")
 
     add("backbones", "List the backbones that are known by name, and whether their weights are on this machine.")
+    imported = add("import", "Read a checkpoint of Rein's or SET's release (.pth) into a run folder.")
+    imported.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=".pth, as released")
+    imported.add_argument("--out", metavar="RUN", type=Path, required=True, help="a new run folder")
+    imported.add_argument("--backbone", metavar="NAME", default="", help="default: the DINOv2 of its size")
+    exported = add("export", "Write a run's model as a checkpoint under the names of the releases.")
+    exported.add_argument("run", metavar="RUN", help="run folder with the refiner rein or set-released")
+    exported.add_argument("--out", metavar="FILE.pth", type=Path, required=True)
     verify = add("verify", "Compare refiners with golden numbers of the public releases; exit 1 above 1e-5.")
     verify.add_argument("files", metavar="FILE.npz", nargs="+", type=Path)
     bench = add("bench", "Measure speed and memory of the parts, as ratios taken in one run.")
@@ -150,10 +160,13 @@ def run_command(args: argparse.Namespace) -> int:
 def train_command(args: argparse.Namespace) -> int:
     """train: the model alone."""
     run = open_run(args)
+    from setlib.processes import state
     from setlib.train import train
     from setlib.workbook import shown
 
     model, history = train(run)
+    if not state().is_main_process:
+        return 0
     trained = " + ".join(f"{number:,} ({part})" for part, number in model.num_trainable().items())
     loss = f"{history[-1]['loss']:.3f}" if history else "not recorded"
     print(f"{len(history)} steps, last loss {loss}; trained values: {trained}")
@@ -165,18 +178,21 @@ def evaluate_command(args: argparse.Namespace) -> int:
     """evaluate: scores of RUN/model, put into metrics.json."""
     run = Run.load(args.run)
     targets = args.target or run.experiment.data.targets
-    trained = [o for o in args.options if o.partition("=")[0] not in ("data.eval_images", "data.content_seed")]
-    if trained:
-        raise ValueError(
-            f"Option '{trained[0]}' was settled by training: only data.eval_images and data.content_seed are free."
-        )
+    if not targets:
+        raise ValueError(f"{run.path} names no targets: name them with --target.")
+    if trained := [option for option in args.options if not option.startswith(FREE)]:
+        raise ValueError(f"Option '{trained[0]}' was settled by training: only {', '.join(FREE)} are free.")
     scored = Run(run.path, run.experiment.override(*args.options))
     check_labelled(targets, scored.experiment.data, every=True)
     from setlib import evaluate, workbook
     from setlib.model import Segmenter
+    from setlib.processes import state
 
-    name = run.experiment.model.refiner
-    scores = evaluate.evaluate_run(scored, {name: Segmenter.load(run.path / "model")}, targets)[name]
+    name, model = run.experiment.model.refiner, Segmenter.load(run.path / "model")
+    model.experiment = scored.experiment
+    scores = evaluate.evaluate_run(scored, {name: model}, targets)[name]
+    if not state().is_main_process:
+        return 0
     evaluate.write_metrics(run, scores)
     print(text_table(workbook.metric_rows(run)))
     if (run.path / "report.html").is_file():
@@ -298,6 +314,27 @@ def backbones_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def import_command(args: argparse.Namespace) -> int:
+    """import: a release as a run folder."""
+    from setlib import release
+    from setlib.workbook import shown
+
+    run = release.import_checkpoint(args.checkpoint, args.out, args.backbone)
+    model = run.experiment.model
+    print(f"{model.refiner} on {model.backbone}: {shown(run.path)}")
+    print(f"Score it with: python -m setlib evaluate {shown(run.path)} --target DOMAIN")
+    return 0
+
+
+def export_command(args: argparse.Namespace) -> int:
+    """export: a run as a release."""
+    from setlib import release
+
+    release.export_checkpoint(Run.load(args.run), args.out)
+    print(f"Checkpoint: {args.out}")
+    return 0
+
+
 def verify_command(args: argparse.Namespace) -> int:
     """verify: the largest difference of each item; 1 if one is above the tolerance."""
     from setlib import release
@@ -368,6 +405,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args = parse(argv)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.command not in SHARED:
+            raise ValueError(
+                f"{args.command} works in one process: start only train and evaluate with accelerate launch."
+            )
         return globals()[f"{args.command}_command"](args)
     except (ValueError, OSError) as error:
         if "--debug" in argv:

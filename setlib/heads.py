@@ -103,6 +103,7 @@ class Mask2FormerHead(nn.Module):
     ) -> None:
         """num_queries: of learned queries; 0 = they are handed over. The widths are those of the feed-forward parts."""
         super().__init__()
+        self.channels = channels
         parts = _Parts(
             Mask2FormerConfig(
                 feature_size=hidden,

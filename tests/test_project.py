@@ -38,7 +38,7 @@ IMPORTS = {
     "ablation": {"train", "evaluate"},
     "train": {"evaluate", "model", "domains", "transforms", "processes"},
     "evaluate": {"model", "domains", "processes", "windows"},
-    "release": {"model", "refiners"},
+    "release": {"model"},
     "model": {"features", "refiners", "heads", "transforms", "pictures", "windows"},
     "heads": set(),
     "windows": set(),
