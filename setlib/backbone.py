@@ -10,13 +10,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -107,6 +110,19 @@ class FrozenBackbone(nn.Module):
     def fingerprint(self) -> str:
         """Hash of the frozen weights; an adapted copy keeps that of its original."""
         return fingerprint(self.model)
+
+    def shard(self) -> None:
+        """Leaves this process, one of several, a part of each layer's weights; a layer's are gathered while it runs.
+
+        Every process must run the layers as often as the others. Raises ValueError if the weights learn.
+        """
+        if any(p.requires_grad for p in self.parameters()):
+            raise ValueError("Option train.shard is for frozen weights: this refiner trains the backbone's.")
+        _ = self.fingerprint  # of the whole weights
+        mesh = DeviceMesh.from_group(distributed.new_group(), self.mean.device.type)  # not the gradients' own
+        for module in (*self._layers, self.model):
+            fully_shard(module, mesh=mesh)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # that no gradient enters by the model's own answer
 
     def adapted(self, adapt: Callable[[nn.Module, Sequence[nn.Module]], object] | None) -> FrozenBackbone:
         """A copy whose model `adapt(model, layers)` has changed, layers in order; the backbone itself without one."""

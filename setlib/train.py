@@ -164,7 +164,10 @@ class Trainer:
                 f"Option train.batch_size ({self.train.batch_size}) must be a multiple of {parts}: "
                 f"{self.engine.num_processes} processes x train.accumulate ({self.train.accumulate})."
             )
-        self.prepared = self.engine.prepare_model(model, device_placement=False)
+        self.sharded = self.train.shard and self.engine.num_processes > 1
+        if self.sharded:
+            model.backbone.shard()
+        self.prepared = model if self.sharded else self.engine.prepare_model(model, device_placement=False)
         self.optimiser = make_optimiser(model)
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=self.train.precision == "float16")
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -219,6 +222,8 @@ class Trainer:
                 loss = self.model.loss(output, labels[part], counts, [seeds[i] for i in part])
                 self.scaler.scale(loss * self.engine.num_processes).backward()  # the engine takes the processes' mean
             total += loss.detach()
+        for p in self.parameters.values() if self.sharded else ():
+            p.grad = None if p.grad is None else add_up(p.grad) / self.engine.num_processes
         return add_up(total)
 
     def save(self) -> None:
@@ -266,7 +271,7 @@ class Trainer:
     def validate(self, own: domains.Domain) -> float:
         """mIoU of the model as it is on pictures of the source that it is not trained on, percent."""
         self.model.eval()
-        score = evaluate_models({"": self.model}, own, progress=False)[""]
+        score = evaluate_models({"": self.model}, own, progress=False, together=not self.sharded)[""]
         self.model.train()
         return score.miou
 
