@@ -119,9 +119,9 @@ class Segmenter(nn.Module, ModelHubMixin):
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Everything that learns, by name: refiner.*, head.* and what learns of backbone.*."""
-        learns = {name for name, p in self.named_parameters() if p.requires_grad}
-        state = self.state_dict().items()
-        return {name: tensor for name, tensor in state if name in learns or not name.startswith("backbone.")}
+        parts = {"refiner": self.refiner.state_dict(), "head": self.head.state_dict()}
+        parts["backbone"] = {name: p.detach() for name, p in self.backbone.named_parameters() if p.requires_grad}
+        return {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
 
     def num_trainable(self) -> dict[str, int]:
         """Trainable parameters by part."""
