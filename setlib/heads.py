@@ -20,13 +20,13 @@ from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerLoss,
     Mask2FormerMaskedAttentionDecoder,
-    Mask2FormerPixelDecoder,
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
     Mask2FormerPreTrainedModel,
     Mask2FormerSinePositionEmbedding,
 )
 
 from setlib.labels import IGNORE
+from setlib.pixels import MaskPredictor, PixelDecoder, Size
 
 STRIDES = (4, 2, 1, 0.5)  # of the four maps of a mask head, in maps per patch: strides 4, 8, 16, 32 at patches of 16
 LOSS_WEIGHTS, NO_OBJECT = (2.0, 5.0, 5.0), 0.1  # of classes, masks and dice; of queries without an object
@@ -79,7 +79,7 @@ class Masks(NamedTuple):
 class Mask2FormerHead(nn.Module):
     """Mask2Former on four maps made from plain patch features: queries that each name a class and paint its mask.
 
-    The pixel decoder and the masked-attention decoder are transformers'; positions of the queries are the refiner's
+    The pixel decoder (see `pixels.py`) and the masked-attention decoder are transformers'; positions of the queries are the refiner's
     tokens, their features a linear map of these; a refiner without tokens gets learned queries. The maps are the
     features resized to 4, 2, 1 and 1/2 cells per patch, strides 4, 8, 16, 32 at patches of 16 pixels.
     Loss: Hungarian matching, class 2, mask 5, dice 5, no object 0.1, in every stage, on 12,544 points. Each image's
@@ -127,33 +127,30 @@ class Mask2FormerHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor], queries: Tensor | None = None) -> Masks:
         """Feature maps, each (B, H, W, C), and queries (Q, hidden), to masks."""
-        grid, maps = features[0].shape[1:3], []
-        for scale, feature in zip(STRIDES, features, strict=True):
-            size = [-int(-side * scale // 1) for side in grid]
-            maps.append(F.interpolate(feature.permute(0, 3, 1, 2).float(), size, mode="bilinear", align_corners=False))
-        return self.decode(maps, queries)
+        grid = features[0].shape[1:3]
+        sizes = [tuple(-int(-side * scale // 1) for side in grid) for scale in STRIDES]
+        return self.decode([feature.permute(0, 3, 1, 2).float() for feature in features], queries, sizes)
 
-    def decode(self, maps: Sequence[Tensor], queries: Tensor | None = None) -> Masks:
-        """Maps at strides 4, 8, 16 and 32, each (B, C, h, w), and queries (Q, hidden), to masks."""
+    def decode(self, maps: Sequence[Tensor], queries: Tensor | None = None, sizes: Sequence[Size] = ()) -> Masks:
+        """Maps (B, C, h, w), brought to the sizes of strides 4, 8, 16 and 32 (theirs), and queries (Q, hidden)."""
         if self.query_embed is not None:
             positions, contents = self.query_embed.weight, self.query_features.weight
         else:
             positions, contents = queries, self.query_features(queries)
-        pixels = self.pixel_decoder(list(maps), output_attentions=False, output_hidden_states=False, return_dict=True)
-        levels = pixels.multi_scale_features  # (B, hidden, h, w), from stride 32 to 8
-        places = [self.positions(level.shape, level.device, torch.float32).flatten(2) for level in levels]
-        values = [f.flatten(2) + e[:, None] for f, e in zip(levels, self.level_embed.weight, strict=True)]
+        pixels = self.pixel_decoder(maps, sizes or [tuple(found.shape[-2:]) for found in maps])
+        places = [self.positions(level.shape, level.device, torch.float32).flatten(2) for level in pixels.levels]
+        values = [f.flatten(2) + e[:, None] for f, e in zip(pixels.levels, self.level_embed.weight, strict=True)]
         decoded = self.decoder(
             inputs_embeds=contents[:, None].expand(-1, len(maps[0]), -1),  # (Q, B, hidden)
             query_position_embeddings=positions[:, None].expand(-1, len(maps[0]), -1),
             multi_stage_positional_embeddings=[place.permute(2, 0, 1) for place in places],  # (h w, B, hidden)
             encoder_hidden_states=[value.permute(2, 0, 1) for value in values],
-            pixel_embeddings=pixels.mask_features,
-            feature_size_list=[level.shape[-2:] for level in levels],
+            pixel_embeddings=(pixels.finest, self.pixel_decoder.mask_projection),
+            feature_size_list=[level.shape[-2:] for level in pixels.levels],
             return_dict=True,
         )
         classes = [self.classify(hidden.transpose(0, 1)).float() for hidden in decoded.intermediate_hidden_states]
-        return Masks(classes, [mask.float() for mask in decoded.masks_queries_logits])
+        return Masks(classes, list(decoded.masks_queries_logits))
 
     def probabilities(self, output: Masks, size: tuple[int, int]) -> Tensor:
         """(B, K, h, w): for each class the sum over the queries of its probability times their mask; not above Q."""
@@ -215,8 +212,9 @@ class _Parts(Mask2FormerPreTrainedModel):
 
     def __init__(self, config: Mask2FormerConfig, channels: int) -> None:
         super().__init__(config)
-        self.pixel_decoder = Mask2FormerPixelDecoder(config, [channels] * len(STRIDES))
+        self.pixel_decoder = PixelDecoder(config, [channels] * len(STRIDES))
         self.decoder = Mask2FormerMaskedAttentionDecoder(config)
+        self.decoder.mask_predictor = MaskPredictor(config.hidden_dim, config.num_attention_heads, config.hidden_dim)
         self.positions = Mask2FormerSinePositionEmbedding(config.hidden_dim // 2, normalize=True)
         weights = zip(("loss_cross_entropy", "loss_mask", "loss_dice"), LOSS_WEIGHTS, strict=True)
         self.criterion = _Criterion(config, dict(weights))

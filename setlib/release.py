@@ -346,7 +346,8 @@ def _compare_head(golden: dict[str, Tensor]) -> list[dict]:
     sizes = sorted({key.split("/")[1] for key in golden if key.startswith("input/")})
     for size in sizes:
         maps = [golden[f"input/{size}/{i}"] for i in range(4)]
-        found = {f"mask_features/{size}": head.pixel_decoder(maps).mask_features}
+        finest = head.pixel_decoder(maps, [tuple(one.shape[-2:]) for one in maps]).finest
+        found = {f"mask_features/{size}": head.pixel_decoder.mask_projection(finest)}
         output = head.decode(maps, golden.get("queries"))
         for stage, (classes, masks) in enumerate(zip(*output, strict=True)):
             found |= {f"class_logits/{size}/stage{stage}": classes, f"mask_logits/{size}/stage{stage}": masks}
