@@ -14,10 +14,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerHungarianMatcher,
     Mask2FormerLoss,
     Mask2FormerMaskedAttentionDecoder,
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
@@ -26,7 +28,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from setlib.labels import IGNORE
-from setlib.pixels import MaskPredictor, PixelDecoder, Size
+from setlib.pixels import CrossAttention, MaskPredictor, PixelDecoder, Size
 
 STRIDES = (4, 2, 1, 0.5)  # of the four maps of a mask head, in maps per patch: strides 4, 8, 16, 32 at patches of 16
 LOSS_WEIGHTS, NO_OBJECT = (2.0, 5.0, 5.0), 0.1  # of classes, masks and dice; of queries without an object
@@ -192,10 +194,32 @@ def _classes(label: Tensor) -> Tensor:
     return found[found != IGNORE]
 
 
+class _Matcher(Mask2FormerHungarianMatcher):
+    """transformers' matching, of one image, with the points sampled for all its masks at once."""
+
+    @torch.no_grad()
+    def forward(self, masks: Tensor, classes: Tensor, mask_labels: list[Tensor], class_labels: list[Tensor]) -> list:
+        """masks: (1, Q, h, w) and classes (1, Q, K + 1) logits; returns [(queries, labels)]."""
+        points = 2 * torch.rand(1, self.num_points, 1, 2, device=masks.device) - 1
+        x, t = (F.grid_sample(m, points, align_corners=False)[0, ..., 0] for m in (masks, mask_labels[0][None]))
+        cost_mask = (F.softplus(x).sum(-1, keepdim=True) - x @ t.T) / self.num_points  # cross-entropy of (Q, n) pairs
+        p = x.sigmoid()
+        cost_dice = 1 - (2 * p @ t.T + 1) / (p.sum(-1, keepdim=True) + t.sum(-1) + 1)
+        cost_class = -classes[0].softmax(-1)[:, class_labels[0]]
+        cost = self.cost_mask * cost_mask + self.cost_class * cost_class + self.cost_dice * cost_dice
+        largest = torch.finfo(cost.dtype).max
+        chosen = linear_sum_assignment(cost.nan_to_num(largest, largest, largest).cpu())
+        return [tuple(torch.as_tensor(indices, dtype=torch.int64) for indices in chosen)]
+
+
 class _Criterion(Mask2FormerLoss):
     """The loss of one image, divided by the masks and the class weights of the whole step (`totals`)."""
 
     totals: tuple[Tensor, Tensor]
+
+    def __init__(self, config: Mask2FormerConfig, weight_dict: dict[str, float]) -> None:
+        super().__init__(config, weight_dict)
+        self.matcher = _Matcher(config.class_weight, config.mask_weight, config.dice_weight, config.train_num_points)
 
     def get_num_masks(self, class_labels: Sequence[Tensor], device: torch.device) -> Tensor:
         return self.totals[0]
@@ -215,6 +239,8 @@ class _Parts(Mask2FormerPreTrainedModel):
         self.pixel_decoder = PixelDecoder(config, [channels] * len(STRIDES))
         self.decoder = Mask2FormerMaskedAttentionDecoder(config)
         self.decoder.mask_predictor = MaskPredictor(config.hidden_dim, config.num_attention_heads, config.hidden_dim)
+        for layer in self.decoder.layers:
+            layer.cross_attn = CrossAttention(config.hidden_dim, config.num_attention_heads)
         self.positions = Mask2FormerSinePositionEmbedding(config.hidden_dim // 2, normalize=True)
         weights = zip(("loss_cross_entropy", "loss_mask", "loss_dice"), LOSS_WEIGHTS, strict=True)
         self.criterion = _Criterion(config, dict(weights))

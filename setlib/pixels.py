@@ -103,34 +103,45 @@ class WeightedSamples(torch.autograd.Function):
         return (part.unflatten(-1, size) for part, size in zip(parts, sizes, strict=True))
 
     @staticmethod
+    def parts(value: Tensor) -> Iterator[slice]:
+        """Two maps at a time on a CPU, whose cache holds them; all on a GPU."""
+        step = len(value) if value.is_cuda else 2
+        return (slice(start, start + step) for start in range(0, len(value), step))
+
+    @staticmethod
     def forward(ctx: Any, value: Tensor, grids: Tensor, weights: Tensor, sizes: Sequence[Size]) -> Tensor:
         ctx.save_for_backward(value, grids, weights)
         ctx.sizes = sizes
         total = value.new_zeros(*value.shape[:2], grids.shape[2])
-        for level, grid, weight in zip(WeightedSamples.levels(value, sizes), grids, weights, strict=True):
-            total += F.grid_sample(level, grid, align_corners=False).mul_(weight[:, None]).sum(-1)
+        for part in WeightedSamples.parts(value):
+            for level, grid, weight in zip(WeightedSamples.levels(value[part], sizes), grids, weights, strict=True):
+                sampled = F.grid_sample(level, grid[part], align_corners=False)
+                total[part] += sampled.mul_(weight[part, None]).sum(-1)
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         value, grids, weights = ctx.saved_tensors
         gradient = gradient.contiguous()[..., None]  # (G, d, n, 1)
-        found = []
-        for level, grid, weight in zip(WeightedSamples.levels(value, ctx.sizes), grids, weights, strict=True):
-            of_weight = F.grid_sample(level, grid, align_corners=False).mul_(gradient).sum(1)
-            of_samples = gradient * weight[:, None]
-            of_level, of_grid = torch.ops.aten.grid_sampler_2d_backward(
-                of_samples,
-                level,
-                grid,
-                0,
-                0,
-                False,
-                (True, True),  # bilinear, zeros outside
-            )
-            found.append((of_level.flatten(2), of_grid, of_weight))
-        of_values, of_grids, of_weights = zip(*found, strict=True)
-        return torch.cat(of_values, -1), torch.stack(of_grids), torch.stack(of_weights), None
+        of_values, of_grids, of_weights = (torch.empty_like(saved) for saved in ctx.saved_tensors)
+        for part in WeightedSamples.parts(value):
+            levels = WeightedSamples.levels(value[part], ctx.sizes)
+            targets = WeightedSamples.levels(of_values[part], ctx.sizes)
+            for i, (level, target) in enumerate(zip(levels, targets, strict=True)):
+                grid, from_above = grids[i, part], gradient[part]
+                of_weights[i, part] = F.grid_sample(level, grid, align_corners=False).mul_(from_above).sum(1)
+                of_samples = from_above * weights[i, part, None]
+                of_level, of_grids[i, part] = torch.ops.aten.grid_sampler_2d_backward(
+                    of_samples,
+                    level,
+                    grid,
+                    0,
+                    0,
+                    False,
+                    (True, True),  # bilinear, zeros outside
+                )
+                target.copy_(of_level)
+        return of_values, of_grids, of_weights, None
 
 
 class MaskPredictor(Mask2FormerMaskPredictor):
@@ -146,3 +157,11 @@ class MaskPredictor(Mask2FormerMaskPredictor):
         small = F.interpolate(masks.detach(), size, mode="bilinear", align_corners=False)
         closed = (small.sigmoid() < 0.5).flatten(2)[:, None].expand(-1, self.num_heads, -1, -1).flatten(0, 1)
         return masks, closed
+
+
+class CrossAttention(nn.MultiheadAttention):
+    """Attention of the queries to a level, without the table of shares that nobody reads."""
+
+    def forward(self, *args: Tensor, **options: Any) -> tuple[Tensor, None]:
+        """(n, B, C) as `nn.MultiheadAttention`; None in place of the shares."""
+        return super().forward(*args, **options, need_weights=False)
