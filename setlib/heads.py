@@ -25,6 +25,9 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
     Mask2FormerPreTrainedModel,
     Mask2FormerSinePositionEmbedding,
+    dice_loss,
+    sample_point,
+    sigmoid_cross_entropy_loss,
 )
 
 from setlib.labels import IGNORE
@@ -223,6 +226,23 @@ class _Criterion(Mask2FormerLoss):
 
     def get_num_masks(self, class_labels: Sequence[Tensor], device: torch.device) -> Tensor:
         return self.totals[0]
+
+    def loss_masks(
+        self, masks: Tensor, mask_labels: list[Tensor], indices: Sequence, num_masks: Tensor
+    ) -> dict[str, Tensor]:
+        (queries, labels), targets = indices[0], mask_labels[0]
+        order = labels.argsort()
+        masks, targets = masks[0, queries[order], None], targets[:, None]  # (n, 1, h, w), by label
+        targets = targets if len(order) == len(targets) else targets[labels[order]]  # more labels than queries
+        sampling = self.num_points, self.oversample_ratio, self.importance_sample_ratio
+        with torch.no_grad():
+            points = self.sample_points_using_uncertainty(masks, self.calculate_uncertainty, *sampling)
+            wanted = sample_point(targets, points, align_corners=False)[:, 0]
+        found = sample_point(masks, points, align_corners=False)[:, 0]
+        return {
+            "loss_mask": sigmoid_cross_entropy_loss(found, wanted, num_masks),
+            "loss_dice": dice_loss(found, wanted, num_masks),
+        }
 
     def loss_labels(self, logits: Tensor, class_labels: Sequence[Tensor], indices: Sequence) -> dict[str, Tensor]:
         matched = len(indices[0][0])

@@ -52,7 +52,7 @@ class PixelDecoder(Mask2FormerPixelDecoder):
         ]
         project, norm = self.adapter_1
         coarser = F.interpolate(levels[-1], finest[1], mode="bilinear", align_corners=False)
-        return Pixels(self.layer_1(norm(resized(project, *finest)) + coarser), levels)
+        return Pixels(self.layer_1(norm(resized(project, *finest)) + coarser).contiguous(), levels)
 
 
 def resized(project: nn.Module, feature: Tensor, size: Size) -> Tensor:
@@ -144,6 +144,31 @@ class WeightedSamples(torch.autograd.Function):
         return of_values, of_grids, of_weights, None
 
 
+class ReadMasks(torch.autograd.Function):
+    """Mask logits (B, Q, h, w) of embeddings (B, Q, C), their bias (B, Q) and a map (B, C, h, w).
+
+    A mask that no label was matched with has no gradient: the others alone are multiplied.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, bias: Tensor, finest: Tensor) -> Tensor:
+        ctx.save_for_backward(embeddings, finest)
+        masks = torch.baddbmm(bias[..., None], embeddings, finest.flatten(2))
+        return masks.unflatten(2, finest.shape[2:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        embeddings, finest = ctx.saved_tensors
+        gradient = gradient.flatten(2)  # (B, Q, h w)
+        of_embeddings, of_finest = torch.zeros_like(embeddings), torch.empty_like(finest)
+        for i, image in enumerate(finest.flatten(2)):
+            matched = gradient[i].any(-1)
+            own = gradient[i, matched]  # (n, h w)
+            of_embeddings[i, matched] = own @ image.T
+            torch.mm(embeddings[i, matched].T, own, out=of_finest[i].flatten(1))
+        return of_embeddings, gradient.sum(-1), of_finest
+
+
 class MaskPredictor(Mask2FormerMaskPredictor):
     """Masks of the queries, and where the next layer may attend; the projection of the finest map comes with it."""
 
@@ -152,8 +177,7 @@ class MaskPredictor(Mask2FormerMaskPredictor):
         finest, projection = pixels
         embeddings = self.mask_embedder(outputs.transpose(0, 1)).float()  # (B, Q, C)
         weight, bias = projection.weight.flatten(1).float(), projection.bias.float()
-        masks = torch.einsum("bqc,bchw->bqhw", embeddings @ weight, finest.float())
-        masks = masks + (embeddings @ bias)[..., None, None]
+        masks = ReadMasks.apply(embeddings @ weight, embeddings @ bias, finest.float())
         small = F.interpolate(masks.detach(), size, mode="bilinear", align_corners=False)
         closed = (small.sigmoid() < 0.5).flatten(2)[:, None].expand(-1, self.num_heads, -1, -1).flatten(0, 1)
         return masks, closed
