@@ -31,7 +31,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from setlib.labels import IGNORE
-from setlib.pixels import CrossAttention, MaskPredictor, PixelDecoder, Size
+from setlib.pixels import CrossAttention, MaskPredictor, PixelDecoder, ReadMasks, Size
 
 STRIDES = (4, 2, 1, 0.5)  # of the four maps of a mask head, in maps per patch: strides 4, 8, 16, 32 at patches of 16
 LOSS_WEIGHTS, NO_OBJECT = (2.0, 5.0, 5.0), 0.1  # of classes, masks and dice; of queries without an object
@@ -72,7 +72,7 @@ class PerPixelHead(nn.Module):
 
 
 class Masks(NamedTuple):
-    """What a mask head says, for every stage of its decoder: before the first layer, and after each.
+    """What a mask head says, for every stage of its decoder (before the first layer, and after each) or for the last.
 
     classes: (B, Q, K + 1) logits, the last one "no object". masks: (B, Q, 4 H, 4 W) logits.
     """
@@ -134,15 +134,29 @@ class Mask2FormerHead(nn.Module):
         """Feature maps, each (B, H, W, C), and queries (Q, hidden), to masks."""
         grid = features[0].shape[1:3]
         sizes = [tuple(-int(-side * scale // 1) for side in grid) for scale in STRIDES]
-        return self.decode([feature.permute(0, 3, 1, 2).float() for feature in features], queries, sizes)
+        maps = [feature.permute(0, 3, 1, 2).float() for feature in features]
+        return self.decode(maps, queries, sizes, every=torch.is_grad_enabled())
 
-    def decode(self, maps: Sequence[Tensor], queries: Tensor | None = None, sizes: Sequence[Size] = ()) -> Masks:
-        """Maps (B, C, h, w), brought to the sizes of strides 4, 8, 16 and 32 (theirs), and queries (Q, hidden)."""
+    def decode(
+        self,
+        maps: Sequence[Tensor],
+        queries: Tensor | None = None,
+        sizes: Sequence[Size] = (),
+        every: bool = True,
+    ) -> Masks:
+        """Maps (B, C, h, w), brought to the sizes of strides 4, 8, 16 and 32 (theirs), and queries (Q, hidden).
+
+        every: whether all stages answer, as the loss wants it, or the last alone.
+        """
         if self.query_embed is not None:
             positions, contents = self.query_embed.weight, self.query_features.weight
         else:
             positions, contents = queries, self.query_features(queries)
         pixels = self.pixel_decoder(maps, sizes or [tuple(found.shape[-2:]) for found in maps])
+        finest, smaller = pixels.finest.float(), {}
+        for level in pixels.levels:
+            size = tuple(level.shape[-2:])
+            smaller[size] = F.interpolate(finest.detach(), size, mode="bilinear", align_corners=False).flatten(2)
         places = [self.positions(level.shape, level.device, torch.float32).flatten(2) for level in pixels.levels]
         values = [f.flatten(2) + e[:, None] for f, e in zip(pixels.levels, self.level_embed.weight, strict=True)]
         decoded = self.decoder(
@@ -150,12 +164,15 @@ class Mask2FormerHead(nn.Module):
             query_position_embeddings=positions[:, None].expand(-1, len(maps[0]), -1),
             multi_stage_positional_embeddings=[place.permute(2, 0, 1) for place in places],  # (h w, B, hidden)
             encoder_hidden_states=[value.permute(2, 0, 1) for value in values],
-            pixel_embeddings=(pixels.finest, self.pixel_decoder.mask_projection),
-            feature_size_list=[level.shape[-2:] for level in pixels.levels],
+            pixel_embeddings=(smaller, self.pixel_decoder.mask_projection),
+            feature_size_list=list(smaller),
             return_dict=True,
         )
+        first = 0 if every else -1
         classes = [self.classify(hidden.transpose(0, 1)).float() for hidden in decoded.intermediate_hidden_states]
-        return Masks(classes, list(decoded.masks_queries_logits))
+        embeddings = torch.stack(decoded.masks_queries_logits[first:], 1)  # (B, stages, Q, hidden + 1)
+        masks = ReadMasks.apply(embeddings.flatten(1, 2), finest).unflatten(1, embeddings.shape[1:3])
+        return Masks(classes[first:], list(masks.unbind(1)))
 
     def probabilities(self, output: Masks, size: tuple[int, int]) -> Tensor:
         """(B, K, h, w): for each class the sum over the queries of its probability times their mask; not above Q."""
@@ -174,17 +191,17 @@ class Mask2FormerHead(nn.Module):
         weights = num_masks + NO_OBJECT * (num_images * num_queries - num_masks)
         self.criterion.totals = num_masks.clamp(min=1), weights.clamp(min=NO_OBJECT)
         total = torch.zeros((), device=labels.device)
+        alone = [(classes.split(1), masks.split(1)) for classes, masks in zip(*output, strict=True)]  # by image
         for i, (label, seed) in enumerate(zip(labels, seeds, strict=True)):
             found = _classes(label)
-            masks = (label == found[:, None, None]).float()  # (n, h, w)
+            wanted = (label == found[:, None, None]).float()  # (n, h, w)
             stages = [
-                {"class_queries_logits": classes[i : i + 1], "masks_queries_logits": painted[i : i + 1]}
-                for classes, painted in zip(*output, strict=True)
+                {"class_queries_logits": classes[i], "masks_queries_logits": masks[i]} for classes, masks in alone
             ]
             with torch.random.fork_rng(devices=[label.device] if label.is_cuda else []):
                 torch.manual_seed(seed)
                 terms = self.criterion(
-                    **stages[-1], mask_labels=[masks], class_labels=[found], auxiliary_predictions=stages[:-1]
+                    **stages[-1], mask_labels=[wanted], class_labels=[found], auxiliary_predictions=stages[:-1]
                 )
             for name, term in terms.items():
                 total = total + self.criterion.weight_dict[re.sub(r"_\d+$", "", name)] * term

@@ -145,15 +145,15 @@ class WeightedSamples(torch.autograd.Function):
 
 
 class ReadMasks(torch.autograd.Function):
-    """Mask logits (B, Q, h, w) of embeddings (B, Q, C), their bias (B, Q) and a map (B, C, h, w).
+    """Mask logits (B, Q, h, w) of embeddings (B, Q, C + 1), the last one a constant, and a map (B, C, h, w).
 
     A mask that no label was matched with has no gradient: the others alone are multiplied.
     """
 
     @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, bias: Tensor, finest: Tensor) -> Tensor:
+    def forward(ctx: Any, embeddings: Tensor, finest: Tensor) -> Tensor:
         ctx.save_for_backward(embeddings, finest)
-        masks = torch.baddbmm(bias[..., None], embeddings, finest.flatten(2))
+        masks = torch.baddbmm(embeddings[..., -1:], embeddings[..., :-1], finest.flatten(2))
         return masks.unflatten(2, finest.shape[2:])
 
     @staticmethod
@@ -164,23 +164,27 @@ class ReadMasks(torch.autograd.Function):
         for i, image in enumerate(finest.flatten(2)):
             matched = gradient[i].any(-1)
             own = gradient[i, matched]  # (n, h w)
-            of_embeddings[i, matched] = own @ image.T
-            torch.mm(embeddings[i, matched].T, own, out=of_finest[i].flatten(1))
-        return of_embeddings, gradient.sum(-1), of_finest
+            of_embeddings[i, matched] = torch.cat([own @ image.T, own.sum(-1, keepdim=True)], 1)
+            torch.mm(embeddings[i, matched, :-1].T, own, out=of_finest[i].flatten(1))
+        return of_embeddings, of_finest
 
 
 class MaskPredictor(Mask2FormerMaskPredictor):
-    """Masks of the queries, and where the next layer may attend; the projection of the finest map comes with it."""
+    """What the queries read their masks with, and where the next layer may attend; masks are read later, all at once."""
 
-    def forward(self, outputs: Tensor, pixels: tuple[Tensor, nn.Conv2d], size: Size) -> tuple[Tensor, Tensor]:
-        """outputs: (Q, B, C). Returns mask logits (B, Q, h, w) and the closed places (B heads, Q, size)."""
-        finest, projection = pixels
+    def forward(self, outputs: Tensor, pixels: tuple[dict, nn.Conv2d], size: Size) -> tuple[Tensor, Tensor]:
+        """outputs: (Q, B, C). pixels: the finest map (B, C, h w) at every level's size, and its projection.
+
+        Returns embeddings (B, Q, C + 1), the last one a constant, and the closed places (B heads, Q, h w).
+        """
+        maps, projection = pixels
         embeddings = self.mask_embedder(outputs.transpose(0, 1)).float()  # (B, Q, C)
-        weight, bias = projection.weight.flatten(1).float(), projection.bias.float()
-        masks = ReadMasks.apply(embeddings @ weight, embeddings @ bias, finest.float())
-        small = F.interpolate(masks.detach(), size, mode="bilinear", align_corners=False)
-        closed = (small.sigmoid() < 0.5).flatten(2)[:, None].expand(-1, self.num_heads, -1, -1).flatten(0, 1)
-        return masks, closed
+        weight = torch.cat([projection.weight.flatten(1), projection.bias[:, None]], 1).float()
+        embeddings = embeddings @ weight
+        with torch.no_grad():
+            masks = torch.baddbmm(embeddings[..., -1:], embeddings[..., :-1], maps[size])
+            closed = (masks.sigmoid() < 0.5)[:, None].expand(-1, self.num_heads, -1, -1).flatten(0, 1)
+        return embeddings, closed
 
 
 class CrossAttention(nn.MultiheadAttention):
