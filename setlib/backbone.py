@@ -81,6 +81,7 @@ class FrozenBackbone(nn.Module):
         self.name = name
         self.model = model.eval().requires_grad_(False)
         self._layers = _find_layers(model)  # a tuple: registered once only, inside the model
+        self._forwards: tuple[Callable, ...] = ()  # compiled
         if patch_size:
             resize_patches(model, patch_size)
         projection = _patch_convolution(model)
@@ -110,6 +111,10 @@ class FrozenBackbone(nn.Module):
     def fingerprint(self) -> str:
         """Hash of the frozen weights; an adapted copy keeps that of its original."""
         return fingerprint(self.model)
+
+    def compile_layers(self) -> None:
+        """Has torch.compile make one fast program of a layer, used for all of them."""
+        self._forwards = tuple(torch.compile(layer.forward) for layer in self._layers)
 
     def shard(self) -> None:
         """Leaves this process, one of several, a part of each layer's weights; a layer's are gathered while it runs.
@@ -226,7 +231,8 @@ class FrozenBackbone(nn.Module):
 
         with contextlib.ExitStack() as stack:
             for layer, module in enumerate(self._layers, start=1):
-                stack.enter_context(_replaced(module, partial(answer, layer, module.forward)))
+                own = self._forwards[layer - 1] if self._forwards else module.forward
+                stack.enter_context(_replaced(module, partial(answer, layer, own)))
             self.model.eval()  # somebody may have called train() on the inner model
             pixels = ((images - self.mean) / self.std).to(next(self.model.parameters()).dtype)
             self._call(pixels, grid)

@@ -29,13 +29,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
+from transformers import Dinov2Config, Dinov2Model
 
 from setlib import domains, spectral
+from setlib.backbone import FrozenBackbone
 from setlib.evaluate import MeanIoU
 from setlib.experiment import Data, Experiment, nearest
 from setlib.model import Segmenter
 from setlib.refiners import build_refiner
 from setlib.train import Trainer
+from setlib.windows import Windows
 
 Step = Callable[[], object]
 Size = tuple[int, int, int, int]  # (B, H, W, C)
@@ -45,6 +48,8 @@ SIZES: tuple[Size, ...] = ((4, 32, 32, 1024), (2, 16, 32, 384))
 GRIDS: tuple[Size, ...] = ((16, 16, 16, 384), (4, 32, 32, 384), (1, 64, 64, 384))  # of as many patches each
 TOKENS, RANK = 100, 16
 BACKBONE, CROP, BATCH, LAST = "dinov2-small-saliency", (224, 448), 4, (9, 10, 11, 12)  # of a training step
+DINOV2 = {"S": (384, 12, 6), "L": (1024, 24, 16)}  # channels, layers, attention heads
+TOKEN_REFINERS, HEAVY = ("none", "rein", "set"), 3  # of the paper's steps, and their repeats
 BASELINES = ("none", "full", "lora", "vpt", "adaptformer", "rein", "fada", "set")
 
 
@@ -55,6 +60,7 @@ class Case(NamedTuple):
     variant: str
     size: str
     prepare: Callable[[], Step]
+    repeats: int = REPEATS
 
 
 def _device() -> str:
@@ -115,10 +121,42 @@ def training_step(refiner: str, layers: Sequence[int] = (), cached: bool = False
     options |= {"model.refined_layers": ",".join(map(str, layers)), "train.checkpointing": checkpointing}
     model = Segmenter(Experiment.build("quick", overrides=[f"{key}={value}" for key, value in options.items()]))
     trainer = Trainer(model.train(), None)
-    images = torch.rand(BATCH, 3, *CROP, device=_device())
-    labels = torch.randint(19, (BATCH, *CROP), device=_device())
+    images, labels = torch.rand(BATCH, 3, *CROP, device=_device()), _labels(BATCH, *CROP)
     prefix = model.prefix(images) if cached else None
     return lambda: trainer.step(images, labels, prefix)
+
+
+def _labels(batch: int, height: int, width: int) -> Tensor:
+    """Random labels in squares of 32 pixels, of all classes."""
+    coarse = torch.randint(19, (batch, height // 32, width // 32), device=_device())
+    return coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)
+
+
+def paper_model(size: str, refiner: str, *overrides: str) -> Segmenter:
+    """The paper profile's model on a DINOv2 of random weights, "S" or "L", patches of 16."""
+    channels, layers, heads = DINOV2[size]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": channels, "num_hidden_layers": layers, "num_attention_heads": heads}
+    backbone = FrozenBackbone(Dinov2Model(Dinov2Config(**sizes, image_size=518, patch_size=14)), size, patch_size=16)
+    read = ",".join(str(layers * k // 6) for k in (2, 3, 4, 6))
+    options = [f"model.refiner={refiner}", f"model.feature_layers={read}", *overrides]
+    return Segmenter(Experiment.build("paper", "scenes:game", ["scenes:fog"], overrides=options), backbone)
+
+
+def paper_step(size: str, refiner: str, batch: int, crop: int = 512, *overrides: str) -> Step:
+    """One step of the paper's training on random pictures, without the reading of files."""
+    trainer = Trainer(
+        paper_model(size, refiner, f"train.batch_size={batch}", "train.steps=1000000", *overrides).train(), None
+    )
+    images, labels = torch.rand(batch, 3, crop, crop, device=_device()), _labels(batch, crop, crop)
+    return lambda: trainer.step(images, labels, None)
+
+
+def paper_prediction(size: str, refiner: str) -> Step:
+    """Class probabilities of one window of 512 x 512."""
+    model = paper_model(size, refiner).eval()
+    view = Windows(torch.rand(1, 3, 512, 512), [(0, 0)], (512, 512))
+    return lambda: model.probabilities([view])
 
 
 def _shown(size: Size) -> str:
@@ -237,6 +275,31 @@ def checkpointing_cases() -> list[Case]:
     ]
 
 
+def paper_cases() -> list[Case]:
+    """Training steps and a prediction with the paper's head, without a refiner, with Rein and with SET."""
+    cases = []
+    for size, batch in (("S", 2), ("L", 1)):
+        name = f"DINOv2-{size}, B={batch}, 512 x 512"
+        cases += [Case("paper", r, name, partial(paper_step, size, r, batch), HEAVY) for r in TOKEN_REFINERS]
+    name = "DINOv2-L, prediction, 512 x 512"
+    return cases + [Case("paper", r, name, partial(paper_prediction, "L", r), HEAVY) for r in TOKEN_REFINERS]
+
+
+def gpu_cases() -> list[Case]:
+    """The paper's training step on a GPU: bfloat16, with and without torch.compile; nothing without a GPU.
+
+    The share of the refiners is what a step without a refiner does not take.
+    """
+    cases = []
+    for crop, batch in ((512, 4), (1024, 4)) if torch.cuda.is_available() else ():
+        name, options = f"DINOv2-L, B={batch}, {crop} x {crop}, bfloat16", ("train.precision=bfloat16",)
+        for refiner in TOKEN_REFINERS:
+            cases.append(Case("gpu", refiner, name, partial(paper_step, "L", refiner, batch, crop, *options), HEAVY))
+        options += ("train.compile=true",)
+        cases.append(Case("gpu", "set, compiled", name, partial(paper_step, "L", "set", batch, crop, *options), HEAVY))
+    return cases
+
+
 BENCHES: dict[str, Callable[[], list[Case]]] = {
     "refiner": refiner_cases,
     "parts": part_cases,
@@ -246,6 +309,8 @@ BENCHES: dict[str, Callable[[], list[Case]]] = {
     "step": step_cases,
     "cache": cache_cases,
     "checkpointing": checkpointing_cases,
+    "paper": paper_cases,
+    "gpu": gpu_cases,
 }
 
 
@@ -261,13 +326,14 @@ def bench(names: Iterable[str] = ()) -> list[dict]:
             raise ValueError(f"Unknown bench '{name}' ({nearest(name, BENCHES)}).")
     groups = [list(group) for name in names for _, group in groupby(BENCHES[name](), key=lambda case: case.size)]
     rows: list[dict] = []
-    with tqdm(total=sum(map(len, groups)) * (REPEATS + 2), desc="bench", unit="turn") as bar:
+    turns = sum(case.repeats + 2 for group in groups for case in group)
+    with tqdm(total=turns, desc="bench", unit="turn") as bar:
         for group in groups:
             bar.set_postfix_str(f"{group[0].bench}, {group[0].size}")
             seconds, peaks = _times(group, bar), _peaks(group, bar)
             for case, second, peak in zip(group, seconds, peaks, strict=True):
                 rows.append(case._asdict() | {"seconds": second, "peak_bytes": peak})
-                del rows[-1]["prepare"]
+                del rows[-1]["prepare"], rows[-1]["repeats"]
     return rows
 
 
@@ -284,7 +350,7 @@ def _times(group: Sequence[Case], bar: tqdm) -> list[float]:
             process.submit(_prepare, case.prepare).result()
             bar.update()
         turns = []
-        for _ in range(REPEATS):
+        for _ in range(group[0].repeats):
             turns.append([process.submit(_turn).result() for process in processes])
             bar.update(len(group))
     return [statistics.median(seconds) for seconds in zip(*turns, strict=True)]

@@ -84,12 +84,12 @@ class Masks(NamedTuple):
 class Mask2FormerHead(nn.Module):
     """Mask2Former on four maps made from plain patch features: queries that each name a class and paint its mask.
 
-    The pixel decoder (see `pixels.py`) and the masked-attention decoder are transformers'; positions of the queries are the refiner's
-    tokens, their features a linear map of these; a refiner without tokens gets learned queries. The maps are the
-    features resized to 4, 2, 1 and 1/2 cells per patch, strides 4, 8, 16, 32 at patches of 16 pixels.
+    Its parts are transformers', see `pixels.py`. Positions of the queries are the refiner's tokens, their contents a
+    linear map of these; a refiner without tokens gets learned queries. The maps are the features resized to 4, 2, 1 and
+    1/2 cells per patch: strides 4, 8, 16, 32 at patches of 16 pixels.
     Loss: Hungarian matching, class 2, mask 5, dice 5, no object 0.1, in every stage, on 12,544 points. Each image's
     points are drawn from a seed of its own.
-    Source: Mask2Former (CVPR 2022); maps and linked queries as in Rein, Sec. 3.3; initial values as in its released
+    Source: Mask2Former (CVPR 2022); maps and linked queries as in Rein, Sec. 3.3, initial values as in its released
     code.
     """
 

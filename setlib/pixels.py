@@ -170,7 +170,7 @@ class ReadMasks(torch.autograd.Function):
 
 
 class MaskPredictor(Mask2FormerMaskPredictor):
-    """What the queries read their masks with, and where the next layer may attend; masks are read later, all at once."""
+    """What the queries read their masks with, later and all at once, and where the next layer may attend."""
 
     def forward(self, outputs: Tensor, pixels: tuple[dict, nn.Conv2d], size: Size) -> tuple[Tensor, Tensor]:
         """outputs: (Q, B, C). pixels: the finest map (B, C, h w) at every level's size, and its projection.

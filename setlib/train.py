@@ -29,7 +29,7 @@ from setlib.evaluate import evaluate_models
 from setlib.experiment import Experiment, Run
 from setlib.files import write_atomic
 from setlib.model import DEVICE, Segmenter
-from setlib.processes import accelerator, add_up, state
+from setlib.processes import accelerator, add_up, keep_freed_memory, state
 from setlib.transforms import augment
 
 
@@ -157,6 +157,7 @@ class Trainer:
 
     def __init__(self, model: Segmenter, run: Run) -> None:
         self.model, self.run, self.train = model, run, model.experiment.train
+        keep_freed_memory()
         self.engine = accelerator(some_unused=model.refiner.adapt is not None)
         parts = self.engine.num_processes * self.train.accumulate
         if self.train.batch_size % parts:
@@ -164,6 +165,8 @@ class Trainer:
                 f"Option train.batch_size ({self.train.batch_size}) must be a multiple of {parts}: "
                 f"{self.engine.num_processes} processes x train.accumulate ({self.train.accumulate})."
             )
+        if self.train.compile:
+            model.backbone.compile_layers()
         self.sharded = self.train.shard and self.engine.num_processes > 1
         if self.sharded:
             model.backbone.shard()
