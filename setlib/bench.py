@@ -36,6 +36,7 @@ from setlib.backbone import FrozenBackbone
 from setlib.evaluate import MeanIoU
 from setlib.experiment import Data, Experiment, nearest
 from setlib.model import Segmenter
+from setlib.processes import MALLOC
 from setlib.refiners import build_refiner
 from setlib.train import Trainer
 from setlib.windows import Windows
@@ -49,6 +50,7 @@ GRIDS: tuple[Size, ...] = ((16, 16, 16, 384), (4, 32, 32, 384), (1, 64, 64, 384)
 TOKENS, RANK = 100, 16
 BACKBONE, CROP, BATCH, LAST = "dinov2-small-saliency", (224, 448), 4, (9, 10, 11, 12)  # of a training step
 DINOV2 = {"S": (384, 12, 6), "L": (1024, 24, 16)}  # channels, layers, attention heads
+PAPER = (512, 1024)  # crops of the paper's profiles
 TOKEN_REFINERS, HEAVY = ("none", "rein", "set"), 3  # of the paper's steps, and their repeats
 BASELINES = ("none", "full", "lora", "vpt", "adaptformer", "rein", "fada", "set")
 
@@ -128,8 +130,8 @@ def training_step(refiner: str, layers: Sequence[int] = (), cached: bool = False
 
 def _labels(batch: int, height: int, width: int) -> Tensor:
     """Random labels in squares of 32 pixels, of all classes."""
-    coarse = torch.randint(19, (batch, height // 32, width // 32), device=_device())
-    return coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)
+    coarse = torch.randint(19, (batch, -(-height // 32), -(-width // 32)), device=_device())
+    return coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, :height, :width]
 
 
 def paper_model(size: str, refiner: str, *overrides: str) -> Segmenter:
@@ -143,7 +145,7 @@ def paper_model(size: str, refiner: str, *overrides: str) -> Segmenter:
     return Segmenter(Experiment.build("paper", "scenes:game", ["scenes:fog"], overrides=options), backbone)
 
 
-def paper_step(size: str, refiner: str, batch: int, crop: int = 512, *overrides: str) -> Step:
+def paper_step(size: str, refiner: str, batch: int, crop: int, *overrides: str) -> Step:
     """One step of the paper's training on random pictures, without the reading of files."""
     trainer = Trainer(
         paper_model(size, refiner, f"train.batch_size={batch}", "train.steps=1000000", *overrides).train(), None
@@ -153,9 +155,10 @@ def paper_step(size: str, refiner: str, batch: int, crop: int = 512, *overrides:
 
 
 def paper_prediction(size: str, refiner: str) -> Step:
-    """Class probabilities of one window of 512 x 512."""
+    """Class probabilities of one window."""
     model = paper_model(size, refiner).eval()
-    view = Windows(torch.rand(1, 3, 512, 512), [(0, 0)], (512, 512))
+    side = PAPER[0]
+    view = Windows(torch.rand(1, 3, side, side), [(0, 0)], (side, side))
     return lambda: model.probabilities([view])
 
 
@@ -280,7 +283,7 @@ def paper_cases() -> list[Case]:
     cases = []
     for size, batch in (("S", 2), ("L", 1)):
         name = f"DINOv2-{size}, B={batch}, 512 x 512"
-        cases += [Case("paper", r, name, partial(paper_step, size, r, batch), HEAVY) for r in TOKEN_REFINERS]
+        cases += [Case("paper", r, name, partial(paper_step, size, r, batch, PAPER[0]), HEAVY) for r in TOKEN_REFINERS]
     name = "DINOv2-L, prediction, 512 x 512"
     return cases + [Case("paper", r, name, partial(paper_prediction, "L", r), HEAVY) for r in TOKEN_REFINERS]
 
@@ -291,7 +294,7 @@ def gpu_cases() -> list[Case]:
     The share of the refiners is what a step without a refiner does not take.
     """
     cases = []
-    for crop, batch in ((512, 4), (1024, 4)) if torch.cuda.is_available() else ():
+    for crop, batch in ((crop, 4) for crop in PAPER if torch.cuda.is_available()):
         name, options = f"DINOv2-L, B={batch}, {crop} x {crop}, bfloat16", ("train.precision=bfloat16",)
         for refiner in TOKEN_REFINERS:
             cases.append(Case("gpu", refiner, name, partial(paper_step, "L", refiner, batch, crop, *options), HEAVY))
@@ -401,6 +404,7 @@ def _peak(prepare: Callable[[], Step]) -> int:
     if sys.platform != "linux":
         return 0
     with contextlib.suppress(AttributeError):  # another C library than GNU's
+        MALLOC.clear()
         ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: from 64 kB on what is freed goes back to the system
     _prepare(prepare)
     gc.collect()

@@ -362,9 +362,7 @@ def _validate(experiment: Experiment) -> None:
             f"got {model.head_channels}."
         )
     if not experiment.inference.scales or not 0 < experiment.inference.stride <= 1:
-        raise ValueError(
-            "Options inference.scales and inference.stride: name at least one scale, and a stride in (0, 1]."
-        )
+        raise ValueError("Name at least one of inference.scales, and an inference.stride above 0 and at most 1.")
     for text in data.eval_edges:
         name, _, edge = text.partition("=")
         if not name or not re.fullmatch(r"\d+|\d*\.\d+", edge) or not float(edge):

@@ -165,7 +165,7 @@ class Mask2FormerHead(nn.Module):
             multi_stage_positional_embeddings=[place.permute(2, 0, 1) for place in places],  # (h w, B, hidden)
             encoder_hidden_states=[value.permute(2, 0, 1) for value in values],
             pixel_embeddings=(smaller, self.pixel_decoder.mask_projection),
-            feature_size_list=list(smaller),
+            feature_size_list=[tuple(level.shape[-2:]) for level in pixels.levels],
             return_dict=True,
         )
         first = 0 if every else -1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 
 import torch
@@ -24,7 +25,14 @@ def state() -> PartialState:
 
 
 def accelerator(some_unused: bool = False) -> Accelerator:
-    """The engine of a training. some_unused: whether some weights that learn may have no gradient in a step."""
+    """The engine of a training. some_unused: whether some weights that learn may have no gradient in a step.
+
+    Raises ValueError for what the launcher was asked for and the configuration decides.
+    """
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        raise ValueError("Give -o train.precision=bfloat16 instead of accelerate's --mixed_precision.")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise ValueError("Give -o train.shard=true instead of accelerate's --use_fsdp or --use_deepspeed.")
     options = DistributedDataParallelKwargs(find_unused_parameters=some_unused)
     return Accelerator(cpu=WITHOUT_GPU, mixed_precision="no", kwargs_handlers=[options])  # autocast is the model's own
 

@@ -217,10 +217,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         state = content.get("state_dict", content)
         return {name: value for name, value in state.items() if isinstance(value, Tensor)}
     except Exception as error:
-        first = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint of PyTorch ({first or type(error).__name__})."
-        ) from None
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        why = next((line for line in lines if line.startswith("Trying to load")), lines[0])[:200]
+        raise ValueError(f"{path} cannot be read as a checkpoint ({why}).") from None
 
 
 def import_checkpoint(path: Path, out: Path, backbone: str = "") -> Run:

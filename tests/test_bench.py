@@ -48,8 +48,11 @@ def test_every_case_can_be_prepared_and_stepped(name, monkeypatch):
     monkeypatch.setattr(bench, "GRIDS", sizes)
     for constant, value in (("BACKBONE", "tiny-random"), ("CROP", (16, 32)), ("BATCH", 1), ("LAST", (3, 4))):
         monkeypatch.setattr(bench, constant, value)
+    monkeypatch.setattr(bench, "DINOV2", {"S": (12, 6, 2), "L": (24, 6, 2)})
+    monkeypatch.setattr(bench, "PAPER", (64,))
     cases = bench.BENCHES[name]()
-    assert {case.bench for case in cases} == {name} and len({case[:3] for case in cases}) == len(cases)
+    assert {case.bench for case in cases} == {name} or (name == "gpu" and not torch.cuda.is_available())
+    assert len({case[:3] for case in cases}) == len(cases)
     for case in cases:
         case.prepare()()
 

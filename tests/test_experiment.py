@@ -129,3 +129,54 @@ def test_files_are_readable_for_others(tmp_path):
     write_atomic(tmp_path / "file", "x")
     (tmp_path / "plain").write_text("x")
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.head=masks", "model.head must be per-pixel or mask2former, got 'masks'"),
+        ("model.head_channels=48 model.head=mask2former", "multiple of 32 and of model.attention_heads"),
+        ("model.attention_heads=0", "model.attention_heads must be above 0"),
+        ("train.accumulate=0", "train.accumulate must be above 0"),
+        ("inference.stride=0", "inference.stride above 0 and at most 1"),
+        ("inference.stride=1.5", "inference.stride above 0 and at most 1"),
+        ("inference.scales=", "at least one of inference.scales"),
+        ("inference.scales=1,-1", "inference.scales must be above 0"),
+        ("inference.windows=0", "inference.windows must be above 0"),
+        ("data.eval_edges=acdc", "NAME=PIXELS"),
+        ("data.eval_edges=acdc=0", "NAME=PIXELS"),
+        ("data.eval_edges=acdc=-5", "NAME=PIXELS"),
+    ],
+)
+def test_bad_options_of_head_and_inference_are_one_sentence(override, message):
+    with pytest.raises(ValueError, match=message):
+        Experiment.build("smoke", overrides=override.split())
+
+
+def test_the_papers_profiles_have_the_released_settings():
+    paper, large = (Experiment.build(name, "gtav@x", ["acdc@y"]) for name in ("paper", "paper-1024"))
+    assert (paper.data.height, paper.data.width, large.data.height, large.data.width) == (512, 512, 1024, 1024)
+    assert (paper.model.head, paper.model.head_channels, paper.model.num_tokens) == ("mask2former", 256, 100)
+    assert paper.model.feature_layers == (8, 12, 16, 24) and paper.model.patch_size == 16
+    train = paper.train
+    assert (train.steps, train.batch_size, train.learning_rate, train.weight_decay) == (40_000, 4, 1e-4, 0.05)
+    assert (train.power, train.clip_norm, train.views, train.ema) == (0.9, 0.0, 0, 0.0)
+    assert [round(e.inference.stride * e.data.width) for e in (paper, large)] == [341, 683]
+    # Cityscapes 2048 x 1024, BDD 1280 x 720, Mapillary 4000 x 3000, ACDC 1920 x 1080: released test sizes
+    edges = {"cityscapes": 2048, "bdd100k": 1280, "mapillary": 4000, "acdc": 1920, "folder": 700}
+    assert [paper.data.edge(*pair) for pair in edges.items()] == [1024, 1280, 2000, 960, 1024]
+    assert [large.data.edge(*pair) for pair in edges.items()] == [2048, 2560, 4000, 1920, 2048]
+
+
+def test_what_an_older_file_does_not_say_has_its_default():
+    values = Experiment.build("smoke").to_dict()
+    del values["inference"], values["model"]["head"]
+    assert Experiment.from_dict(values) == Experiment.build("smoke")
+    with pytest.raises(ValueError, match="not one of this version"):
+        Experiment.from_dict(values | {"optics": {}})
+
+
+@pytest.mark.parametrize("profile", ["paper", "paper-1024"])
+def test_profiles_without_domains_ask_for_them(profile):
+    with pytest.raises(ValueError, match=f"Profile {profile} has no domains of its own"):
+        Experiment.build(profile, source="gtav@x")

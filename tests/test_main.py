@@ -362,3 +362,20 @@ def test_every_baseline_is_trained_scored_and_predicts(refiner: str, tmp_path: P
     picture = str(tmp_path / "domain" / "images" / "p0.png")
     assert cli.main(["predict", str(tmp_path / "run"), picture, "--out", str(tmp_path / "out")]) == 0
     assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_inference_is_free_when_a_trained_model_is_scored(trained, capsys):
+    domain = json.loads((trained / "experiment.json").read_text())["data"]["source"]
+    words = ["evaluate", str(trained), "--target", domain, "-o"]
+    found = []
+    for options in (
+        ["inference.flip=true", "inference.scales=1,2"],
+        ["inference.whole=true"],
+        ["data.eval_edges=folder=16"],
+    ):
+        assert cli.main([*words, *options]) == 0
+        found.append(json.loads((trained / "metrics.json").read_text())["results"][0])
+    assert len({tuple(result["per_class"].items()) for result in found}) > 1
+    assert cli.main([*words, "model.rank=2"]) == 2
+    assert "settled by training: only data.eval_images" in capsys.readouterr().err
+    (trained / "metrics.json").unlink()

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from setlib.experiment import Experiment
-from setlib.model import Segmenter, read_picture
+from setlib.model import Segmenter, read_picture, write_model
 from setlib.windows import label_map
 
 
@@ -225,3 +225,85 @@ def test_spectra_stay_in_float32_under_autocast(monkeypatch):
 def test_an_unknown_precision_is_refused():
     with pytest.raises(ValueError, match="train.precision must be float32, bfloat16 or float16, got 'half'"):
         build("train.precision=half")
+
+
+TINY_MASKS = ("model.head=mask2former", "model.head_channels=32", "model.pixel_layers=1", "model.decoder_layers=2")
+
+
+@pytest.mark.parametrize("refiner", ["set", "rein", "fada", "set-phase", "none", "vpt"])
+def test_mask_heads_are_linked_to_tokens_and_saved_whole(tmp_path, refiner):
+    model = build(*TINY_MASKS, f"model.refiner={refiner}")
+    assert (model.head.query_embed is None) == (model.refiner.queries() is not None) == (refiner not in ("none", "vpt"))
+    images = torch.rand(2, 3, 60, 100, generator=torch.Generator().manual_seed(0))
+    output = model(images)
+    assert output.masks[-1].shape == (2, 8, 4 * 8, 4 * 13)  # queries, as many as tokens, on a grid of 8 x 13 patches
+    assert model.pixel_probabilities(output, (60, 100)).shape == (2, 19, 60, 100)
+    model.save(tmp_path)
+    again = Segmenter.load(tmp_path)(images)
+    assert torch.equal(again.masks[-1], output.masks[-1]) and torch.equal(again.classes[0], output.classes[0])
+
+
+def test_a_mask_head_reads_four_layers():
+    with pytest.raises(ValueError, match="feature_layers must name 4 layers for mask2former, got 2"):
+        build(*TINY_MASKS, "model.feature_layers=2,4")
+
+
+def test_labels_of_padded_pictures_are_padded(model):
+    """The loss of a picture that does not divide into patches counts its own pixels only."""
+    images = torch.rand(1, 3, 61, 107, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, 19, (1, 61, 107), generator=torch.Generator().manual_seed(1))
+    logits = model(images)
+    whole = F.interpolate(logits, (64, 112), mode="bilinear", align_corners=False)[..., :61, :107]
+    torch.testing.assert_close(model.loss(logits, labels), F.cross_entropy(whole, labels))
+
+
+class Hub:
+    """What of the hub's client is used to push."""
+
+    def __init__(self, token=None):
+        self.files = {}
+
+    def create_repo(self, repo_id, **_):
+        return type("Repo", (), {"repo_id": repo_id})
+
+    def upload_folder(self, folder_path, **_):
+        Hub.pushed = {path.name: path.read_bytes() for path in folder_path.iterdir()}
+        return "https://hub/commit"
+
+
+def test_it_is_shared_as_the_ecosystem_shares(tmp_path, monkeypatch):
+    model, run = build("model.refiner=rein"), tmp_path / "run"
+    model.save(run / "model")
+    score = {"domain": "scenes:night", "miou": 41.5, "images": 24, "class_set": "cityscapes-19"}
+    (run / "metrics.json").write_text(json.dumps({"results": [score]}))
+    loaded = Segmenter.load(run)
+    loaded.save_pretrained(tmp_path / "shared")
+    assert sorted(p.name for p in (tmp_path / "shared").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "shared" / name).read_bytes() == (run / "model" / name).read_bytes()
+    card = (tmp_path / "shared" / "README.md").read_text()
+    assert "| scenes:night | cityscapes-19 | 24 | 41.5 |" in card
+    assert card.startswith("---\n") and "library_name: setlib" in card
+    assert model.backbone.fingerprint in card and "scenes:game" in card
+    images = torch.rand(1, 3, 64, 128, generator=torch.Generator().manual_seed(0))
+    again = Segmenter.from_pretrained(tmp_path / "shared")
+    assert torch.equal(again(images), model(images)) and not again.training
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
+    assert loaded.push_to_hub("someone/rein") == "https://hub/commit"
+    assert Hub.pushed["model.safetensors"] == (run / "model" / "model.safetensors").read_bytes()
+    assert b"41.5" in Hub.pushed["README.md"]
+    monkeypatch.setattr("setlib.model.snapshot_download", lambda name, **_: str(tmp_path / "shared"))
+    assert torch.equal(Segmenter.from_pretrained("someone/rein", revision="main")(images), model(images))
+
+
+def test_what_the_hub_does_not_give_is_one_sentence():
+    for name in ("someone/nothing", "no id at all/x/y"):
+        with pytest.raises(ValueError, match="is no folder, and the hub does not give it"):
+            Segmenter.from_pretrained(name)
+
+
+def test_an_unknown_backbone_hash_is_accepted(tmp_path):
+    """An imported release does not say what its backbone's weights were."""
+    model = build()
+    write_model(tmp_path, model.trainable_state(), model.experiment, fingerprint="")
+    assert Segmenter.load(tmp_path).experiment == model.experiment

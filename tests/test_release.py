@@ -1,14 +1,26 @@
 """Parity with numbers that the public releases of Rein and SET computed (float32, CPU): the same functions."""
 
+import os
+import sys
+import tempfile
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import ViTConfig, ViTModel
 
 from setlib import __main__ as cli
 from setlib import release
+from setlib.backbone import FrozenBackbone
+from setlib.experiment import Experiment, Run
+from setlib.heads import Mask2FormerHead
+from setlib.model import Segmenter
+from setlib.refiners import build_refiner
 
 GOLDEN = Path(__file__).parent / "golden" / "token_modules.npz"
+HEAD = Path(__file__).parent / "golden" / "mask2former_head.npz"
 
 
 def spoil(folder, key, change):
@@ -50,3 +62,166 @@ def test_parameters_that_do_not_fit_are_named(tmp_path):
         release.our_name("learnable", "phase")
     with pytest.raises(ValueError, match="do not fit rein: .*size mismatch"):
         release.verify(spoil(tmp_path, "rein/param/merge.bias", lambda value: value[:-1]))
+
+
+def write_release(path, set_tokens=True, classes=19, change=None, layers=3, **content):
+    """A small checkpoint as mmengine writes it, with objects of classes that are not installed here."""
+    torch.manual_seed(0)
+    refiner = build_refiner("set-released" if set_tokens else "rein", range(1, layers + 1), 24, 7, 4, query_channels=32)
+    head = Mask2FormerHead(24, 32, classes, attention_heads=4, pixel_layers=2, pixel_width=48, decoder_layers=3,
+                           decoder_width=64)  # fmt: skip
+    branch = "phase" if set_tokens else "patches"
+    table = {ours.format(branch=branch): theirs for theirs, ours in release.NAMES.items()}
+    tokens = {n: p for n, p in refiner.state_dict().items() if n != "trained_batch"}
+    names, _ = release.rename(tokens, table)
+    state = {f"backbone.reins.{new}": tokens[name] for name, new in names.items()}
+    head = release.head_to_release(head.state_dict(), linked=True)
+    state |= {f"decode_head.{name}": value for name, value in head.items()}
+    if change:
+        change(state)
+    module = types.ModuleType("mmengine_stub")
+    module.Buffer = type("Buffer", (), {"__module__": "mmengine_stub", "__qualname__": "Buffer"})
+    sys.modules["mmengine_stub"] = module
+    try:
+        buffer = module.Buffer()
+        buffer.values, buffer.mean = np.zeros(3), np.float64(2)
+        torch.save({"meta": {"seed": np.float64(1)}, "state_dict": state, "message_hub": buffer} | content, path)
+    finally:
+        del sys.modules["mmengine_stub"]
+    return state
+
+
+def test_the_head_is_the_releases():
+    rows = release.verify(HEAD)
+    assert max(row["difference"] for row in rows) < release.TOLERANCE
+    items = {row["item"] for row in rows}
+    assert {f"{kind}_logits/50x93/stage{stage}" for kind in ("class", "mask") for stage in range(4)} <= items
+    assert cli.main(["verify", str(HEAD)]) == 0
+
+
+@pytest.mark.parametrize("key", ["mask_logits/50x93/stage2", "class_logits/50x93/stage0"])
+def test_a_difference_in_the_head_is_found(tmp_path, key):
+    values = dict(np.load(HEAD))
+    values[key] = values[key] + 1e-3 * np.abs(values[key]).clip(1)
+    np.savez(tmp_path / "spoilt.npz", **values)
+    rows = release.verify(tmp_path / "spoilt.npz")
+    assert [row["item"] for row in rows if row["difference"] > release.TOLERANCE] == [key]
+    changed = "param/decode_head.pixel_decoder.encoder.layers.1.ffn.layers.1.weight"
+    np.savez(tmp_path / "spoilt.npz", **dict(np.load(HEAD)) | {changed: 1.1 * np.load(HEAD)[changed]})
+    assert max(row["difference"] for row in release.verify(tmp_path / "spoilt.npz")) > 1e-3
+
+
+@pytest.mark.parametrize("set_tokens", [True, False])
+def test_a_release_comes_in_and_goes_out_again(tmp_path, set_tokens):
+    state = write_release(tmp_path / "release.pth", set_tokens, layers=4)
+    words = ["--backbone", "tiny-random", "--out"]
+    assert cli.main(["import", str(tmp_path / "release.pth"), *words, str(tmp_path / "run")]) == 0
+    assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "again.pth")]) == 0
+    again = torch.load(tmp_path / "again.pth", weights_only=True)["state_dict"]
+    assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
+    assert cli.main(["import", str(tmp_path / "again.pth"), *words, str(tmp_path / "run2")]) == 0
+    for name in ("experiment.json", "model/model.safetensors", "model/config.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "run2" / name).read_bytes()
+
+
+def test_an_imported_model_is_the_release(tmp_path):
+    """On a backbone of the release's width: its tokens and its head say what they said."""
+    state = write_release(tmp_path / "release.pth", layers=4)
+    run = release.import_checkpoint(tmp_path / "release.pth", tmp_path / "run", "tiny-random")
+    config = ViTConfig(hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, patch_size=16)
+    torch.manual_seed(1)
+    backbone = FrozenBackbone(ViTModel(config), "tiny")
+    model = Segmenter.load(run.path, backbone)
+    tokens = {n.removeprefix("backbone.reins."): v for n, v in state.items() if n.startswith("backbone.reins.")}
+    head = {n.removeprefix("decode_head."): v for n, v in state.items() if n.startswith("decode_head.")}
+    refiner = release.load_release("set-released", tokens)
+    images = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        maps = backbone(images, refiner, model.feature_layers)
+        expected = release.load_head(head)(list(maps.values()), refiner.queries())
+        torch.testing.assert_close(model(images).masks[-1], expected.masks[-1])
+        torch.testing.assert_close(model(images).classes[-1], expected.classes[-1])
+    assert model.predict(np.zeros((64, 96, 3), np.uint8)).shape == (64, 96)
+
+
+def drop(state):
+    del state["decode_head.cls_embed.bias"], state["backbone.reins.merge.bias"]
+
+
+def add(state):
+    state["backbone.cls_token"] = torch.zeros(1)
+    state["decode_head.extra.weight"] = torch.zeros(1)
+
+
+def add_to_the_head(state):
+    state["decode_head.extra.weight"] = torch.zeros(1)
+    state["decode_head.pixel_decoder.lateral_convs.1.gn.weight"] = torch.zeros(1)
+
+
+def shrink(state):
+    state["decode_head.mask_embed.2.weight"] = torch.zeros(3, 32)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (drop, ["query_map.merge.bias is missing"]),
+        (add, ["backbone.cls_token left over"]),
+        (add_to_the_head, ["extra.weight is left over", "lateral_convs.1.gn.weight is left over"]),
+        (shrink, ["do not fit a Mask2Former head", "size mismatch"]),
+        (lambda state: state.clear(), ["holds no tokens"]),
+    ],
+)
+def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path, change, words, capsys):
+    write_release(tmp_path / "release.pth", change=change)
+    assert cli.main(["import", str(tmp_path / "release.pth"), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_imported_or_exported_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    write_release(tmp_path / "five.pth", classes=5)
+    write_release(tmp_path / "release.pth")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for name, out, words in (
+        ("text.pth", "run", "cannot be read as a checkpoint"),
+        ("nowhere.pth", "run", "cannot be read as a checkpoint"),
+        ("five.pth", "run", "knows 5 classes: expected the 19"),
+        ("release.pth", "run", "No DINOv2 has 3 layers of 24 channels"),
+        ("release.pth", "full", "is not an empty folder"),
+    ):
+        assert cli.main(["import", str(tmp_path / name), "--out", str(tmp_path / out)]) == 2
+        assert words in capsys.readouterr().err
+    run = Run.open(tmp_path / "smoke", Experiment.build("smoke"))
+    assert cli.main(["export", str(run.path), "--out", str(tmp_path / "x.pth")]) == 2
+    assert "releases hold rein or set-released with mask2former" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("call", [os.mkdir, tempfile.mkdtemp])
+def test_nothing_in_a_checkpoint_is_executed(tmp_path, call):
+    class Evil:
+        def __reduce__(self):
+            return (call, (str(tmp_path / "made"),) if call is os.mkdir else ("", "made", str(tmp_path)))
+
+    write_release(tmp_path / "evil.pth", layers=4, optimizer=Evil())
+    if call is os.mkdir:
+        with pytest.raises(ValueError, match="cannot be read as a checkpoint .*posix.mkdir"):
+            release.import_checkpoint(tmp_path / "evil.pth", tmp_path / "run", "tiny-random")
+    else:
+        release.import_checkpoint(tmp_path / "evil.pth", tmp_path / "run", "tiny-random")
+    assert not list(tmp_path.glob("*made"))
+
+
+def test_the_releases_names_are_all_known():
+    """The 308 names of a ViT-L checkpoint, by their patterns: each has one of ours, and goes back to itself."""
+    head = [
+        *(f"pixel_decoder.input_convs.{i}.{part}" for i in range(3) for part in ("conv.weight", "gn.weight")),
+        "pixel_decoder.level_encoding.weight", "level_embed.weight", "cls_embed.bias", "mask_embed.4.weight",
+        "querys2feat.weight", "transformer_decoder.layers.8.cross_attn.attn.in_proj_weight",
+        "transformer_decoder.layers.8.self_attn.attn.out_proj.bias", "transformer_decoder.post_norm.weight",
+    ]  # fmt: skip
+    names, left = release.rename(head, release.HEAD_NAMES)
+    assert not left and len(set(names.values())) == len(head)

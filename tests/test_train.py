@@ -286,3 +286,76 @@ def test_pictures_need_not_divide_into_patches(source, tmp_path):
     assert model.backbone.patch_size == 10 and np.mean(losses(history)[-5:]) < 0.5 * np.mean(losses(history)[:3])
     sample = load(source, model.experiment.data).sample(0)
     assert (model.predict(sample.image) == sample.label).mean() > 0.9
+
+
+MASKS = ("model.head=mask2former", "model.head_channels=32", "model.pixel_layers=1", "model.decoder_layers=2")
+
+
+@pytest.mark.parametrize("refiner", ["none", "rein", "set"])
+def test_a_mask_head_learns(source, tmp_path, refiner):
+    options = (*MASKS, f"model.refiner={refiner}", "train.steps=40", "train.learning_rate=1e-3", "train.clip_norm=0")
+    _, history = train.train(Run.open(tmp_path, experiment(source, *options)), progress=False)
+    assert np.mean(losses(history)[-5:]) < 0.8 * np.mean(losses(history)[:3])
+
+
+def test_a_mask_head_goes_on_after_a_kill_as_if_there_was_none(source, tmp_path):
+    whole = Run.open(tmp_path / "whole", experiment(source, *MASKS, "train.steps=6", "train.checkpoint_every=3"))
+    expected = losses(train.train(whole, progress=False)[1])
+    cut = Run.open(tmp_path / "cut", whole.experiment)
+    model = Segmenter(cut.experiment).train()
+    trainer = train.Trainer(model, cut)
+    bank = train.make_bank(model, load(source, cut.experiment.data, role="source"), progress=False)
+    for step in range(3):
+        images, labels, prefix = bank.batch(train.batch_indices(cut.experiment, step))
+        trainer.step(images, labels, prefix)
+    trainer.save()
+    assert losses(train.train(cut, progress=False)[1]) == expected
+
+
+@pytest.mark.parametrize("options", [(), ("model.refiner=full",), (*MASKS, "model.refiner=none")])
+def test_a_step_in_parts_is_the_step(source, tmp_path, options):
+    found = []
+    for parts in (1, 2, 4):
+        settings = (*options, "train.batch_size=4", "train.steps=6", f"train.accumulate={parts}")
+        run = Run.open(tmp_path / str(parts), experiment(source, *settings))
+        found.append(losses(train.train(run, progress=False)[1]))
+    rounding = 1e-5 if MASKS[0] in options else 0.0  # a mask head chooses its points by values that rounding moves
+    np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=rounding, atol=1e-4)
+
+
+def test_a_step_that_cannot_be_parted_is_one_sentence(source, tmp_path):
+    run = Run.open(tmp_path, experiment(source, "train.batch_size=4", "train.accumulate=3"))
+    with pytest.raises(ValueError, match=r"batch_size \(4\) must be a multiple of 3: 1 processes x train.accumulate"):
+        train.train(run, progress=False)
+
+
+def test_validation_looks_at_the_source_alone_and_changes_nothing(source, tmp_path, monkeypatch):
+    loaded, own = [], load
+    monkeypatch.setattr(train.domains, "load", lambda text, *a, **k: loaded.append(text) or own(text, *a, **k))
+    found = []
+    for every in (0, 2):
+        run = Run.open(tmp_path / str(every), experiment(source, "train.steps=5", f"train.validate_every={every}"))
+        found.append(train.train(run, progress=False)[1])
+    assert losses(found[0]) == losses(found[1])
+    assert [entry["step"] for entry in found[1] if "source_miou" in entry] == [2, 4, 5]
+    assert all(0 <= entry["source_miou"] <= 100 for entry in train.read_history(run) if "source_miou" in entry)
+    assert set(loaded) == {source}
+
+
+def test_compiled_layers_are_used_and_say_the_same(source, tmp_path, monkeypatch):
+    used = []
+
+    def compiled(function):
+        return lambda *args, **options: used.append(function) or function(*args, **options)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    found = []
+    for value in ("false", "true"):
+        run = Run.open(tmp_path / value, experiment(source, "train.steps=3", f"train.compile={value}"))
+        found.append(losses(train.train(run, progress=False)[1]))
+    assert found[0] == found[1] and len(set(used)) == 4
+
+
+def test_weights_that_learn_are_not_parted(source):
+    with pytest.raises(ValueError, match="train.shard is for frozen weights"):
+        Segmenter(experiment(source, "model.refiner=full")).backbone.shard()

@@ -1,0 +1,81 @@
+"""Two processes against one: the same losses, the same tables. Started as a user starts them."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from setlib import __main__ as cli
+from setlib.experiment import Run
+from setlib.train import read_history
+
+LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0".split()
+LAUNCH += "--mixed_precision no --dynamo_backend no -m setlib".split()
+MASKS = "model.head=mask2former model.head_channels=32 model.pixel_layers=1 model.decoder_layers=2 model.refiner=none"
+SETTINGS = {
+    "per-pixel": ["train.steps=20", "train.validate_every=10", "data.eval_images=3"],
+    "mask2former": ["train.steps=20", "model.pixel_width=48", "model.decoder_width=64", *MASKS.split()],
+    "sharded": ["train.steps=4", "train.views=0", "train.shard=true", "train.validate_every=2", "data.eval_images=3"],
+}
+
+
+def launch(*words):
+    """The command in two processes; its output. A hang is an error."""
+    done = subprocess.run([sys.executable, *LAUNCH, *words], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """{setting: (run of one process, run of two)}."""
+    folder, made = tmp_path_factory.mktemp("processes"), {}
+    for name, options in SETTINGS.items():
+        words = ["train", "--profile", "smoke", "-o", "train.batch_size=4", *options]
+        assert cli.main([*words, "--run", str(folder / f"{name}-1")]) == 0
+        printed = launch(*words, "--run", str(folder / f"{name}-2"))
+        assert printed.count("Score it with") == 1  # one process speaks
+        made[name] = [Run.load(folder / f"{name}-{count}") for count in (1, 2)]
+    return made
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_losses_and_validation_are_equal(trained, name):
+    one, two = (read_history(run) for run in trained[name])
+    assert len(one) == len(two) > 0
+    np.testing.assert_allclose([e["loss"] for e in two], [e["loss"] for e in one], rtol=1e-5, atol=1e-4)
+    scores = [[e["source_miou"] for e in history if "source_miou" in e] for history in (one, two)]
+    assert len(scores[0]) == 2 * (name != "mask2former")
+    np.testing.assert_allclose(scores[1], scores[0], atol=0.1)  # weights differ by rounding
+
+
+def test_the_table_is_the_same(trained):
+    run = trained["per-pixel"][0]
+    words = ["evaluate", str(run.path), "--target", "scenes:night", "scenes:fog", "-o", "data.eval_images=3"]
+    assert cli.main(words) == 0
+    expected = json.loads((run.path / "metrics.json").read_text())
+    (run.path / "metrics.json").unlink()
+    assert launch(*words).count("scenes:fog") == 1
+    assert json.loads((run.path / "metrics.json").read_text()) == expected
+
+
+def test_what_is_for_one_process_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for words in (["run", "--profile", "smoke"], ["backbones"]):
+        assert cli.main(words) == 2
+        assert "start only train and evaluate with accelerate launch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "train.precision=bfloat16"),
+        ("ACCELERATE_USE_FSDP", "true", "train.shard=true"),
+    ],
+)
+def test_what_the_configuration_decides_is_not_the_launchers(monkeypatch, tmp_path, capsys, name, value, words):
+    monkeypatch.setenv(name, value)
+    assert cli.main(["train", "--profile", "smoke", "--run", str(tmp_path)]) == 2
+    assert words in capsys.readouterr().err
