@@ -171,7 +171,8 @@ class Mask2FormerHead(nn.Module):
         first = 0 if every else -1
         classes = [self.classify(hidden.transpose(0, 1)).float() for hidden in decoded.intermediate_hidden_states]
         embeddings = torch.stack(decoded.masks_queries_logits[first:], 1)  # (B, stages, Q, hidden + 1)
-        masks = ReadMasks.apply(embeddings.flatten(1, 2), finest).unflatten(1, embeddings.shape[1:3])
+        with torch.autocast(finest.device.type, enabled=False):
+            masks = ReadMasks.apply(embeddings.flatten(1, 2), finest).unflatten(1, embeddings.shape[1:3])
         return Masks(classes[first:], list(masks.unbind(1)))
 
     def probabilities(self, output: Masks, size: tuple[int, int]) -> Tensor:

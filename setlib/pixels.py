@@ -179,9 +179,9 @@ class MaskPredictor(Mask2FormerMaskPredictor):
         """
         maps, projection = pixels
         embeddings = self.mask_embedder(outputs.transpose(0, 1)).float()  # (B, Q, C)
-        weight = torch.cat([projection.weight.flatten(1), projection.bias[:, None]], 1).float()
-        embeddings = embeddings @ weight
-        with torch.no_grad():
+        with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings = embeddings @ torch.cat([projection.weight.flatten(1), projection.bias[:, None]], 1)
+        with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False):
             masks = torch.baddbmm(embeddings[..., -1:], embeddings[..., :-1], maps[size])
             closed = (masks.sigmoid() < 0.5)[:, None].expand(-1, self.num_heads, -1, -1).flatten(0, 1)
         return embeddings, closed

@@ -182,3 +182,16 @@ def test_without_a_gradient_the_last_stage_alone_answers():
     assert len(last.masks) == len(last.classes) == 1
     torch.testing.assert_close(last.masks[0], every.masks[-1])
     torch.testing.assert_close(last.classes[0], every.classes[-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_precision_says_nearly_the_same_and_masks_are_whole(dtype):
+    head, wanted = mask_head(), labels()
+    expected = head(features(), queries())
+    with torch.autocast("cpu", dtype):
+        found = head(features(), queries())
+    for one, other in zip((*found.masks, *found.classes), (*expected.masks, *expected.classes), strict=True):
+        assert one.dtype == torch.float32
+        assert torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.99
+    head.loss(found, wanted, head.counts(wanted), [1, 2]).backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in head.parameters())
