@@ -51,6 +51,8 @@ class Prefix:
     @staticmethod
     def cat(parts: Sequence[Prefix]) -> Prefix:
         """Prefixes of several batches as one."""
+        if len(parts) == 1:
+            return parts[0]
         maps = {layer: torch.cat([part.maps[layer] for part in parts]) for layer in parts[0].maps}
         return replace(parts[0], hidden=torch.cat([part.hidden for part in parts]), maps=maps)
 

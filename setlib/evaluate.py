@@ -161,7 +161,8 @@ def evaluate_run(
     """
     table: dict[str, list[Score]] = {name: [] for name in models}
     for text in names:
-        domain = domains.load(text, run.experiment.data, role="target")
+        with state().main_process_first():  # what is rendered once is then there for all
+            domain = domains.load(text, run.experiment.data, role="target")
         if not domain.has_labels:
             tqdm.write(f"{text} has no labels: looked at, not scored")
             continue

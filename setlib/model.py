@@ -78,8 +78,10 @@ class Segmenter(nn.Module, ModelHubMixin):
         if not self.frozen_until:
             return None
         wanted, precision = layers or self.feature_layers, self.experiment.train.precision
+        stop, parts = self.frozen_until, images.split(self.experiment.inference.windows)
         with self.autocast():
-            return self.cache.prefix(self.backbone, images.to(DEVICE), self.frozen_until, wanted, precision)
+            kept = [self.cache.prefix(self.backbone, part.to(DEVICE), stop, wanted, precision) for part in parts]
+        return Prefix.cat(kept)
 
     def forward(self, images: Tensor, prefix: Prefix | None = None) -> Tensor | Masks:
         """What the head says of images (B, 3, h, w) in [0, 1], of any size: logits (B, 19, H, W), or masks.
@@ -220,18 +222,21 @@ class Segmenter(nn.Module, ModelHubMixin):
         self.save(save_directory)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, backbone: FrozenBackbone | None = None, **options: Any) -> Segmenter:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, backbone: FrozenBackbone | None = None, **options: Any
+    ) -> Segmenter:
         """`load` of a folder, or of a repository of the hub; options: revision, token, cache_dir ... of the hub's.
 
         Raises ValueError as `load` does, and if the hub does not have it.
         """
-        if not Path(name).is_dir():
+        folder = pretrained_model_name_or_path
+        if not Path(folder).is_dir():
             try:
-                name = snapshot_download(str(name), allow_patterns=list(FILES), **options)
+                folder = snapshot_download(str(folder), allow_patterns=list(FILES), **options)
             except (ValueError, OSError) as error:  # every error of the hub is one of these
-                reason = str(error).strip().splitlines()[0]
-                raise ValueError(f"{name} is no folder, and the hub does not give it: {reason}") from None
-        return cls.load(Path(name), backbone)
+                why = str(error).strip().splitlines()[0]
+                raise ValueError(f"{folder} is no folder, and the hub does not give it: {why}") from None
+        return cls.load(Path(folder), backbone)
 
     def generate_model_card(self, **_: Any) -> ModelCard:
         """README.md of a shared model: what it is, how to load it, and the run's table."""

@@ -207,7 +207,7 @@ def loss_curves(histories: Mapping[str, Sequence[Mapping]], ax: Axes | None = No
         smooth = losses.rolling(max(1, len(losses) // 10), min_periods=1).mean()
         ax.plot(losses, color=COLOURS[i % 8], alpha=0.25, linewidth=0.8)
         ax.plot(smooth, color=COLOURS[i % 8], linewidth=1.8, label=f"{name}: {smooth.iloc[-1]:.2f} at the end")
-    ax.set(xlabel="step", ylabel="cross-entropy (nats a pixel)", ylim=(0, None))
+    ax.set(xlabel="step", ylabel="loss on the source", ylim=(0, None))
     ax.grid(True, axis="y")
     ax.legend()
     return ax

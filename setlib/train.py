@@ -378,7 +378,7 @@ def summary(trained: dict[str, tuple[Segmenter, list[dict]]], window: int = 10) 
 def verdict(rows: list[dict]) -> str:
     """What `summary` shows, in words made from its numbers."""
     parts = [f"{row['model']} from {row['first loss']:.2f} to {row['last loss']:.2f}" for row in rows]
-    text = f"Cross-entropy on the source went, over {rows[0]['steps']} steps: {'; '.join(parts)}. "
+    text = f"The loss on the source went, over {rows[0]['steps']} steps: {'; '.join(parts)}. "
     low = min(rows, key=lambda row: row["last loss"])
     if len(rows) > 1:
         text += f"Lowest at the end is {low['model']}. "
