@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from setlib.model import Segmenter
 
 BAR = 40  # characters of a class that covers everything
-FREE = ("data.eval_images", "data.content_seed", "data.eval_edges", "inference.")  # when a trained model is scored
+FREE = ("data.eval_images", "data.content_seed", "data.eval_edges", "model.any_batch", "inference.")  # after training
 SHARED = ("train", "evaluate")  # by several processes
 LISTED = 10  # problems of a domain that are shown
 
@@ -44,7 +44,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     many = {"nargs": "+", "action": "extend"}
     base, profile, options, made, target = (Parser(add_help=False) for _ in range(5))
     base.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    profile.add_argument("--profile", default="quick", help="smoke, quick (default) or paper")
+    profile.add_argument("--profile", default="quick", help="smoke, quick (default), paper or paper-1024")
     text = "any field of the configuration, for example model.refiner=rein"
     options.add_argument("-o", dest="options", metavar="KEY=VALUE", default=[], help=text, **many)
     text = "domains to score on, name[:split][@folder]; default: the profile's or the run's"
@@ -66,7 +66,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("evaluate", "Score a run's model on its targets or on others.", options, target).add_argument(
         "run", metavar="RUN"
     )
-    predict = add("predict", "Predict pictures of any size and format: a colour overlay and a PNG of train ids each.")
+    text = "Predict pictures of any size and format: a colour overlay and a PNG of train ids each."
+    predict = add("predict", text, options)
     predict.add_argument("run", metavar="RUN", help="run folder")
     predict.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
     predict.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for what is made")
@@ -87,7 +88,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     exported = add("export", "Write a run's model as a checkpoint under the names of the releases.")
     exported.add_argument("run", metavar="RUN", help="run folder with the refiner rein or set-released")
     exported.add_argument("--out", metavar="FILE.pth", type=Path, required=True)
-    verify = add("verify", "Compare refiners with golden numbers of the public releases; exit 1 above 1e-5.")
+    verify = add(
+        "verify", "Compare refiners and the mask head with golden numbers of the public releases; exit 1 above 1e-5."
+    )
     verify.add_argument("files", metavar="FILE.npz", nargs="+", type=Path)
     bench = add("bench", "Measure speed and memory of the parts, as ratios taken in one run.")
     bench.add_argument("--only", metavar="NAME", default=[], help="benches to run; default: all", **many)
@@ -174,26 +177,32 @@ def train_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def freely(experiment: Experiment, options: Sequence[str]) -> Experiment:
+    """A trained model's experiment with options of its use. Raises ValueError for what training settled."""
+    if trained := [option for option in options if not option.startswith(FREE)]:
+        raise ValueError(f"Option '{trained[0]}' was settled by training: only {', '.join(FREE)} are free.")
+    return experiment.override(*options)
+
+
 def evaluate_command(args: argparse.Namespace) -> int:
     """evaluate: scores of RUN/model, put into metrics.json."""
     run = Run.load(args.run)
     targets = args.target or run.experiment.data.targets
     if not targets:
         raise ValueError(f"{run.path} names no targets: name them with --target.")
-    if trained := [option for option in args.options if not option.startswith(FREE)]:
-        raise ValueError(f"Option '{trained[0]}' was settled by training: only {', '.join(FREE)} are free.")
-    scored = Run(run.path, run.experiment.override(*args.options))
+    scored = Run(run.path, freely(run.experiment, args.options))
     check_labelled(targets, scored.experiment.data, every=True)
     from setlib import evaluate, workbook
     from setlib.model import Segmenter
     from setlib.processes import state
 
-    name, model = run.experiment.model.refiner, Segmenter.load(run.path / "model")
-    model.experiment = scored.experiment
+    with state().main_process_first():
+        name, model = run.experiment.model.refiner, Segmenter.load(run.path / "model")
+    model.use(scored.experiment)
     scores = evaluate.evaluate_run(scored, {name: model}, targets)[name]
     if not state().is_main_process:
         return 0
-    evaluate.write_metrics(run, scores)
+    evaluate.write_metrics(scored, scores)
     print(text_table(workbook.metric_rows(run)))
     if (run.path / "report.html").is_file():
         print(f"Report: {workbook.shown(workbook.write_report(run))}")
@@ -203,6 +212,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
 def predict_command(args: argparse.Namespace) -> int:
     """predict: two PNGs for every picture that can be read; the others are named at the end."""
     run, images = Run.load(args.run), list(dict.fromkeys(args.images))
+    used = freely(run.experiment, args.options)
     for path in images:
         if not path.is_file():
             raise ValueError(
@@ -220,6 +230,7 @@ def predict_command(args: argparse.Namespace) -> int:
     from setlib.model import Segmenter
 
     model, problems = Segmenter.load(run.path / "model"), []
+    model.use(used)
     for path, name in tqdm(outputs.items(), desc="predict", unit="img"):
         try:
             for kind, content in predict_picture(model, path).items():
@@ -359,6 +370,8 @@ def bench_command(args: argparse.Namespace) -> int:
         measured = [f"{row['seconds']:.4f}", f"{ratios[0]:.2f}", f"{row['peak_bytes'] / 1e6:.1f}", f"{ratios[1]:.2f}"]
         shown.append([row["bench"], row["variant"], row["size"], *measured])
     print(text_table(shown))
+    if not any(row["bench"] == "gpu" for row in rows) and (not args.only or "gpu" in args.only):
+        print("gpu: nothing is measured without a GPU")
     if args.json:
         print(f"Rows: {write_atomic(args.json, json.dumps(rows, indent=1))}")
     return 0

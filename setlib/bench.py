@@ -27,7 +27,7 @@ import evaluate
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Dinov2Config, Dinov2Model
 
@@ -37,7 +37,7 @@ from setlib.evaluate import MeanIoU
 from setlib.experiment import Data, Experiment, nearest
 from setlib.model import Segmenter
 from setlib.processes import MALLOC
-from setlib.refiners import build_refiner
+from setlib.refiners import Refiner, build_refiner
 from setlib.train import Trainer
 from setlib.windows import Windows
 
@@ -145,11 +145,28 @@ def paper_model(size: str, refiner: str, *overrides: str) -> Segmenter:
     return Segmenter(Experiment.build("paper", "scenes:game", ["scenes:fog"], overrides=options), backbone)
 
 
+class Through(Refiner):
+    """Changes nothing, but has the gradient go through every layer: what a step costs beside its refiner."""
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        super().__init__(layers)
+        self.zero = nn.Parameter(torch.zeros(()))
+
+    def forward(self, features: Tensor, layer: int) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        return features + self.zero
+
+
 def paper_step(size: str, refiner: str, batch: int, crop: int, *overrides: str) -> Step:
-    """One step of the paper's training on random pictures, without the reading of files."""
-    trainer = Trainer(
-        paper_model(size, refiner, f"train.batch_size={batch}", "train.steps=1000000", *overrides).train(), None
-    )
+    """One step of the paper's training on random pictures, without the reading of files.
+
+    refiner: "through" for the gradient through every layer without a refiner.
+    """
+    options = (f"train.batch_size={batch}", "train.steps=1000000", *overrides)
+    model = paper_model(size, "none" if refiner == "through" else refiner, *options).train()
+    if refiner == "through":
+        model.refiner = Through(range(1, model.backbone.num_layers + 1)).to(_device())
+    trainer = Trainer(model, None)
     images, labels = torch.rand(batch, 3, crop, crop, device=_device()), _labels(batch, crop, crop)
     return lambda: trainer.step(images, labels, None)
 
@@ -291,12 +308,12 @@ def paper_cases() -> list[Case]:
 def gpu_cases() -> list[Case]:
     """The paper's training step on a GPU: bfloat16, with and without torch.compile; nothing without a GPU.
 
-    The share of the refiners is what a step without a refiner does not take.
+    The share of the refiners: what a step takes beyond "through", where the gradient goes through every layer too.
     """
     cases = []
     for crop, batch in ((crop, 4) for crop in PAPER if torch.cuda.is_available()):
         name, options = f"DINOv2-L, B={batch}, {crop} x {crop}, bfloat16", ("train.precision=bfloat16",)
-        for refiner in TOKEN_REFINERS:
+        for refiner in ("none", "through", "rein", "set"):
             cases.append(Case("gpu", refiner, name, partial(paper_step, "L", refiner, batch, crop, *options), HEAVY))
         options += ("train.compile=true",)
         cases.append(Case("gpu", "set, compiled", name, partial(paper_step, "L", "set", batch, crop, *options), HEAVY))
@@ -333,7 +350,8 @@ def bench(names: Iterable[str] = ()) -> list[dict]:
     with tqdm(total=turns, desc="bench", unit="turn") as bar:
         for group in groups:
             bar.set_postfix_str(f"{group[0].bench}, {group[0].size}")
-            seconds, peaks = _times(group, bar), _peaks(group, bar)
+            alone = [[case] for case in group] if group[0].bench == "gpu" else [group]  # one at a time in its memory
+            seconds, peaks = [second for cases in alone for second in _times(cases, bar)], _peaks(group, bar)
             for case, second, peak in zip(group, seconds, peaks, strict=True):
                 rows.append(case._asdict() | {"seconds": second, "peak_bytes": peak})
                 del rows[-1]["prepare"], rows[-1]["repeats"]

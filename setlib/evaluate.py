@@ -256,7 +256,7 @@ def write_metrics(run: Run, scores: Sequence[Score]) -> dict:
     """RUN/metrics.json: what was scored now, and what was scored on other domains before. Returns its content."""
     path, experiment = run.path / "metrics.json", run.experiment
     results = {r["domain"]: r for r in run.read_json("metrics.json")["results"]} if path.is_file() else {}
-    results |= {score.domain: score.to_dict() for score in scores}
+    results |= {score.domain: score.to_dict() | {"inference": str(experiment.inference)} for score in scores}
     content = {
         "profile": experiment.profile,
         "seed": experiment.seed,

@@ -1,4 +1,4 @@
-"""The configuration of an experiment, its three profiles, and the run folder that holds what it makes.
+"""The configuration of an experiment, its four profiles, and the run folder that holds what it makes.
 
 No data is read and no model is built here.
 """
@@ -89,11 +89,13 @@ class Train:
     )
     learning_rate: float = 1e-3
     weight_decay: float = 0.05  # none on tokens, norms, biases and scales
-    power: float = 0.9  # of the polynomial decay
+    warmup: int = 0  # first steps, in which the learning rate rises evenly
+    power: float = 0.9  # of the polynomial decay after them
     clip_norm: float = 1.0  # largest gradient norm; 0 = off
     ema: float = 0.0  # decay of the moving average of the weights; 0 = off
     checkpoint_every: int = 100  # steps
     validate_every: int = 0  # steps between scores on other pictures of the source; 0 = never. Nothing is chosen by it
+    validate_on: str = ""  # a domain of the source's data set: gtav:val@folder; empty = what its name gives for scoring
     precision: str = "float32"  # of the matrix products: float32, bfloat16, float16; spectra stay in float32
     checkpointing: bool = False  # keeps only the input of each layer for the gradient: less memory, more time
     cache_gb: float = 0.0  # disk for frozen features of kept views and scored pictures; 0 = off
@@ -110,6 +112,12 @@ class Inference:
     windows: int = 8  # at most so many at once
     scales: tuple[float, ...] = (1.0,)  # of data.long_edge; the probabilities of several are averaged
     flip: bool = False  # averaged with the prediction of the mirrored picture
+
+    def __str__(self) -> str:
+        """In words, for tables."""
+        words = ["whole pictures" if self.whole else f"windows by {self.stride:.2f}"]
+        words += [f"scales {', '.join(f'{scale:g}' for scale in self.scales)}"] if self.scales != (1.0,) else []
+        return " + ".join(words + ["flip"] * self.flip)
 
 
 @dataclass(frozen=True)
@@ -221,7 +229,7 @@ def _smoke() -> Experiment:
 
 def _paper(crop: int = 512) -> Experiment:
     """One GPU. Source: the released configurations; what differs from them is listed in the README."""
-    edges = {"cityscapes": 1024, "bdd100k": 1280, "mapillary": 0.5, "acdc": 960}  # of their pictures at crops of 512
+    edges = {"cityscapes": 1024, "bdd100k": 1280, "acdc": 960, "mapillary": 0.5, "mapillary-v2": 0.5}  # at crops of 512
     data = Data(
         source="",
         targets=(),
@@ -244,6 +252,8 @@ def _paper(crop: int = 512) -> Experiment:
         head_channels=256,
     )
     train = Train(steps=40_000, views=0, learning_rate=1e-4, clip_norm=0.0, checkpoint_every=1000)
+    if crop > 512:
+        train = replace(train, batch_size=8, learning_rate=6e-5, warmup=10_000)
     profile = "paper" if crop == 512 else f"paper-{crop}"
     return Experiment(profile=profile, data=data, model=model, train=train, ablation=Ablation(overrides=()))
 
@@ -313,11 +323,11 @@ ABOVE_ZERO = (
 NOT_NEGATIVE = (
     *("seed", "data.train_images", "data.eval_images", "data.content_seed", "data.photometric"),
     *("data.workers", "train.views", "train.weight_decay", "train.clip_norm", "train.power", "ablation.seeds"),
-    *("model.patch_size", "train.cache_gb", "train.validate_every"),
+    *("model.patch_size", "train.cache_gb", "train.validate_every", "train.warmup"),
 )
 SAME_NUMBERS = (  # cost time or memory, change no result
     *("train.checkpointing", "train.cache_gb", "train.accumulate", "train.shard", "train.compile", "data.workers"),
-    *("train.validate_every", "inference.windows"),
+    *("train.validate_every", "train.validate_on", "inference.windows"),
 )
 CHOICES = {
     "data.on_error": ("stop", "skip"),
@@ -361,6 +371,10 @@ def _validate(experiment: Experiment) -> None:
             f"Option model.head_channels must be a multiple of 32 and of model.attention_heads for mask2former, "
             f"got {model.head_channels}."
         )
+    if train.warmup >= train.steps:
+        raise ValueError(f"Option train.warmup ({train.warmup}) must be below train.steps ({train.steps}).")
+    if train.validate_every and model.refiner == "set-released" and not model.any_batch:
+        raise ValueError("Validation predicts one picture at a time: set-released needs model.any_batch=true for it.")
     if not experiment.inference.scales or not 0 < experiment.inference.stride <= 1:
         raise ValueError("Name at least one of inference.scales, and an inference.stride above 0 and at most 1.")
     for text in data.eval_edges:

@@ -287,6 +287,9 @@ class _Parts(Mask2FormerPreTrainedModel):
         for p in (*self.pixel_decoder.encoder.parameters(), *self.decoder.layers.parameters()):
             if p.dim() > 1:
                 nn.init.xavier_normal_(p)
+        for layer in self.decoder.layers:  # one (3 C, C) matrix in the release
+            for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                nn.init.xavier_normal_(part.weight, gain=0.5**0.5)
         for module in self.pixel_decoder.encoder.modules():
             if isinstance(module, Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention):
                 self._init_weights(module)

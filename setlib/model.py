@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from torch.nn import functional as F
 from setlib.backbone import FrozenBackbone, Prefix
 from setlib.experiment import Experiment, Model
 from setlib.features import FeatureCache
-from setlib.files import write_atomic
+from setlib.files import load_json, write_atomic
 from setlib.heads import Mask2FormerHead, Masks, PerPixelHead
 from setlib.labels import CITYSCAPES, IGNORE
 from setlib.pictures import read_picture
@@ -165,6 +167,11 @@ class Segmenter(nn.Module, ModelHubMixin):
             total = total + F.interpolate(blended[None], views[0].size, mode="bilinear", align_corners=False)[0]
         return total / len(views)
 
+    def use(self, experiment: Experiment) -> None:
+        """Takes over how a trained model is used: data.eval_edges, model.any_batch, inference.*"""
+        self.experiment = experiment
+        self.refiner.any_batch = experiment.model.any_batch
+
     def predict(self, image: Any) -> np.ndarray:
         """Train ids (h, w) uint8 of one picture, at the picture's own size.
 
@@ -192,8 +199,6 @@ class Segmenter(nn.Module, ModelHubMixin):
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             experiment, trained_on = Experiment.from_dict(config["experiment"]), config["backbone_fingerprint"]
             tensors = load_file(folder / "model.safetensors")
-            metrics = folder.parent / "metrics.json"
-            results = json.loads(metrics.read_text(encoding="utf-8"))["results"] if metrics.is_file() else []
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"The model in {folder} cannot be read ({error}): train it again.") from None
         model = cls(experiment, backbone)
@@ -204,7 +209,8 @@ class Segmenter(nn.Module, ModelHubMixin):
                 f"but {model.backbone.name} has {found}: use the same weights."
             )
         model.load_state(tensors)
-        model.results = results
+        scored = folder.parent / "metrics.json" if (folder.parent / "experiment.json").is_file() else folder / "-"
+        model.results = load_json(scored)["results"] if scored.is_file() else config.get("results", [])
         return model.eval()
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -219,7 +225,13 @@ class Segmenter(nn.Module, ModelHubMixin):
         self.load_state_dict(tensors, strict=False)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        self.save(save_directory)
+        """`save` with the results and the card, without the folders of this machine."""
+        data = self.experiment.data
+        source, *targets = (_public(text) for text in (data.source, *data.targets))
+        experiment = replace(self.experiment, data=replace(data, source=source, targets=tuple(targets)))
+        results = [result | {"domain": _public(result["domain"])} for result in self.results]
+        write_model(save_directory, self.trainable_state(), experiment, self.backbone.fingerprint, results)
+        write_atomic(save_directory / "README.md", str(self.generate_model_card()))
 
     @classmethod
     def from_pretrained(
@@ -241,8 +253,10 @@ class Segmenter(nn.Module, ModelHubMixin):
     def generate_model_card(self, **_: Any) -> ModelCard:
         """README.md of a shared model: what it is, how to load it, and the run's table."""
         experiment = self.experiment
-        rows = [f"| {r['domain']} | {r['class_set']} | {r['images']} | {r['miou']} |" for r in self.results]
-        table = "\n".join(["| domain | classes | pictures | mIoU, % |", "|---|---|---|---|", *rows])
+        results = [r | {"domain": _public(r["domain"]), "inference": r.get("inference", "")} for r in self.results]
+        rows = ["| {domain} | {class_set} | {images} | {inference} | {miou} |".format(**r) for r in results]
+        table = "\n".join(["| domain | classes | pictures | predicted in | mIoU, % |", "|---|---|---|---|---|", *rows])
+        known = f"Steps: {experiment.train.steps}, seed {experiment.seed}." if experiment.data.source else ""
         counts = " + ".join(f"{number:,} ({part})" for part, number in self.num_trainable().items() if number)
         return ModelCard(
             CARD.format(
@@ -250,9 +264,8 @@ class Segmenter(nn.Module, ModelHubMixin):
                 head=experiment.model.head,
                 backbone=experiment.model.backbone,
                 fingerprint=self.backbone.fingerprint,
-                source=experiment.data.source or "not known",
-                steps=experiment.train.steps,
-                seed=experiment.seed,
+                source=_public(experiment.data.source) or "a source that is not known",
+                known=known,
                 counts=counts,
                 table=table if rows else "Not scored yet.",
             )
@@ -268,7 +281,7 @@ tags: [semantic-segmentation, domain-generalization, {refiner}]
 
 A segmentation model with the 19 Cityscapes train classes for pictures of domains it was not trained on: the frozen
 backbone `{backbone}` (hash {fingerprint}, not stored here), the refiner `{refiner}` and the head `{head}`.
-Trained values: {counts}. Steps: {steps}, seed {seed}.
+Trained values: {counts}. {known}
 
 ```python
 from setlib.model import Segmenter
@@ -278,6 +291,11 @@ labels = Segmenter.from_pretrained("THIS_REPOSITORY").predict("street.jpg")  # (
 
 {table}
 """
+
+
+def _public(text: str) -> str:
+    """A domain's name without the folder it lies in on this machine."""
+    return re.sub(r"@[^~]*", "", text)
 
 
 def build_parts(
@@ -297,9 +315,12 @@ def build_parts(
     return Mask2FormerHead(channels, config.head_channels, len(CITYSCAPES), learned, **widths), refiner
 
 
-def write_model(folder: Path, tensors: dict[str, Tensor], experiment: Experiment, fingerprint: str) -> None:
+def write_model(
+    folder: Path, tensors: dict[str, Tensor], experiment: Experiment, fingerprint: str, results: Sequence[dict] = ()
+) -> None:
     """A model's two files, each whole or not at all. fingerprint: of its backbone, "" if it is not known."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     config = {"experiment": experiment.to_dict(), "backbone_fingerprint": fingerprint}
+    config |= {"results": list(results)} if results else {}
     write_atomic(Path(folder) / "model.safetensors", save(tensors, metadata={"format": "pt"}))
     write_atomic(Path(folder) / "config.json", json.dumps(config, indent=1) + "\n")

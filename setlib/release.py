@@ -114,7 +114,11 @@ def head_from_release(parameters: dict[str, Tensor]) -> tuple[dict[str, Tensor],
         else:
             parts[name] = value
     names, left = rename(parts, HEAD_NAMES)
-    return {new: parts[name].contiguous() for name, new in names.items()}, left
+    taken: dict[str, str] = {}
+    for name, new in names.items():
+        if taken.setdefault(new, name) != name:  # query_feat beside querys2feat
+            left.append(name)
+    return {new: parts[name].contiguous() for new, name in taken.items()}, left
 
 
 def head_to_release(parameters: dict[str, Tensor], linked: bool) -> dict[str, Tensor]:
@@ -137,7 +141,7 @@ def load_head(parameters: dict[str, Tensor]) -> Mask2FormerHead:
 
     Raises ValueError if parameters are missing, left over or of other sizes.
     """
-    ours, left = head_from_release(parameters)
+    (ours, left), table = head_from_release(parameters), {new: name for name, new in HEAD_NAMES.items()}
     try:
         head = Mask2FormerHead(
             ours["pixel_decoder.adapter_1.0.weight"].shape[1],
@@ -147,8 +151,9 @@ def load_head(parameters: dict[str, Tensor]) -> Mask2FormerHead:
             **head_sizes(ours),
         )
     except KeyError as error:
-        raise ValueError(f"These are not all parameters of a Mask2Former head: {error.args[0]} is missing.") from None
-    load_strictly(head, ours, "a Mask2Former head", left)
+        (name,) = rename(error.args, table)[0].values()
+        raise ValueError(f"These are not all parameters of a Mask2Former head: {name} is missing.") from None
+    load_strictly(head, ours, "a Mask2Former head", table, left)
     return head.eval()
 
 
@@ -167,14 +172,20 @@ def head_sizes(parameters: dict[str, Tensor]) -> dict[str, int]:
     }
 
 
-def load_strictly(module: nn.Module, parameters: dict[str, Tensor], what: str, left: Iterable[str] = ()) -> None:
+def load_strictly(
+    module: nn.Module, parameters: dict[str, Tensor], what: str, table: dict[str, str], left: Iterable[str] = ()
+) -> None:
     """Loads parameters into a module. Raises ValueError with the names that are missing, left over or of other size."""
     try:
         missing, unknown = module.load_state_dict(parameters, strict=False)
     except RuntimeError as error:
         raise ValueError(f"These parameters do not fit {what}: {str(error).splitlines()[-1].strip()}") from None
-    missing = [name for name in missing if name != "trained_batch"]
-    if wrong := [*(f"{n} is missing" for n in missing), *(f"{n} is left over" for n in (*left, *unknown))]:
+    missing = [rename([name], table)[0].get(name, name) for name in missing if name != "trained_batch"]
+    missing = list(dict.fromkeys(re.sub(r"(self_attn\.attn\.)[qkv]_proj\.(\w+)", r"\1in_proj_\2", n) for n in missing))
+    own = module.state_dict()
+    shapes = {name: p.shape for name, p in parameters.items() if name in own and own[name].shape != p.shape}
+    left = [*left, *unknown, *(f"{name} of shape {tuple(shape)}" for name, shape in shapes.items())]
+    if wrong := [*(f"{name} is missing" for name in missing), *(f"{name} is left over" for name in left)]:
         raise ValueError(f"These are not the parameters of {what}: {', '.join(wrong)}.")
 
 
@@ -193,7 +204,8 @@ def load_release(refiner: str, parameters: dict[str, Tensor]) -> TokenRefiner:
     query_channels = len(parameters.get("transform.weight", ()))
     sizes = {"query_channels": query_channels, "any_batch": True}
     made = build_refiner(refiner, range(1, num_layers + 1), channels, num_tokens, rank, **sizes).eval()
-    load_strictly(made, {our_name(k, BRANCHES[refiner]): v for k, v in parameters.items()}, refiner)
+    table = {ours.format(branch=BRANCHES[refiner]): name for name, ours in NAMES.items()}
+    load_strictly(made, {our_name(k, BRANCHES[refiner]): v for k, v in parameters.items()}, refiner, table)
     return made
 
 
@@ -222,6 +234,11 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read as a checkpoint ({why}).") from None
 
 
+def layers_read(num_layers: int) -> tuple[int, ...]:
+    """Layers whose features the releases' head reads: 8, 12, 16, 24 of ViT-L's, else evenly spaced."""
+    return (8, 12, 16, 24) if num_layers == 24 else tuple(num_layers * k // 4 for k in (1, 2, 3, 4))
+
+
 def import_checkpoint(path: Path, out: Path, backbone: str = "") -> Run:
     """A release's checkpoint as a run folder, for evaluate and predict. The backbone itself is not needed.
 
@@ -232,7 +249,10 @@ def import_checkpoint(path: Path, out: Path, backbone: str = "") -> Run:
         raise ValueError(f"{out} is not an empty folder: name another with --out.")
     state = read_checkpoint(path)
     tokens, head = (_under(state, prefix) for prefix in ("backbone.reins.", "decode_head."))
-    if left := [name for name in state if not name.startswith(("backbone.reins.", "decode_head."))]:
+    left = [name for name in state if not name.startswith(("backbone.reins.", "decode_head."))]
+    left += [f"backbone.reins.{name}" for name in tokens if name.partition(".")[0] not in NAMES]
+    left += [f"decode_head.{name}" for name in head_from_release(head)[1]]
+    if left:
         raise ValueError(f"{path} holds more than tokens and a head: {', '.join(left)} left over.")
     refiner = "set-released" if "learnable_tokens2" in tokens else "rein"
     if not tokens:
@@ -253,13 +273,12 @@ def import_checkpoint(path: Path, out: Path, backbone: str = "") -> Run:
     if made.query_map is None or mask_head.query_embed is not None or mask_head.channels != channels:
         raise ValueError(f"The head of {path} does not read its tokens: expected a release with linked queries.")
     paper = PROFILES["paper"]
-    thirds = tuple(num_layers * k // 6 for k in (2, 3, 4, 6)) if num_layers == 24 else ()  # as released for ViT-L
     model = Model(
         backbone=backbone or f"facebook/dinov2-{DINOV2[channels, num_layers]}",
         patch_size=paper.model.patch_size,
         refiner=refiner,
         refined_layers=(),
-        feature_layers=thirds,
+        feature_layers=layers_read(num_layers),
         num_tokens=num_tokens,
         rank=rank,
         any_batch=True,
@@ -292,6 +311,14 @@ def export_checkpoint(run: Run, path: Path) -> None:
     if not (folder / "model.safetensors").is_file():
         raise ValueError(f"{folder} holds no saved model: train one first.")
     tensors = load_file(folder / "model.safetensors")
+    num_layers = len(tensors[f"refiner.{BRANCHES[config.refiner]}.tokens.a"])
+    even = tuple(num_layers * k // 4 for k in (1, 2, 3, 4))
+    everywhere = config.refined_layers in ((), tuple(range(1, num_layers + 1)))
+    if not everywhere or (config.feature_layers or even) != layers_read(num_layers):
+        raise ValueError(
+            f"A release refines every layer and reads {layers_read(num_layers)} of {num_layers}: {run.path} refines "
+            f"{config.refined_layers or 'all'} and reads {config.feature_layers or even}."
+        )
     branch = BRANCHES[config.refiner]
     table = {ours.format(branch=branch): theirs for theirs, ours in NAMES.items()}
     tokens = {name: value for name, value in _under(tensors, "refiner.").items() if name != "trained_batch"}

@@ -12,7 +12,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from setlib import domains
 from setlib.backbone import FrozenBackbone, Prefix
 from setlib.evaluate import evaluate_models
-from setlib.experiment import Experiment, Run
+from setlib.experiment import Experiment, Run, Train
 from setlib.files import write_atomic
 from setlib.model import DEVICE, Segmenter
 from setlib.processes import accelerator, add_up, keep_freed_memory, state
@@ -138,10 +138,11 @@ def batch_indices(experiment: Experiment, step: int) -> list[int]:
 def make_optimiser(model: Segmenter) -> torch.optim.AdamW:
     """AdamW over all that learns, no decay on tokens, norms, biases and scales; `share`: of the step's learning rate.
 
-    Source: Rein's released settings.
+    Source: Rein's released settings. Departure: there biases outside of norms decay too.
     """
     kinds = (nn.Linear, nn.Conv2d)
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, kinds)}
+    matrices |= {id(module.in_proj_weight) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     train, groups = model.experiment.train, defaultdict(list)
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -152,13 +153,41 @@ def make_optimiser(model: Segmenter) -> torch.optim.AdamW:
     return torch.optim.AdamW(settings, lr=train.learning_rate)
 
 
+def learning_rate(settings: Train, step: int) -> float:
+    """Of a step, from 0: even rise over settings.warmup steps, then polynomial decay to 0 at the last."""
+    if step < settings.warmup:
+        return settings.learning_rate * (step + 1) / settings.warmup
+    left = 1 - (step - settings.warmup) / (settings.steps - settings.warmup)
+    return settings.learning_rate * left**settings.power
+
+
+def validation_pictures(experiment: Experiment, source: domains.Domain) -> domains.Domain:
+    """Pictures of the source's data set that are not among those it is trained on.
+
+    Raises ValueError if there are none, or if train.validate_on names another data set.
+    """
+    text = experiment.train.validate_on or source.spec.text
+    if domains.parse(text).name != source.spec.name:
+        raise ValueError(f"Option train.validate_on is for the source's own data set {source.spec.name}, not '{text}'.")
+    own = domains.load(text, experiment.data)
+    trained = set(source.dataset["name"]) if source.spec.name != "scenes" else set()  # other layouts, same names
+    kept = [i for i, name in enumerate(own.dataset["name"]) if name not in trained]
+    if not kept or not own.has_labels:
+        raise ValueError(
+            f"'{text}' has no labelled picture that is not trained on: name a part of the data set that has with "
+            "train.validate_on, or leave train.validate_every at 0."
+        )
+    return replace(own, dataset=own.dataset.select(kept))
+
+
 class Trainer:
     """Everything that changes from step to step, with its checkpoint."""
 
     def __init__(self, model: Segmenter, run: Run) -> None:
         self.model, self.run, self.train = model, run, model.experiment.train
         keep_freed_memory()
-        self.engine = accelerator(some_unused=model.refiner.adapt is not None)
+        unread = max(model.refiner.layers, default=0) > max(model.feature_layers)
+        self.engine = accelerator(some_unused=unread or model.refiner.adapt is not None)
         parts = self.engine.num_processes * self.train.accumulate
         if self.train.batch_size % parts:
             raise ValueError(
@@ -184,7 +213,7 @@ class Trainer:
         Raises ValueError when the loss is not finite.
         """
         began, number = time.perf_counter(), self.next_step + 1
-        rate = self.train.learning_rate * (1 - self.next_step / self.train.steps) ** self.train.power
+        rate = learning_rate(self.train, self.next_step)
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["share"]
         self.optimiser.zero_grad()
@@ -305,7 +334,7 @@ def train(
     with state().main_process_first():  # what is fetched, converted or rendered once is then there for all
         model = Segmenter(experiment, backbone)
         source = source or domains.load(experiment.data.source, experiment.data, role="source")
-        own = domains.load(experiment.data.source, experiment.data) if settings.validate_every else None
+        own = validation_pictures(experiment, source) if settings.validate_every else None
     trainer = Trainer(model, run)
     trainer.resume()
     progress = progress and state().is_main_process

@@ -57,6 +57,21 @@ def test_every_case_can_be_prepared_and_stepped(name, monkeypatch):
         case.prepare()()
 
 
+@pytest.mark.parametrize("refiner", ["none", "through"])
+def test_the_gradient_goes_through_every_layer_or_none(monkeypatch, refiner):
+    monkeypatch.setattr(bench, "DINOV2", {"S": (12, 6, 2)})
+    ran = []
+    monkeypatch.setattr(bench.Through, "forward", lambda self, f, layer: ran.append(layer) or f + self.zero)
+    bench.paper_step("S", refiner, 1, 64)()
+    assert ran == ([1, 2, 3, 4, 5, 6] if refiner == "through" else [])
+
+
+def test_without_a_gpu_the_gpus_bench_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert __main__.main(["bench", "--only", "gpu"]) == 0
+    assert "nothing is measured without a GPU" in capsys.readouterr().out
+
+
 def test_unknown_bench_names_the_nearest(capsys):
     assert __main__.main(["bench", "--only", "refner"]) == 2
     assert "Unknown bench 'refner' (nearest: refiner" in capsys.readouterr().err

@@ -137,6 +137,8 @@ def test_files_are_readable_for_others(tmp_path):
         ("model.head=masks", "model.head must be per-pixel or mask2former, got 'masks'"),
         ("model.head_channels=48 model.head=mask2former", "multiple of 32 and of model.attention_heads"),
         ("model.attention_heads=0", "model.attention_heads must be above 0"),
+        ("train.warmup=12", r"train.warmup \(12\) must be below train.steps"),
+        ("model.refiner=set-released train.validate_every=1", "set-released needs model.any_batch=true"),
         ("train.accumulate=0", "train.accumulate must be above 0"),
         ("inference.stride=0", "inference.stride above 0 and at most 1"),
         ("inference.stride=1.5", "inference.stride above 0 and at most 1"),
@@ -160,7 +162,9 @@ def test_the_papers_profiles_have_the_released_settings():
     assert paper.model.feature_layers == (8, 12, 16, 24) and paper.model.patch_size == 16
     train = paper.train
     assert (train.steps, train.batch_size, train.learning_rate, train.weight_decay) == (40_000, 4, 1e-4, 0.05)
-    assert (train.power, train.clip_norm, train.views, train.ema) == (0.9, 0.0, 0, 0.0)
+    assert (train.power, train.clip_norm, train.views, train.ema, train.warmup) == (0.9, 0.0, 0, 0.0, 0)
+    train = large.train
+    assert (train.steps, train.batch_size, train.learning_rate, train.warmup) == (40_000, 8, 6e-5, 10_000)
     assert [round(e.inference.stride * e.data.width) for e in (paper, large)] == [341, 683]
     # Cityscapes 2048 x 1024, BDD 1280 x 720, Mapillary 4000 x 3000, ACDC 1920 x 1080: released test sizes
     edges = {"cityscapes": 2048, "bdd100k": 1280, "mapillary": 4000, "acdc": 1920, "folder": 700}

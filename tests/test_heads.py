@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from transformers.models.mask2former import modeling_mask2former as theirs
 
-from setlib.heads import LOSS_WEIGHTS, Mask2FormerHead, Masks, PerPixelHead
+from setlib.heads import LOSS_WEIGHTS, NO_OBJECT, Mask2FormerHead, Masks, PerPixelHead
 from setlib.labels import IGNORE
 
 SMALL = {"attention_heads": 4, "pixel_layers": 2, "pixel_width": 48, "decoder_layers": 3, "decoder_width": 64}
@@ -61,6 +61,33 @@ def test_nothing_labelled_is_no_error(name):
     loss = head.loss(head(features(), queries()), wanted, head.counts(wanted), [1, 2])
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in head.parameters() if p.grad is not None)
+
+
+def test_the_papers_numbers():
+    """Mask2Former's: loss and cost weights, points; initial values as the released code draws them."""
+    torch.manual_seed(0)
+    head = Mask2FormerHead(64, 256, 19)
+    criterion, matcher = head.criterion, head.criterion.matcher
+    assert criterion.weight_dict == {"loss_cross_entropy": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
+    assert (matcher.cost_class, matcher.cost_mask, matcher.cost_dice) == (2.0, 5.0, 5.0)
+    assert (criterion.eos_coef, NO_OBJECT, criterion.empty_weight[-1].item()) == (0.1, 0.1, pytest.approx(0.1))
+    points = (criterion.num_points, criterion.oversample_ratio, criterion.importance_sample_ratio)
+    assert points == (12544, 3.0, 0.75) and matcher.num_points == 12544
+    assert (len(head.pixel_decoder.encoder.layers), len(head.decoder.layers)) == (6, 9)
+    layer, first = head.decoder.layers[3], head.pixel_decoder.encoder.layers[2]
+    in_proj = (2 / (256 + 768)) ** 0.5  # Xavier's, of one matrix for query, key and value
+    for weight, expected in (
+        (layer.self_attn.q_proj.weight, in_proj),
+        (layer.self_attn.v_proj.weight, in_proj),
+        (layer.cross_attn.in_proj_weight, in_proj),
+        (layer.fc1.weight, (2 / (256 + 2048)) ** 0.5),
+        (first.fc1.weight, (2 / (256 + 1024)) ** 0.5),
+        (head.pixel_decoder.level_embed, 1.0),
+        (head.pixel_decoder.layer_1[0].weight, (1 / (9 * 256)) ** 0.5),
+    ):
+        assert weight.std().item() == pytest.approx(expected, rel=0.1)
+    assert first.self_attn.sampling_offsets.weight.abs().max() == 0
+    assert first.self_attn.sampling_offsets.bias.abs().max() == 4  # the four points lie at 1 to 4 cells
 
 
 def test_ignored_pixels_do_not_count():

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from setlib.experiment import Experiment
+from setlib.experiment import Experiment, Run
 from setlib.model import Segmenter, read_picture, write_model
 from setlib.windows import label_map
 
@@ -272,22 +272,34 @@ class Hub:
 
 
 def test_it_is_shared_as_the_ecosystem_shares(tmp_path, monkeypatch):
-    model, run = build("model.refiner=rein"), tmp_path / "run"
+    run = Run.open(
+        tmp_path / "run", Experiment.build("smoke", "folder@secret~noise1", overrides=["model.refiner=rein"])
+    )
+    model, run = Segmenter(run.experiment).eval(), run.path
     model.save(run / "model")
-    score = {"domain": "scenes:night", "miou": 41.5, "images": 24, "class_set": "cityscapes-19"}
+    Segmenter.load(run).save_pretrained(tmp_path / "shared")
+    assert "Not scored yet" in (tmp_path / "shared" / "README.md").read_text()
+    score = {
+        "domain": "acdc:night@secret",
+        "miou": 41.5,
+        "images": 24,
+        "class_set": "cityscapes-19",
+        "inference": "flip",
+    }
     (run / "metrics.json").write_text(json.dumps({"results": [score]}))
     loaded = Segmenter.load(run)
     loaded.save_pretrained(tmp_path / "shared")
     assert sorted(p.name for p in (tmp_path / "shared").iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    for name in ("config.json", "model.safetensors"):
-        assert (tmp_path / "shared" / name).read_bytes() == (run / "model" / name).read_bytes()
+    assert (tmp_path / "shared/model.safetensors").read_bytes() == (run / "model/model.safetensors").read_bytes()
+    assert not any(b"secret" in path.read_bytes() for path in (tmp_path / "shared").iterdir())
     card = (tmp_path / "shared" / "README.md").read_text()
-    assert "| scenes:night | cityscapes-19 | 24 | 41.5 |" in card
+    assert "| acdc:night | cityscapes-19 | 24 | flip | 41.5 |" in card
     assert card.startswith("---\n") and "library_name: setlib" in card
-    assert model.backbone.fingerprint in card and "scenes:game" in card
+    assert model.backbone.fingerprint in card and "trained on folder~noise1" in card
     images = torch.rand(1, 3, 64, 128, generator=torch.Generator().manual_seed(0))
     again = Segmenter.from_pretrained(tmp_path / "shared")
     assert torch.equal(again(images), model(images)) and not again.training
+    assert [result["miou"] for result in again.results] == [41.5]
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
     assert loaded.push_to_hub("someone/rein") == "https://hub/commit"
     assert Hub.pushed["model.safetensors"] == (run / "model" / "model.safetensors").read_bytes()
@@ -307,3 +319,9 @@ def test_an_unknown_backbone_hash_is_accepted(tmp_path):
     model = build()
     write_model(tmp_path, model.trainable_state(), model.experiment, fingerprint="")
     assert Segmenter.load(tmp_path).experiment == model.experiment
+
+
+def test_a_strangers_metrics_are_left_alone(tmp_path):
+    build().save(tmp_path / "mine")
+    (tmp_path / "metrics.json").write_text("[]")
+    assert Segmenter.load(tmp_path / "mine").results == []

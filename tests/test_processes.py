@@ -17,8 +17,11 @@ MASKS = "model.head=mask2former model.head_channels=32 model.pixel_layers=1 mode
 SETTINGS = {
     "per-pixel": ["train.steps=20", "train.validate_every=10", "data.eval_images=3"],
     "mask2former": ["train.steps=20", "model.pixel_width=48", "model.decoder_width=64", *MASKS.split()],
+    "linked": ["train.steps=20", "model.pixel_width=48", "model.decoder_width=64", *MASKS.split(), "model.refiner=set"],
     "sharded": ["train.steps=4", "train.views=0", "train.shard=true", "train.validate_every=2", "data.eval_images=3"],
 }
+# of the loss: where a mask head draws points by values, or queries nearly alike compete, rounding can move a choice
+ROUNDING = {"per-pixel": 0.0, "mask2former": 1e-5, "linked": 1e-4, "sharded": 0.0}
 
 
 def launch(*words):
@@ -45,9 +48,9 @@ def trained(tmp_path_factory):
 def test_losses_and_validation_are_equal(trained, name):
     one, two = (read_history(run) for run in trained[name])
     assert len(one) == len(two) > 0
-    np.testing.assert_allclose([e["loss"] for e in two], [e["loss"] for e in one], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose([e["loss"] for e in two], [e["loss"] for e in one], rtol=ROUNDING[name], atol=1e-4)
     scores = [[e["source_miou"] for e in history if "source_miou" in e] for history in (one, two)]
-    assert len(scores[0]) == 2 * (name != "mask2former")
+    assert len(scores[0]) == 2 * (name in ("per-pixel", "sharded"))
     np.testing.assert_allclose(scores[1], scores[0], atol=0.1)  # weights differ by rounding
 
 

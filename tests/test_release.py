@@ -1,5 +1,6 @@
 """Parity with numbers that the public releases of Rein and SET computed (float32, CPU): the same functions."""
 
+import json
 import os
 import sys
 import tempfile
@@ -145,7 +146,12 @@ def test_an_imported_model_is_the_release(tmp_path):
 
 
 def drop(state):
-    del state["decode_head.cls_embed.bias"], state["backbone.reins.merge.bias"]
+    del state["backbone.reins.merge.bias"]
+
+
+def drop_from_the_head(state):
+    del state["decode_head.cls_embed.bias"], state["decode_head.pixel_decoder.encoder.layers.1.norms.0.bias"]
+    del state["decode_head.transformer_decoder.layers.0.self_attn.attn.in_proj_bias"]
 
 
 def add(state):
@@ -158,6 +164,15 @@ def add_to_the_head(state):
     state["decode_head.pixel_decoder.lateral_convs.1.gn.weight"] = torch.zeros(1)
 
 
+def add_twice(state):
+    state["backbone.reins.more"] = state["backbone.reins.most"] = torch.zeros(1)
+    state["decode_head.query_feat.weight"] = state["decode_head.querys2feat.weight"].clone()
+
+
+def widen(state):
+    state["backbone.reins.scale"] = state["backbone.reins.scale"][None]
+
+
 def shrink(state):
     state["decode_head.mask_embed.2.weight"] = torch.zeros(3, 32)
 
@@ -165,9 +180,23 @@ def shrink(state):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (drop, ["query_map.merge.bias is missing"]),
-        (add, ["backbone.cls_token left over"]),
-        (add_to_the_head, ["extra.weight is left over", "lateral_convs.1.gn.weight is left over"]),
+        (drop, ["merge.bias is missing"]),
+        (lambda state: state.pop("decode_head.cls_embed.weight"), ["head: cls_embed.weight is missing"]),
+        (
+            drop_from_the_head,
+            [
+                "cls_embed.bias is missing",
+                "encoder.layers.1.norms.0.bias is missing",
+                "layers.0.self_attn.attn.in_proj_bias is missing",
+            ],
+        ),
+        (add, ["backbone.cls_token, decode_head.extra.weight left over"]),
+        (
+            add_to_the_head,
+            ["decode_head.extra.weight", "decode_head.pixel_decoder.lateral_convs.1.gn.weight left over"],
+        ),
+        (add_twice, ["backbone.reins.more", "backbone.reins.most", "decode_head.query_feat.weight"]),
+        (widen, ["scale of shape (1,)"]),
         (shrink, ["do not fit a Mask2Former head", "size mismatch"]),
         (lambda state: state.clear(), ["holds no tokens"]),
     ],
@@ -215,13 +244,51 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, call):
     assert not list(tmp_path.glob("*made"))
 
 
-def test_the_releases_names_are_all_known():
-    """The 308 names of a ViT-L checkpoint, by their patterns: each has one of ours, and goes back to itself."""
-    head = [
-        *(f"pixel_decoder.input_convs.{i}.{part}" for i in range(3) for part in ("conv.weight", "gn.weight")),
-        "pixel_decoder.level_encoding.weight", "level_embed.weight", "cls_embed.bias", "mask_embed.4.weight",
-        "querys2feat.weight", "transformer_decoder.layers.8.cross_attn.attn.in_proj_weight",
-        "transformer_decoder.layers.8.self_attn.attn.out_proj.bias", "transformer_decoder.post_norm.weight",
-    ]  # fmt: skip
-    names, left = release.rename(head, release.HEAD_NAMES)
-    assert not left and len(set(names.values())) == len(head)
+def test_every_name_of_a_large_checkpoint_comes_in_and_goes_out():
+    """The 308 names and shapes of a ViT-L SET checkpoint."""
+    shapes = json.loads((HEAD.parent / "release_keys.json").read_text())
+    state = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    tokens, head = (release._under(state, prefix) for prefix in ("backbone.reins.", "decode_head."))
+    assert len(tokens) + len(head) == 308
+    refiner = release.load_release("set-released", tokens)
+    made = release.load_head(head)
+    assert release.head_sizes(made.state_dict()) == {
+        "attention_heads": 8, "pixel_layers": 6, "pixel_width": 1024, "decoder_layers": 9, "decoder_width": 2048,
+    }  # fmt: skip
+    assert sum(p.numel() for p in refiner.parameters()) == 7_546_881
+    assert sum(p.numel() for p in made.parameters()) == 20_579_796
+    again = release.head_to_release(made.state_dict(), linked=True)
+    assert {name: list(value.shape) for name, value in again.items()} == {
+        name.removeprefix("decode_head."): shape for name, shape in shapes.items() if name.startswith("decode_head.")
+    }
+
+
+def test_the_large_models_head_reads_the_released_layers(tmp_path):
+    write_release(tmp_path / "release.pth", layers=24)
+    run = release.import_checkpoint(tmp_path / "release.pth", tmp_path / "run", "tiny-random")
+    assert run.experiment.model.feature_layers == (8, 12, 16, 24) and run.experiment.model.patch_size == 16
+    assert run.experiment.inference.windows == 1
+
+
+def test_masks_of_the_finest_map_are_compared_where_a_file_has_them(tmp_path):
+    values = dict(np.load(HEAD))
+    head = release.load_head(
+        {k[18:]: torch.from_numpy(v) for k, v in values.items() if k.startswith("param/decode_head.")}
+    )
+    maps = [torch.from_numpy(values[f"input/50x93/{i}"]) for i in range(4)]
+    with torch.no_grad():
+        finest = head.pixel_decoder(maps, [m.shape[-2:] for m in maps]).finest
+        values["mask_features/50x93"] = head.pixel_decoder.mask_projection(finest).numpy() + 1
+    np.savez(tmp_path / "file.npz", **values)
+    differences = {row["item"]: row["difference"] for row in release.verify(tmp_path / "file.npz")}
+    assert differences["mask_features/50x93"] == pytest.approx(1, abs=0.01)
+
+
+def test_only_what_a_release_can_hold_is_exported(tmp_path, capsys):
+    write_release(tmp_path / "release.pth", layers=4)
+    run = release.import_checkpoint(tmp_path / "release.pth", tmp_path / "run", "tiny-random")
+    for option in ("model.refined_layers=3,4", "model.feature_layers=1,2,3,3"):
+        other = Run(run.path, run.experiment.override(option))
+        with pytest.raises(ValueError, match="A release refines every layer and reads"):
+            release.export_checkpoint(other, tmp_path / "x.pth")
+    assert not (tmp_path / "x.pth").exists()

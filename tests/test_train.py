@@ -1,6 +1,7 @@
 """The loop: same seed same numbers, killed and resumed alike, frozen features once, clear failure."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -334,12 +335,60 @@ def test_validation_looks_at_the_source_alone_and_changes_nothing(source, tmp_pa
     monkeypatch.setattr(train.domains, "load", lambda text, *a, **k: loaded.append(text) or own(text, *a, **k))
     found = []
     for every in (0, 2):
-        run = Run.open(tmp_path / str(every), experiment(source, "train.steps=5", f"train.validate_every={every}"))
+        options = ("train.steps=5", f"train.validate_every={every}", "data.train_images=3", "data.eval_images=0")
+        run = Run.open(tmp_path / str(every), experiment(source, *options))
         found.append(train.train(run, progress=False)[1])
     assert losses(found[0]) == losses(found[1])
     assert [entry["step"] for entry in found[1] if "source_miou" in entry] == [2, 4, 5]
     assert all(0 <= entry["source_miou"] <= 100 for entry in train.read_history(run) if "source_miou" in entry)
     assert set(loaded) == {source}
+
+
+def test_validation_takes_no_picture_that_is_trained_on(source, tmp_path):
+    options = ("train.steps=2", "train.validate_every=1", "data.train_images=2", "data.eval_images=0")
+    run = Run.open(tmp_path / "some", experiment(source, *options))
+    trained = load(source, run.experiment.data, role="source")
+    own = train.validation_pictures(run.experiment, trained)
+    assert len(own) == 2 and not set(own.dataset["name"]) & set(trained.dataset["name"])
+    assert all("source_miou" in entry for entry in train.train(run, progress=False)[1])
+    every = experiment(source, *options, "data.train_images=0")
+    with pytest.raises(ValueError, match="has no labelled picture that is not trained on: name a part .*validate_on"):
+        train.train(Run.open(tmp_path / "all", every), progress=False)
+    with pytest.raises(ValueError, match="validate_on is for the source's own data set folder, not 'scenes:game'"):
+        train.validation_pictures(experiment(source, *options, "train.validate_on=scenes:game"), trained)
+
+
+def test_the_learning_rate_rises_and_falls():
+    settings = replace(experiment("scenes:game").train, steps=10, warmup=4, learning_rate=1.0, power=1.0)
+    found = [train.learning_rate(settings, step) for step in range(10)]
+    np.testing.assert_allclose(found, [0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    plain = [train.learning_rate(replace(settings, warmup=0, power=0.9), step) for step in range(10)]
+    np.testing.assert_allclose(plain, (1 - np.arange(10) / 10) ** 0.9)
+
+
+def test_attention_maps_decay(source):
+    model = Segmenter(experiment(source, *MASKS))
+    groups = {id(p): g["weight_decay"] for g in train.make_optimiser(model).param_groups for p in g["params"]}
+    layer = model.head.decoder.layers[0]
+    for p in (layer.cross_attn.in_proj_weight, layer.self_attn.q_proj.weight, layer.fc1.weight):
+        assert groups[id(p)] == 0.05
+    others = (
+        layer.fc1.bias,
+        layer.final_layer_norm.weight,
+        model.head.level_embed.weight,
+        model.refiner.phase.tokens.a,
+    )
+    assert {groups[id(p)] for p in others} == {0.0}
+
+
+@pytest.mark.parametrize("refiner", ["none", "set"])
+def test_the_papers_head_learns_at_its_size(source, tmp_path, refiner):
+    """256 channels, 6 + 9 layers, 100 queries, on pictures of 128 x 256."""
+    options = ("model.head=mask2former", "model.head_channels=256", "model.num_tokens=100", f"model.refiner={refiner}")
+    sizes = ("data.height=128", "data.width=256", "data.long_edge=256", "train.batch_size=1", "train.views=0")
+    rest = ("train.steps=6", "train.learning_rate=1e-4", "train.clip_norm=0")
+    _, history = train.train(Run.open(tmp_path, experiment(source, *options, *sizes, *rest)), progress=False)
+    assert np.mean(losses(history)[-2:]) < 0.9 * losses(history)[0]
 
 
 def test_compiled_layers_are_used_and_say_the_same(source, tmp_path, monkeypatch):
