@@ -119,6 +119,7 @@ def open_run(args: argparse.Namespace) -> Run:
     for name in (experiment.model.refiner, *experiment.ablation.variants):
         build_refiner(name, (1,), channels=1, num_tokens=2, rank=1)
 
+    domains.check_edges(experiment.data)
     specs = [domains.parse(name) for name in (experiment.data.source, *experiment.data.targets)]
     if specs[0].name != "scenes":  # these are rendered when they are used
         domains.load(specs[0].text, experiment.data, role="source")
@@ -181,7 +182,11 @@ def freely(experiment: Experiment, options: Sequence[str]) -> Experiment:
     """A trained model's experiment with options of its use. Raises ValueError for what training settled."""
     if trained := [option for option in options if not option.startswith(FREE)]:
         raise ValueError(f"Option '{trained[0]}' was settled by training: only {', '.join(FREE)} are free.")
-    return experiment.override(*options)
+    used = experiment.override(*options)
+    from setlib import domains
+
+    domains.check_edges(used.data)
+    return used
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
@@ -202,7 +207,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     scores = evaluate.evaluate_run(scored, {name: model}, targets)[name]
     if not state().is_main_process:
         return 0
-    evaluate.write_metrics(scored, scores)
+    evaluate.write_metrics(run, scores, scored.experiment)
     print(text_table(workbook.metric_rows(run)))
     if (run.path / "report.html").is_file():
         print(f"Report: {workbook.shown(workbook.write_report(run))}")

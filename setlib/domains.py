@@ -109,6 +109,16 @@ def other_size(label: tuple[int, ...], image: tuple[int, ...]) -> str:
     return f"is {label[1]} x {label[0]} but its image is {image[1]} x {image[0]}"
 
 
+def check_edges(data: Data) -> None:
+    """Raises ValueError if data.eval_edges names a data set that there is not, or one twice."""
+    names = [text.partition("=")[0] for text in data.eval_edges]
+    for name in names:
+        if name not in NAMES:
+            raise ValueError(f"Option data.eval_edges names an unknown data set '{name}' ({nearest(name, NAMES)}).")
+        if names.count(name) > 1:
+            raise ValueError(f"Option data.eval_edges names {name} more than once.")
+
+
 def parse(text: str) -> Spec:
     """Takes `name[:split][@folder][~corruption]` apart. Raises ValueError for what is unknown, naming what is near."""
     rest, corruption, severity = corruptions.take_apart(text)

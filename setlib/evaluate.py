@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from setlib import domains
-from setlib.experiment import Run
+from setlib.experiment import Experiment, Run
 from setlib.labels import IGNORE, ClassSet
 from setlib.model import DEVICE, Segmenter
 from setlib.processes import add_up, collect, part, state
@@ -252,11 +252,17 @@ def verdict(table: dict[str, list[Score]], source: str) -> str:
     return text + "One seed each: a difference of a few points can be chance (notebook 05 shows the spread)."
 
 
-def write_metrics(run: Run, scores: Sequence[Score]) -> dict:
-    """RUN/metrics.json: what was scored now, and what was scored on other domains before. Returns its content."""
+def write_metrics(run: Run, scores: Sequence[Score], used: Experiment | None = None) -> dict:
+    """RUN/metrics.json: what was scored now, and what was scored on other domains before. Returns its content.
+
+    used: how the pictures were chosen and predicted, where the run's configuration was overridden.
+    """
     path, experiment = run.path / "metrics.json", run.experiment
     results = {r["domain"]: r for r in run.read_json("metrics.json")["results"]} if path.is_file() else {}
-    results |= {score.domain: score.to_dict() | {"inference": str(experiment.inference)} for score in scores}
+    used = used or experiment
+    how = {"inference": str(used.inference), "content_seed": used.data.content_seed}
+    how["eval_edges"] = list(used.data.eval_edges)
+    results |= {score.domain: score.to_dict() | how for score in scores}
     content = {
         "profile": experiment.profile,
         "seed": experiment.seed,

@@ -199,19 +199,21 @@ class Experiment:
                 k: groups[k](**{f: tuple(v) if isinstance(v, list) else v for f, v in values.get(k, {}).items()})
                 for k in groups
             }
-            return cls(**(values | parts))
+            made = cls(**(values | parts))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"This configuration is not one of this version of setlib ({error}).") from None
+        defaults = cls().flat()
+        for key, value in made.flat().items():
+            kinds = (int, float) if type(defaults[key]) is float else type(defaults[key])
+            if not isinstance(value, kinds):
+                raise ValueError(f"This configuration is damaged: {key} is {value!r}, like {defaults[key]!r} expected.")
+        _validate(made)
+        return made
 
 
 def _smoke() -> Experiment:
     data = Data(
-        targets=("scenes:night", "scenes:fog"),
-        height=64,
-        width=128,
-        long_edge=128,
-        train_images=12,
-        eval_images=4,
+        targets=("scenes:night", "scenes:fog"), height=64, width=128, long_edge=128, train_images=12, eval_images=4
     )
     model = Model(
         backbone="tiny-random",
@@ -258,9 +260,7 @@ def _paper(crop: int = 512) -> Experiment:
     return Experiment(profile=profile, data=data, model=model, train=train, ablation=Ablation(overrides=()))
 
 
-PROFILES: dict[str, Experiment] = {
-    profile.profile: profile for profile in (_smoke(), Experiment(), _paper(), _paper(crop=1024))
-}
+PROFILES = {made.profile: made for made in (_smoke(), Experiment(), _paper(), _paper(crop=1024))}
 
 
 def nearest(name: str, choices: typing.Iterable[str]) -> str:
@@ -335,6 +335,7 @@ CHOICES = {
     "train.precision": ("float32", "bfloat16", "float16"),
 }
 LARGEST_SIZE = 2**16  # of a part of the model
+LARGEST_SCALE = 16
 LARGEST = 2**63 - 1  # what a seed or a count can hold
 
 
@@ -367,21 +368,23 @@ def _validate(experiment: Experiment) -> None:
         raise ValueError(f"Option train.ema must lie in [0, 1), got {train.ema}.")
     model = experiment.model
     if model.head == "mask2former" and (model.head_channels % 32 or model.head_channels % model.attention_heads):
-        raise ValueError(
-            f"Option model.head_channels must be a multiple of 32 and of model.attention_heads for mask2former, "
-            f"got {model.head_channels}."
-        )
+        wanted = "a multiple of 32 and of model.attention_heads for mask2former"
+        raise ValueError(f"Option model.head_channels must be {wanted}, got {model.head_channels}.")
     if train.warmup >= train.steps:
         raise ValueError(f"Option train.warmup ({train.warmup}) must be below train.steps ({train.steps}).")
     if train.validate_every and model.refiner == "set-released" and not model.any_batch:
         raise ValueError("Validation predicts one picture at a time: set-released needs model.any_batch=true for it.")
-    if not experiment.inference.scales or not 0 < experiment.inference.stride <= 1:
-        raise ValueError("Name at least one of inference.scales, and an inference.stride above 0 and at most 1.")
+    scales, stride = experiment.inference.scales, experiment.inference.stride
+    if not 0 < max(scales, default=0) <= LARGEST_SCALE or not 0 < stride <= 1:
+        limits = (
+            f"at least one of inference.scales, none above {LARGEST_SCALE}, an inference.stride above 0 and at most 1"
+        )
+        raise ValueError(f"Name {limits}; got {scales} and {stride}.")
     for text in data.eval_edges:
         name, _, edge = text.partition("=")
         if not name or not re.fullmatch(r"\d+|\d*\.\d+", edge) or not float(edge):
             raise ValueError(
-                f"Option data.eval_edges expects NAME=PIXELS or NAME=SHARE, for example acdc=960, not '{text}'."
+                f"Option data.eval_edges expects NAME=PIXELS (acdc=960) or NAME=SHARE (0.5), not '{text}'."
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -200,7 +201,7 @@ class Segmenter(nn.Module, ModelHubMixin):
             experiment, trained_on = Experiment.from_dict(config["experiment"]), config["backbone_fingerprint"]
             tensors = load_file(folder / "model.safetensors")
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(f"The model in {folder} cannot be read ({error}): train it again.") from None
+            raise ValueError(f"The model in {folder} cannot be read ({error}): delete it and train again.") from None
         model = cls(experiment, backbone)
         found = model.backbone.fingerprint
         if trained_on not in ("", found):  # "": imported, the release does not say
@@ -209,8 +210,10 @@ class Segmenter(nn.Module, ModelHubMixin):
                 f"but {model.backbone.name} has {found}: use the same weights."
             )
         model.load_state(tensors)
-        scored = folder.parent / "metrics.json" if (folder.parent / "experiment.json").is_file() else folder / "-"
-        model.results = load_json(scored)["results"] if scored.is_file() else config.get("results", [])
+        model.results = config.get("results", [])
+        if (folder.parent / "experiment.json").is_file():
+            with contextlib.suppress(ValueError, KeyError, TypeError, OSError):  # not scored yet
+                model.results = load_json(folder.parent / "metrics.json")["results"]
         return model.eval()
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from setlib.labels import CITYSCAPES
 from setlib.model import write_model
 from setlib.refiners import build_refiner
 from setlib.tokens import TokenRefiner
+from setlib.weights import check_name
 
 TOLERANCE = 1e-5
 MODULES = {"rein": ("rein", "patches"), "released_set": ("set-released", "phase")}  # refiner, its low-rank branch
@@ -131,8 +133,9 @@ def head_to_release(parameters: dict[str, Tensor], linked: bool) -> dict[str, Te
         raise ValueError(f"A release has no place for {', '.join(left)}.")
     parts = {new: parameters[name] for name, new in names.items()}
     for name in [name for name in parts if ".self_attn.attn.q_proj." in name]:
-        rows = [parts.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
-        parts[name.replace(".q_proj.", ".in_proj_")] = torch.cat(rows)
+        rows = [parts.pop(name.replace(".q_proj.", f".{part}_proj."), None) for part in "qkv"]
+        if all(row is not None for row in rows):
+            parts[name.replace(".q_proj.", ".in_proj_")] = torch.cat(rows)
     return parts
 
 
@@ -153,6 +156,8 @@ def load_head(parameters: dict[str, Tensor]) -> Mask2FormerHead:
     except KeyError as error:
         (name,) = rename(error.args, table)[0].values()
         raise ValueError(f"These are not all parameters of a Mask2Former head: {name} is missing.") from None
+    except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"These parameters have the sizes of no Mask2Former head ({error}).") from None
     load_strictly(head, ours, "a Mask2Former head", table, left)
     return head.eval()
 
@@ -197,10 +202,10 @@ def load_release(refiner: str, parameters: dict[str, Tensor]) -> TokenRefiner:
     needed = ("learnable_tokens_a", "learnable_tokens_b")
     if missing := [name for name in needed if name not in parameters]:
         raise ValueError(f"These are not all parameters of {refiner}: {', '.join(missing)} missing.")
-    (num_layers, num_tokens, rank), channels = (
-        parameters["learnable_tokens_a"].shape,
-        parameters["learnable_tokens_b"].shape[-1],
-    )
+    a, b = (parameters[name] for name in needed)
+    if a.dim() != 3 or b.dim() != 3:
+        raise ValueError(f"Tokens of {refiner} have three axes each, not {tuple(a.shape)} and {tuple(b.shape)}.")
+    (num_layers, num_tokens, rank), channels = a.shape, b.shape[-1]
     query_channels = len(parameters.get("transform.weight", ()))
     sizes = {"query_channels": query_channels, "any_batch": True}
     made = build_refiner(refiner, range(1, num_layers + 1), channels, num_tokens, rank, **sizes).eval()
@@ -226,7 +231,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(Inert, name) for name in names]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-        state = content.get("state_dict", content)
+        state = content.get("state_dict", content) if isinstance(content, dict) else None
+        if not isinstance(state, dict):
+            raise TypeError(f"expected a dict with the parameters in 'state_dict', got a {type(content).__name__}")
         return {name: value for name, value in state.items() if isinstance(value, Tensor)}
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -254,6 +261,10 @@ def import_checkpoint(path: Path, out: Path, backbone: str = "") -> Run:
     left += [f"decode_head.{name}" for name in head_from_release(head)[1]]
     if left:
         raise ValueError(f"{path} holds more than tokens and a head: {', '.join(left)} left over.")
+    if bad := [name for name, value in state.items() if not (value.is_floating_point() and value.isfinite().all())]:
+        raise ValueError(f"{path} holds values that are no finite numbers: {', '.join(bad)}.")
+    if backbone:
+        check_name(backbone)
     refiner = "set-released" if "learnable_tokens2" in tokens else "rein"
     if not tokens:
         raise ValueError(f"{path} holds no tokens (backbone.reins.*): expected a Rein or SET release.")
@@ -310,8 +321,13 @@ def export_checkpoint(run: Run, path: Path) -> None:
     folder = run.path / "model"
     if not (folder / "model.safetensors").is_file():
         raise ValueError(f"{folder} holds no saved model: train one first.")
-    tensors = load_file(folder / "model.safetensors")
-    num_layers = len(tensors[f"refiner.{BRANCHES[config.refiner]}.tokens.a"])
+    try:
+        tensors = load_file(folder / "model.safetensors")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{folder}/model.safetensors cannot be read ({error}): delete {folder} and train again."
+        ) from None
+    num_layers = len(tensors.get(f"refiner.{BRANCHES[config.refiner]}.tokens.a", ()))
     even = tuple(num_layers * k // 4 for k in (1, 2, 3, 4))
     everywhere = config.refined_layers in ((), tuple(range(1, num_layers + 1)))
     if not everywhere or (config.feature_layers or even) != layers_read(num_layers):
@@ -328,6 +344,8 @@ def export_checkpoint(run: Run, path: Path) -> None:
     state = {f"backbone.reins.{new}": tokens[name] for name, new in names.items()}
     head = head_to_release(_under(tensors, "head."), linked=True)
     state |= {f"decode_head.{name}": value for name, value in head.items()}
+    load_release(config.refiner, _under(state, "backbone.reins."))  # whole?
+    load_head(head)
     buffer = io.BytesIO()
     torch.save({"meta": {}, "state_dict": state}, buffer)
     write_atomic(path, buffer.getvalue())
@@ -347,16 +365,19 @@ def verify(path: Path) -> list[dict]:
     try:
         with np.load(path, allow_pickle=False) as file:
             golden = {key: torch.from_numpy(np.array(file[key])) for key in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as an npz of golden numbers ({error}).") from None
-    rows = _compare_head(golden)
-    for module, (refiner, branch) in MODULES.items():
-        part = {key[len(module) + 1 :]: value for key, value in golden.items() if key.startswith(f"{module}/")}
-        if part:
-            made = load_release(refiner, _under(part, "param/"))
-            rows += [
-                {"item": f"{module}/{row}", "difference": value} for row, value in _compare(made, branch, part, golden)
-            ]
+    try:
+        rows = _compare_head(golden)
+        for module, (refiner, branch) in MODULES.items():
+            part = {key[len(module) + 1 :]: value for key, value in golden.items() if key.startswith(f"{module}/")}
+            if part:
+                made = load_release(refiner, _under(part, "param/"))
+                compared = _compare(made, branch, part, golden)
+                rows += [{"item": f"{module}/{row}", "difference": value} for row, value in compared]
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not laid out as golden numbers are ({type(error).__name__}: {first}).") from None
     if not rows:
         raise ValueError(f"{path} holds no golden numbers of {', '.join(MODULES)} or a decode_head.")
     return rows

@@ -28,7 +28,7 @@ from setlib.backbone import FrozenBackbone, Prefix
 from setlib.evaluate import evaluate_models
 from setlib.experiment import Experiment, Run, Train
 from setlib.files import write_atomic
-from setlib.model import DEVICE, Segmenter
+from setlib.model import DEVICE, FILES, Segmenter
 from setlib.processes import accelerator, add_up, keep_freed_memory, state
 from setlib.transforms import augment
 
@@ -383,13 +383,16 @@ def train_together(runs: dict[str, Run], progress: bool = True) -> dict[str, tup
 
 def is_finished(run: Run) -> bool:
     """Whether the run holds a trained model."""
-    return (run.path / "model" / "config.json").is_file()
+    return all((run.path / "model" / name).is_file() for name in FILES)
 
 
 def read_history(run: Run) -> list[dict]:
     """Entries of the run's history.jsonl: step, loss, lr, grad_norm, seconds."""
     path = run.path / "history.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): delete it, the model does not need it.") from None
 
 
 def summary(trained: dict[str, tuple[Segmenter, list[dict]]], window: int = 10) -> list[dict]:

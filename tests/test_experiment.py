@@ -142,7 +142,8 @@ def test_files_are_readable_for_others(tmp_path):
         ("train.accumulate=0", "train.accumulate must be above 0"),
         ("inference.stride=0", "inference.stride above 0 and at most 1"),
         ("inference.stride=1.5", "inference.stride above 0 and at most 1"),
-        ("inference.scales=", "at least one of inference.scales"),
+        ("inference.scales=", "at least one of inference.scales, none above 16"),
+        ("inference.scales=1,1e9", "none above 16"),
         ("inference.scales=1,-1", "inference.scales must be above 0"),
         ("inference.windows=0", "inference.windows must be above 0"),
         ("data.eval_edges=acdc", "NAME=PIXELS"),
@@ -178,6 +179,9 @@ def test_what_an_older_file_does_not_say_has_its_default():
     assert Experiment.from_dict(values) == Experiment.build("smoke")
     with pytest.raises(ValueError, match="not one of this version"):
         Experiment.from_dict(values | {"optics": {}})
+    for group, field, value in (("data", "height", "64"), ("inference", "scales", 1.0), ("train", "precision", "foo")):
+        with pytest.raises(ValueError, match=f"{group}.{field}"):
+            Experiment.from_dict(values | {group: values.get(group, {}) | {field: value}})
 
 
 @pytest.mark.parametrize("profile", ["paper", "paper-1024"])

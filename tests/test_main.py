@@ -376,6 +376,11 @@ def test_inference_is_free_when_a_trained_model_is_scored(trained, capsys):
         assert cli.main([*words, *options]) == 0
         found.append(json.loads((trained / "metrics.json").read_text())["results"][0])
     assert len({tuple(result["per_class"].items()) for result in found}) > 1
+    for name in ("folder", "foldr"):
+        assert cli.main([*words, f"data.eval_edges={name}=16,folder=20"]) == 2
+        assert ("names folder more than once" if name == "folder" else "nearest: folder") in capsys.readouterr().err
+    assert cli.main(["predict", str(trained), "x.png", "--out", str(trained / "out"), "-o", "data.height=5"]) == 2
+    assert "settled by training" in capsys.readouterr().err
     assert cli.main([*words, "model.rank=2"]) == 2
     assert "settled by training: only data.eval_images" in capsys.readouterr().err
     (trained / "metrics.json").unlink()

@@ -118,7 +118,7 @@ def test_a_damaged_model_is_one_sentence(model, tmp_path, name):
     model.save(tmp_path)
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="cannot be read .*: train it again"):
+    with pytest.raises(ValueError, match="cannot be read .*: delete it and train again"):
         Segmenter.load(tmp_path)
 
 

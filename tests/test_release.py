@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTModel
 
 from setlib import __main__ as cli
@@ -282,6 +283,59 @@ def test_masks_of_the_finest_map_are_compared_where_a_file_has_them(tmp_path):
     np.savez(tmp_path / "file.npz", **values)
     differences = {row["item"]: row["difference"] for row in release.verify(tmp_path / "file.npz")}
     assert differences["mask_features/50x93"] == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "name", ["head.classify.bias", "refiner.phase.tokens.a", "head.decoder.layers.0.self_attn.k_proj.bias"]
+)
+def test_a_model_that_is_not_whole_is_not_exported(tmp_path, name):
+    write_release(tmp_path / "release.pth", layers=4)
+    run = release.import_checkpoint(tmp_path / "release.pth", tmp_path / "run", "tiny-random")
+    file = run.path / "model" / "model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if n != name}, file)
+    with pytest.raises(ValueError):
+        release.export_checkpoint(run, tmp_path / "x.pth")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        release.export_checkpoint(run, tmp_path / "x.pth")
+    assert not (tmp_path / "x.pth").exists()
+
+
+def spoil_with_nan(state):
+    state["backbone.reins.learnable_tokens_a"] *= float("nan")
+
+
+def flatten(name):
+    def change(state):
+        state[name] = state[name].flatten()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (spoil_with_nan, "no finite numbers: backbone.reins.learnable_tokens_a"),
+        (flatten("backbone.reins.learnable_tokens_a"), "have three axes each"),
+        (flatten("decode_head.level_embed.weight"), "Mask2Former head"),
+        (lambda state: state.update({"decode_head.cls_embed.weight": torch.tensor(1.0)}), "Mask2Former head"),
+    ],
+)
+def test_values_and_shapes_that_cannot_be_are_one_sentence(tmp_path, change, words, capsys):
+    write_release(tmp_path / "release.pth", layers=4, change=change)
+    words_of = ["import", str(tmp_path / "release.pth"), "--out", str(tmp_path / "run"), "--backbone", "tiny-random"]
+    assert cli.main(words_of) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert cli.main([*words_of[:-1], "tiny-radnom"]) == 2
+
+
+@pytest.mark.parametrize("lost", ["input/50x93/3", "queries"])
+def test_a_file_of_golden_numbers_that_lacks_something_is_one_sentence(tmp_path, lost):
+    values = dict(np.load(HEAD))
+    del values[lost]
+    np.savez(tmp_path / "file.npz", **values)
+    with pytest.raises(ValueError, match="is not laid out as golden numbers are"):
+        release.verify(tmp_path / "file.npz")
 
 
 def test_only_what_a_release_can_hold_is_exported(tmp_path, capsys):

@@ -408,3 +408,13 @@ def test_compiled_layers_are_used_and_say_the_same(source, tmp_path, monkeypatch
 def test_weights_that_learn_are_not_parted(source):
     with pytest.raises(ValueError, match="train.shard is for frozen weights"):
         Segmenter(experiment(source, "model.refiner=full")).backbone.shard()
+
+
+def test_a_finished_run_without_its_weights_is_trained_again(source, tmp_path):
+    run = Run.open(tmp_path, experiment(source, "train.steps=2"))
+    first = train.train(run, progress=False)[1]
+    (run.path / "model" / "model.safetensors").unlink()
+    assert losses(train.train(run, progress=False)[1]) == losses(first)
+    (run.path / "history.jsonl").write_text('{"step": 1, "lo')
+    with pytest.raises(ValueError, match="history.jsonl cannot be read .*: delete it"):
+        train.train(run, progress=False)
