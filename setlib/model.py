@@ -53,7 +53,7 @@ class Segmenter(nn.Module, ModelHubMixin):
         self.results: list[dict] = []  # of metrics.json, for the model card
         backbone = backbone or FrozenBackbone.load(config.backbone, patch_size=config.patch_size)
         depth = backbone.num_layers
-        self.feature_layers = tuple(config.feature_layers) or tuple(max(1, depth * k // 4) for k in (1, 2, 3, 4))
+        self.feature_layers = tuple(config.feature_layers) or even_layers(depth)
         refined = tuple(config.refined_layers) or tuple(range(1, depth + 1))
         for key, layers in (("feature_layers", self.feature_layers), ("refined_layers", refined)):
             if not all(1 <= layer <= depth for layer in layers):
@@ -299,6 +299,11 @@ labels = Segmenter.from_pretrained("THIS_REPOSITORY").predict("street.jpg")  # (
 def _public(text: str) -> str:
     """A domain's name without the folder it lies in on this machine."""
     return re.sub(r"@[^~]*", "", text)
+
+
+def even_layers(depth: int) -> tuple[int, ...]:
+    """Four layers of `depth`, evenly spaced: what a head reads unless it is told."""
+    return tuple(max(1, depth * k // 4) for k in (1, 2, 3, 4))
 
 
 def build_parts(

@@ -22,7 +22,7 @@ from setlib.experiment import PROFILES, Inference, Model, Run
 from setlib.files import write_atomic
 from setlib.heads import Mask2FormerHead
 from setlib.labels import CITYSCAPES
-from setlib.model import write_model
+from setlib.model import even_layers, write_model
 from setlib.refiners import build_refiner
 from setlib.tokens import TokenRefiner
 from setlib.weights import check_name
@@ -76,6 +76,7 @@ HEAD_NAMES = {  # of a release, and ours; # is a number
     "query_feat": "query_features",
     "querys2feat": "query_features",
 }
+THEIR_HEAD_NAMES = {ours: theirs for theirs, ours in HEAD_NAMES.items()}  # of query_features: querys2feat, the last
 DINOV2 = {(384, 12): "small", (768, 12): "base", (1024, 24): "large", (1536, 40): "giant"}  # by channels and layers
 THREE = re.compile(r"(.*self_attn\.attn\.)in_proj_(weight|bias)")  # query, key and value, one below the other
 
@@ -89,6 +90,11 @@ def our_name(name: str, branch: str) -> str:
     if base not in NAMES:
         raise ValueError(f"Unknown parameter '{name}': expected those of a Rein or SET release ({', '.join(NAMES)}).")
     return NAMES[base].format(branch=branch) + dot + kind
+
+
+def their_names(refiner: str) -> dict[str, str]:
+    """The release's names of a refiner's parameters, by ours."""
+    return {ours.format(branch=BRANCHES[refiner]): theirs for theirs, ours in NAMES.items()}
 
 
 def rename(names: Iterable[str], table: dict[str, str]) -> tuple[dict[str, str], list[str]]:
@@ -123,12 +129,9 @@ def head_from_release(parameters: dict[str, Tensor]) -> tuple[dict[str, Tensor],
     return {new: parts[name].contiguous() for new, name in taken.items()}, left
 
 
-def head_to_release(parameters: dict[str, Tensor], linked: bool) -> dict[str, Tensor]:
-    """Our head under a release's names; linked: whether its queries are made from tokens."""
-    table = {
-        ours: theirs for theirs, ours in HEAD_NAMES.items() if theirs != ("query_feat" if linked else "querys2feat")
-    }
-    names, left = rename(parameters, table)
+def head_to_release(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our head, with queries made from tokens, under a release's names."""
+    names, left = rename(parameters, THEIR_HEAD_NAMES)
     if left:
         raise ValueError(f"A release has no place for {', '.join(left)}.")
     parts = {new: parameters[name] for name, new in names.items()}
@@ -144,7 +147,7 @@ def load_head(parameters: dict[str, Tensor]) -> Mask2FormerHead:
 
     Raises ValueError if parameters are missing, left over or of other sizes.
     """
-    (ours, left), table = head_from_release(parameters), {new: name for name, new in HEAD_NAMES.items()}
+    ours, left = head_from_release(parameters)
     try:
         head = Mask2FormerHead(
             ours["pixel_decoder.adapter_1.0.weight"].shape[1],
@@ -154,11 +157,11 @@ def load_head(parameters: dict[str, Tensor]) -> Mask2FormerHead:
             **head_sizes(ours),
         )
     except KeyError as error:
-        (name,) = rename(error.args, table)[0].values()
+        (name,) = rename(error.args, THEIR_HEAD_NAMES)[0].values()
         raise ValueError(f"These are not all parameters of a Mask2Former head: {name} is missing.") from None
     except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"These parameters have the sizes of no Mask2Former head ({error}).") from None
-    load_strictly(head, ours, "a Mask2Former head", table, left)
+    load_strictly(head, ours, "a Mask2Former head", THEIR_HEAD_NAMES, left)
     return head.eval()
 
 
@@ -209,8 +212,8 @@ def load_release(refiner: str, parameters: dict[str, Tensor]) -> TokenRefiner:
     query_channels = len(parameters.get("transform.weight", ()))
     sizes = {"query_channels": query_channels, "any_batch": True}
     made = build_refiner(refiner, range(1, num_layers + 1), channels, num_tokens, rank, **sizes).eval()
-    table = {ours.format(branch=BRANCHES[refiner]): name for name, ours in NAMES.items()}
-    load_strictly(made, {our_name(k, BRANCHES[refiner]): v for k, v in parameters.items()}, refiner, table)
+    ours = {our_name(name, BRANCHES[refiner]): value for name, value in parameters.items()}
+    load_strictly(made, ours, refiner, their_names(refiner))
     return made
 
 
@@ -243,7 +246,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 def layers_read(num_layers: int) -> tuple[int, ...]:
     """Layers whose features the releases' head reads: 8, 12, 16, 24 of ViT-L's, else evenly spaced."""
-    return (8, 12, 16, 24) if num_layers == 24 else tuple(num_layers * k // 4 for k in (1, 2, 3, 4))
+    return (8, 12, 16, 24) if num_layers == 24 else even_layers(num_layers)
 
 
 def import_checkpoint(path: Path, out: Path, backbone: str = "") -> Run:
@@ -328,21 +331,19 @@ def export_checkpoint(run: Run, path: Path) -> None:
             f"{folder}/model.safetensors cannot be read ({error}): delete {folder} and train again."
         ) from None
     num_layers = len(tensors.get(f"refiner.{BRANCHES[config.refiner]}.tokens.a", ()))
-    even = tuple(num_layers * k // 4 for k in (1, 2, 3, 4))
+    read = config.feature_layers or even_layers(num_layers)
     everywhere = config.refined_layers in ((), tuple(range(1, num_layers + 1)))
-    if not everywhere or (config.feature_layers or even) != layers_read(num_layers):
+    if not everywhere or read != layers_read(num_layers):
         raise ValueError(
             f"A release refines every layer and reads {layers_read(num_layers)} of {num_layers}: {run.path} refines "
-            f"{config.refined_layers or 'all'} and reads {config.feature_layers or even}."
+            f"{config.refined_layers or 'all'} and reads {read}."
         )
-    branch = BRANCHES[config.refiner]
-    table = {ours.format(branch=branch): theirs for theirs, ours in NAMES.items()}
     tokens = {name: value for name, value in _under(tensors, "refiner.").items() if name != "trained_batch"}
-    names, left = rename(tokens, table)
+    names, left = rename(tokens, their_names(config.refiner))
     if left:
         raise ValueError(f"A release has no place for {', '.join(left)}.")
     state = {f"backbone.reins.{new}": tokens[name] for name, new in names.items()}
-    head = head_to_release(_under(tensors, "head."), linked=True)
+    head = head_to_release(_under(tensors, "head."))
     state |= {f"decode_head.{name}": value for name, value in head.items()}
     load_release(config.refiner, _under(state, "backbone.reins."))  # whole?
     load_head(head)

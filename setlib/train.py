@@ -295,11 +295,6 @@ class Trainer:
         except Exception as error:
             raise ValueError(f"{path} cannot be resumed ({error}): delete it to train from the start.") from None
 
-    @property
-    def validated(self) -> float | None:
-        """The last score on the source's other pictures, percent; None before the first."""
-        return next((entry["source_miou"] for entry in reversed(self.history) if "source_miou" in entry), None)
-
     def validate(self, own: domains.Domain) -> float:
         """mIoU of the model as it is on pictures of the source that it is not trained on, percent."""
         self.model.eval()
@@ -341,6 +336,7 @@ def train(
     bank = bank or (make_bank(model, source, progress) if settings.views else None)
     model.train()
     label, done = f"train {experiment.model.refiner}, seed {experiment.seed}", trainer.next_step
+    shown: dict[str, str] = {}
     chosen = [own_part(batch_indices(experiment, step)) for step in range(done, settings.steps)]
     fresh = ((*batch, None) for batch in Views(source, experiment).batches(chosen))
     with tqdm(total=settings.steps, initial=done, desc=label, unit="step", smoothing=0, disable=not progress) as bar:
@@ -348,7 +344,7 @@ def train(
             entry = trainer.step(images.to(DEVICE), labels.to(DEVICE), prefix)
             if own and (entry["step"] % settings.validate_every == 0 or entry["step"] == settings.steps):
                 entry["source_miou"] = trainer.validate(own)
-            shown = {"source mIoU": f"{trainer.validated:.1f}"} if trainer.validated is not None else {}
+                shown = {"source mIoU": f"{entry['source_miou']:.1f}"}
             bar.set_postfix({"loss": f"{entry['loss']:.3f}"} | shown, refresh=False)
             bar.update()
             if trainer.next_step % settings.checkpoint_every == 0 or trainer.next_step == settings.steps:

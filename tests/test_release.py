@@ -72,12 +72,11 @@ def write_release(path, set_tokens=True, classes=19, change=None, layers=3, **co
     refiner = build_refiner("set-released" if set_tokens else "rein", range(1, layers + 1), 24, 7, 4, query_channels=32)
     head = Mask2FormerHead(24, 32, classes, attention_heads=4, pixel_layers=2, pixel_width=48, decoder_layers=3,
                            decoder_width=64)  # fmt: skip
-    branch = "phase" if set_tokens else "patches"
-    table = {ours.format(branch=branch): theirs for theirs, ours in release.NAMES.items()}
+    table = release.their_names("set-released" if set_tokens else "rein")
     tokens = {n: p for n, p in refiner.state_dict().items() if n != "trained_batch"}
     names, _ = release.rename(tokens, table)
     state = {f"backbone.reins.{new}": tokens[name] for name, new in names.items()}
-    head = release.head_to_release(head.state_dict(), linked=True)
+    head = release.head_to_release(head.state_dict())
     state |= {f"decode_head.{name}": value for name, value in head.items()}
     if change:
         change(state)
@@ -258,7 +257,7 @@ def test_every_name_of_a_large_checkpoint_comes_in_and_goes_out():
     }  # fmt: skip
     assert sum(p.numel() for p in refiner.parameters()) == 7_546_881
     assert sum(p.numel() for p in made.parameters()) == 20_579_796
-    again = release.head_to_release(made.state_dict(), linked=True)
+    again = release.head_to_release(made.state_dict())
     assert {name: list(value.shape) for name, value in again.items()} == {
         name.removeprefix("decode_head."): shape for name, shape in shapes.items() if name.startswith("decode_head.")
     }
