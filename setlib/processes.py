@@ -5,8 +5,10 @@ Each takes its part of a step's views, or of a domain's pictures, and sums are t
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 
@@ -19,9 +21,15 @@ WITHOUT_GPU = not torch.cuda.is_available()
 MALLOC = {-1: 2**31 - 1, -2: 2**28, -3: 2**25}  # bytes; from malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
 
 
+@functools.cache
 def state() -> PartialState:
-    """Rank (`process_index`), number of processes, and who waits for whom."""
-    return PartialState(cpu=WITHOUT_GPU)
+    """Rank (`process_index`), number of processes, and who waits for whom.
+
+    The group is left before the process ends: one of its threads that still runs then would abort the process.
+    """
+    state = PartialState(cpu=WITHOUT_GPU)
+    atexit.register(state.destroy_process_group)
+    return state
 
 
 def accelerator(some_unused: bool = False) -> Accelerator:
