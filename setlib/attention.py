@@ -56,14 +56,19 @@ class Reading(NamedTuple):
 
 
 @torch.no_grad()
-def read_tokens(model: Segmenter, image: np.ndarray) -> Reading:
+def read_tokens(model: Segmenter, image: np.ndarray | Tensor) -> Reading:
     """What the tokens attend to and change on one picture (h, w, 3) uint8 (the middle window of a large one).
+
+    A tensor (1, 3, h, w) in [0, 1] is read as it is.
 
     The branches' own inputs are caught while the model runs. changes: per refined layer, `compare` of the features
     before and after the refiner. Without tokens (refiner none) attention and changes are empty.
     """
-    windows = model.windows(image)[0].images
-    window = windows[len(windows) // 2][None]
+    if isinstance(image, Tensor):
+        window = image
+    else:
+        windows = model.windows(image)[0].images
+        window = windows[len(windows) // 2][None]
     inputs: dict[str, Tensor] = {}
     attention: list[Attention] = []
     changes: list[dict] = []

@@ -1,168 +1,399 @@
-"""Explorers with sliders for notebooks: thin widgets over a pure `render`; the mathematics is in `spectral.py`."""
+"""The explorer's widgets: thin, over the pure views of `views.py`. What a widget shows, one line of Python shows too.
+
+Under papermill, where nobody moves a slider, the same cells show the chosen state as a picture.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import html
+import os
+import random
+from collections.abc import Callable
 from typing import Any
 
+import anywidget
 import ipywidgets
-import numpy as np
-import torch
+import traitlets
 from IPython.display import display
-from torch import Tensor
 
-from setlib import plots, spectral
-from setlib.analysis import PARTS, as_picture, as_tensor, feature_pictures
-from setlib.backbone import FrozenBackbone
-from setlib.domains import Domain
-from setlib.model import Segmenter
-from setlib.transforms import fit, resize
+from setlib.analysis import PARTS
+from setlib.boards import Board
+from setlib.files import write_atomic
+from setlib.views import ALL, HIGHEST, Studio, shown
 
-HIGHEST = 1.5  # of the band slider; the corner of the spectrum lies at sqrt(2)
+STATIC = "SETLIB_STATIC"  # environment variable: show pictures, no widgets
+MOST_BYTES, CHUNK = 200_000_000, 4_000_000  # of an uploaded file, and of a message: servers refuse long ones
+NOTES = {  # what each control means
+    "content": "The picture whose spectrum is changed: a domain, then one of its pictures.",
+    "style": "The picture that lends a part of its spectrum; it is cut to the content's size.",
+    "part": "A Fourier transform writes a picture as a sum of waves: amplitude is how strong each wave is, phase where "
+    "its crests lie. The method rests on the idea that the first carries style and the second content.",
+    "space": "Where the swap happens: in the pixels, or in what the backbone has made of them after one of its layers. "
+    "Features are shown by their three strongest components, as red, green and blue: equal colours, similar features.",
+    "band": "Which waves move. 0 is the mean of the picture, 1 the finest stripes along an axis, 1.5 everything. The "
+    "rings in the spectra show the band; zero frequency is in their middle.",
+    "weight": "How far the content goes towards the style: 0 changes nothing, 1 takes the style's part as it is.",
+    "run": "The folder of a trained run, such as runs/quick: its model says what it sees before and after. mIoU is the "
+    "overlap of prediction and label, 100 % = equal, averaged over the classes. Empty: no model.",
+    "upload": "A picture of yours: press the button, or drag a file onto it. It stays in the run folder.",
+    "first": "A domain and one of its pictures. Rendered streets have the same number in every style.",
+    "second": "What it is compared with: the same number of another style changes style alone, another number content.",
+    "layer": "What is looked at: the pixels, or the features after one of the backbone's layers.",
+    "domain": "A set of pictures of one kind, such as night or fog; then one of its pictures.",
+    "place": "The refiner stands behind some layers; here is where its tokens are read.",
+    "branch": "The part that these tokens refine: amplitude, phase, or the patches themselves.",
+    "token": "A learned vector that features attend to; sorted by influence: mean share of the attention times what it "
+    "adds.",
+    "opacity": "How strongly the label's colours cover the picture.",
+    "only": "Colours one class alone; next, previous and random then stop at pictures that hold it.",
+    "code": "This line makes the same picture without widgets: copy it into a script or a cell.",
+}
+WIDE = {"style": {"description_width": "92px"}, "layout": ipywidgets.Layout(width="410px")}
 
 
-def swap(content: Tensor, style: Tensor, part: str, low: float, high: float, weight: float, axes: tuple) -> Tensor:
-    """Content with one part of its spectrum moved towards the style's, by `weight` within the band low ... high.
+class Upload(anywidget.AnyWidget):
+    """A button for a picture file that also takes a dropped one. The file comes in pieces; `receive(bytes, name)`."""
 
-    content, style: 4-D of one shape; part: "amplitude" or "phase". Raises ValueError for another part.
+    _esm = """
+    export default { render({ model, el }) {
+      const input = document.createElement("input");
+      Object.assign(input, { type: "file", accept: "image/*", title: model.get("note") });
+      input.setAttribute("aria-label", "picture of yours");
+      input.style.width = "100%";
+      input.addEventListener("change", async () => {
+        const file = input.files[0];
+        if (!file) return;
+        const most = model.get("most"), size = model.get("chunk");
+        if (file.size > most) { model.send({ name: file.name, refused: file.size }); return; }
+        for (let at = 0; at === 0 || at < file.size; at += size) {
+          const part = await file.slice(at, at + size).arrayBuffer();
+          model.send({ name: file.name, first: at === 0, last: at + size >= file.size }, undefined, [part]);
+        }
+        input.value = "";
+      });
+      el.appendChild(input);
+    } };
     """
-    if part not in PARTS:
-        raise ValueError(f"Unknown part '{part}': expected one of {', '.join(PARTS)}.")
-    mix = spectral.mix_amplitude if part == "amplitude" else spectral.mix_phase
-    return mix(content, style, weight, low, high, axes)
+    note = traitlets.Unicode(NOTES["upload"]).tag(sync=True)
+    most = traitlets.Int(MOST_BYTES).tag(sync=True)
+    chunk = traitlets.Int(CHUNK).tag(sync=True)
+
+    def __init__(self, receive: Callable[[bytes, str], None], refuse: Callable[[str], None]) -> None:
+        super().__init__(layout=ipywidgets.Layout(width="310px"))
+        self.receive, self.refuse, self.parts = receive, refuse, b""
+        self.on_msg(self._take)
+
+    def _take(self, _: Any, content: dict, buffers: list) -> None:
+        if "refused" in content:
+            megabytes = content["refused"] / 1e6
+            self.refuse(
+                f"'{content['name']}' has {megabytes:.0f} MB: choose a file of under {MOST_BYTES / 1e6:.0f} MB."
+            )
+            return
+        self.parts = (b"" if content["first"] else self.parts) + bytes(buffers[0])
+        if content["last"]:
+            whole, self.parts = self.parts, b""
+            self.receive(whole, content["name"])
 
 
-class SwapExplorer:
-    """Moves amplitude or phase of one picture towards another's, in its pixels or after a layer of a backbone.
+class Explorer:
+    """Base of the four: controls whose values are the arguments of one view, and what the view shows.
 
-    domains: to choose from, by the name shown. model: a Segmenter or a backbone with layers to choose, or None.
-    `render` is pure; `show` displays the widgets, which draw again on every change.
+    `render` is the view; `show` displays the widgets, which draw again on every change. A front end sends a slider's
+    next position once the last one is drawn, so positions in between are dropped, not queued. A problem is a sentence
+    above the picture, which stays as it was.
     """
 
-    def __init__(
-        self,
-        domains: Mapping[str, Domain],
-        model: Segmenter | FrozenBackbone | None = None,
-        long_edge: int = 448,
-    ) -> None:
-        self.domains, self.long_edge = dict(domains), long_edge
-        self.backbone: FrozenBackbone | None = getattr(model, "backbone", model)
-        depth = self.backbone.num_layers if self.backbone is not None else 0
-        layers = getattr(model, "feature_layers", sorted({depth * k // 4 for k in (1, 2, 3, 4)} - {0}))
-        self.spaces = ("pixels", *(f"layer {layer}" for layer in layers))
-        self._build_widgets()
+    view = ""
 
-    def pair(self, content: str, content_index: int, style: str, style_index: int) -> tuple[Tensor, Tensor]:
-        """The two pictures, (1, 3, h, w) in [0, 1] each, at one size; the style's is cut to the content's proportions.
+    def __init__(self, studio: Studio, **state: Any) -> None:
+        self.studio, self.controls, self.rows = studio, {}, []
+        self.options = {name: name for name in studio.names}  # of domains: as shown -> name
+        self.picture, self.message = ipywidgets.Image(format="jpeg"), ipywidgets.HTML()
+        self.words, self.note = ipywidgets.HTML(), ipywidgets.HTML()
+        self.code = ipywidgets.Text(
+            description="as Python", style=WIDE["style"], layout=ipywidgets.Layout(width="780px")
+        )
+        self.save = ipywidgets.Button(description="save", tooltip="Saves the picture as PNG, and this line of Python")
+        self.save.on_click(lambda _: self._guarded(self._save))
+        self._busy, self._noted = True, ""
+        self.build()
+        self._busy = False
+        for widget in self.controls.values():
+            widget.observe(self.update, names="value")
+        bottom = [ipywidgets.HBox([self.code, self._help("code"), self.save])]
+        pairs = [ipywidgets.HBox(self.rows[i : i + 2]) for i in range(0, len(self.rows), 2)]
+        status = [self.note, self.message, self.words]
+        self.box = ipywidgets.VBox([*pairs, *status, self.picture, *bottom])
+        self.box.layout.max_width = "980px"
+        self.set(**state)
 
-        Raises ValueError for an unknown domain or a picture that is not there.
-        """
-        images = []
-        for name, index in ((content, content_index), (style, style_index)):
-            if name not in self.domains:
-                raise ValueError(f"Unknown domain '{name}': expected one of {', '.join(self.domains)}.")
-            if not 0 <= index < len(self.domains[name]):
-                raise ValueError(f"{name} has the pictures 0 to {len(self.domains[name]) - 1}, not {index}.")
-            images.append(as_tensor(self.domains[name].sample(index).image))
-        patch = self.backbone.patch_size if self.backbone is not None else 2
-        size = tuple(max(patch, side // patch * patch) for side in fit(images[0], self.long_edge))
-        return tuple(_cover(image, size) for image in images)
+    # Subclasses
 
-    @torch.no_grad()
-    def render(
-        self,
-        content: str,
-        content_index: int,
-        style: str,
-        style_index: int,
-        part: str = "amplitude",
-        low: float = 0.0,
-        high: float = HIGHEST,
-        weight: float = 1.0,
-        space: str | int = "pixels",
-    ) -> plots.Figure:
-        """Content, style and the mixture, with their log amplitudes (pixels) or as features in common colours (layer).
+    def build(self) -> None:
+        """Makes the controls, with `add`."""
+        raise NotImplementedError
 
-        low, high: the band of frequencies that moves, 1 = the highest along an axis; weight: how far, 0 to 1.
-        space: "pixels", or a layer as "layer 9" or 9. Raises ValueError for what does not exist.
-        """
-        space = f"layer {space}" if isinstance(space, int) else space
-        if space not in self.spaces:
-            raise ValueError(f"Unknown space '{space}': expected one of {', '.join(self.spaces)}.")
-        images = self.pair(content, content_index, style, style_index)
-        columns = [f"content: {content} {content_index}", f"style: {style} {style_index}"]
-        share = "" if weight == 1 else f"{100 * weight:.0f} % of "
-        band = "" if (low, high) == (0.0, HIGHEST) else f"\nfrequencies {low:.2f} to {high:.2f}"
-        columns.append(f"mixed: {share}the style's {part}{band}")
-        if space == "pixels":
-            shown = [*images, swap(*images, part, low, high, weight, spectral.PIXELS)]
-            amplitudes = [spectral.log_amplitude_picture(255 * x)[0].numpy() for x in shown]
-            return plots.spectra([as_picture(x) for x in shown], {"log(1 + amplitude)": amplitudes}, columns)
-        layer = int(space.removeprefix("layer "))
-        maps = [self.backbone(image, layers=(layer,))[layer] for image in images]
-        mixed = swap(*maps, part, low, high, weight, spectral.GRID)
-        pictures = [*(as_picture(image) for image in images), None]
-        titles = [[*columns[:2], ""], [f"{space}: content", f"{space}: style", columns[2]]]
-        return plots.sheet([pictures, feature_pictures([*maps, mixed])], titles=titles)
+    def follow(self) -> None:
+        """Fits the controls' choices to each other's values, before a drawing."""
+        for name in ("content", "style", "first", "second", "domain"):
+            if name in self.controls:
+                index = self.controls["index" if name == "domain" else f"{name}_index"]
+                index.max = len(self.studio.domain(self.controls[name].value)) - 1
+
+    def arguments(self) -> dict[str, Any]:
+        """What the controls say, as the view's arguments."""
+        return {name: widget.value for name, widget in self.controls.items()}
+
+    # What all share
+
+    def render(self, **arguments: Any) -> Board:
+        """The view itself; see `Studio`."""
+        return getattr(self.studio, self.view)(**arguments)
+
+    def set(self, **state: Any) -> None:
+        """Sets controls by name, and draws. Raises ValueError for an unknown one."""
+        if unknown := set(state) - set(self.controls):
+            raise ValueError(f"Unknown {unknown.pop()}: the controls are {', '.join(self.controls)}.")
+        self._busy = True
+        for name, value in state.items():
+            self._guarded(self.follow)
+            self.controls[name].value = value
+        self._busy = False
+        self.update()
+
+    def line(self) -> str:
+        """One line of Python that makes the picture shown."""
+        given = ", ".join(f"{key}={value!r}" for key, value in self.arguments().items())
+        return f"from setlib.views import Studio; Studio.open({shown(self.studio.run.path)!r}).{self.view}({given})"
+
+    def update(self, _: Any = None) -> None:
+        """Draws what the controls say."""
+        if not self._busy:
+            self._busy = True
+            self._guarded(self._draw)
+            self._busy = False
 
     def show(self) -> None:
-        """Displays the widgets and draws for the first time. A problem is shown as a sentence above the picture."""
-        self.update()
-        display(self.box)
+        """Displays the widgets; the picture alone where SETLIB_STATIC is set (under papermill)."""
+        if not os.environ.get(STATIC):
+            display(self.box)
+        elif self.message.value:
+            display(self.message.value)
+        else:
+            display(self.render(**self.arguments()))
 
-    def update(self, change: Any = None) -> None:
-        """Draws what the widgets say."""
-        for chosen, index in ((self.content, self.content_index), (self.style, self.style_index)):
-            index.max = len(self.domains[chosen.value]) - 1
+    def _draw(self) -> None:
+        self.follow()
+        board = self.render(**self.arguments())
+        self.picture.value, self.words.value = board.jpeg(), _sentence(board.words)
+        self.code.value = self.line()
+
+    def _save(self) -> None:
+        folder, board = self.studio.run.path / "saved", self.render(**self.arguments())
+        number = 1 + max((int(p.stem.rpartition("-")[2]) for p in folder.glob(f"{self.view}-*.png")), default=0)
+        path = write_atomic(folder / f"{self.view}-{number}.png", board.png(self.line()))
+        write_atomic(path.with_suffix(".py"), f"{self.line()}.savefig({path.name!r})\n")
+        self.say(f"Saved {shown(path)}, and the line of Python that makes it beside it.")
+
+    def _guarded(self, action: Callable[[], object]) -> None:
+        """Does it; a problem becomes the message, since a widget's callback has nowhere else to say it."""
         try:
-            low, high = self.band.value
-            figure = self.render(
-                self.content.value,
-                self.content_index.value,
-                self.style.value,
-                self.style_index.value,
-                self.part.value,
-                low,
-                high,
-                self.weight.value,
-                self.space.value,
-            )
-            self.view.value, self.message.value = figure.png(), ""
-        except Exception as problem:  # a widget's callback has nowhere else to say it
-            self.message.value = f"{type(problem).__name__ * (not isinstance(problem, ValueError))} {problem}".strip()
+            self.message.value = ""
+            action()
+        except Exception as problem:
+            self.say(f"{type(problem).__name__ * (not isinstance(problem, ValueError))} {problem}".strip(), True)
 
-    def _build_widgets(self) -> None:
-        names = list(self.domains)
-        wide = {"style": {"description_width": "110px"}, "layout": {"width": "420px"}, "continuous_update": False}
-        choice = {key: value for key, value in wide.items() if key != "continuous_update"}
-        self.content = ipywidgets.Dropdown(options=names, value=names[0], description="content", **choice)
-        self.style = ipywidgets.Dropdown(options=names, value=names[-1], description="style", **choice)
-        self.content_index = ipywidgets.IntSlider(0, 0, 0, description="picture", **wide)
-        self.style_index = ipywidgets.IntSlider(0, 0, 0, description="picture", **wide)
-        self.part = ipywidgets.Dropdown(options=PARTS, description="part that moves", **choice)
-        self.space = ipywidgets.Dropdown(options=self.spaces, description="space", **choice)
-        self.band = ipywidgets.FloatRangeSlider(
-            value=(0, HIGHEST), min=0, max=HIGHEST, step=0.01, description="frequencies", **wide
+    def say(self, text: str, is_problem: bool = False) -> None:
+        """A sentence above the picture."""
+        self.message.value = _sentence(("⚠ " if is_problem else "") + text, bold=True)
+
+    def add(self, name: str, widget: Any, note: str = "", beside: Any = None) -> Any:
+        """A control of the view's argument `name` with its "?"; beside: another one in the same place."""
+        self.controls[name] = widget
+        row = [widget, self._help(note or name)] if note != "-" else [widget]
+        if beside is None:
+            self.rows.append(ipywidgets.HBox(row, layout=ipywidgets.Layout(width="475px")))
+        return widget
+
+    def add_picture(self, name: str, title: str = "", index: str = "", value: str | None = None) -> None:
+        """A domain and a picture's number."""
+        choice = ipywidgets.Dropdown(
+            options=self.options, value=value or self.studio.names[0], description=title or name, **WIDE
         )
-        self.weight = ipywidgets.FloatSlider(1, min=0, max=1, step=0.05, description="weight", **wide)
-        self.view = ipywidgets.Image(format="png")
-        self.message = ipywidgets.Label()
-        self.controls = (
-            *(self.content, self.style, self.content_index, self.style_index),
-            *(self.part, self.space, self.band, self.weight),
+        self.add(name, choice)
+        slider = ipywidgets.IntSlider(0, 0, 0, description="picture", **WIDE)
+        self.add(index or f"{name}_index", slider, name)
+
+    def add_space(self, name: str = "space") -> None:
+        """The pixels or a layer."""
+        try:
+            known = self.studio.spaces()
+        except Exception as problem:  # without a backbone the pixels remain
+            known = ["pixels"]
+            self.say(str(problem), True)
+        self.add("space", ipywidgets.Dropdown(options=known, description="where", **WIDE), name)
+
+    def add_run(self) -> None:
+        """The folder of a trained run."""
+        options = {"options": self.studio.runs(), "placeholder": "none; for example runs/quick"}
+        widget = ipywidgets.Combobox(description="trained run", continuous_update=False, **options, **WIDE)
+        self.add("run", widget)
+
+    def add_upload(self, *names: str) -> None:
+        """A button that brings a picture into the choices of the domains `names`; the first one then shows it."""
+
+        def receive(content: bytes, name: str) -> None:
+            self._guarded(lambda: take(content, name))
+
+        def take(content: bytes, name: str) -> None:
+            domain, done = self.studio.add_upload(content, name)
+            self.options[f"uploaded: {name}"] = domain
+            self._busy = True
+            for control in names:
+                kept = self.controls[control].value
+                self.controls[control].options = self.options
+                self.controls[control].value = domain if control == names[0] else kept
+            self._busy = False
+            self._draw()
+            self.say(f"Uploaded '{name}'{f' ({done})' if done else ''} as {names[0]}.")
+
+        label = ipywidgets.Label(
+            "upload", layout=ipywidgets.Layout(width="92px", display="flex", justify_content="flex-end")
         )
-        for name, domain in ((self.content_index, names[0]), (self.style_index, names[-1])):
-            name.max = len(self.domains[domain]) - 1
-        for widget in self.controls:
-            widget.observe(self.update, names="value")
-        pairs = [ipywidgets.HBox(self.controls[i : i + 2]) for i in range(0, len(self.controls), 2)]
-        self.box = ipywidgets.VBox([*pairs, self.message, self.view])
+        self.upload = Upload(receive, lambda text: self.say(text, True))
+        self.rows.append(ipywidgets.HBox([label, self.upload, self._help("upload")]))
+
+    def _help(self, name: str) -> ipywidgets.Button:
+        """The "?" that shows a note and hides it again."""
+        button = ipywidgets.Button(description="?", tooltip=NOTES[name], layout=ipywidgets.Layout(width="30px"))
+
+        def toggle(_: Any) -> None:
+            self._noted = "" if self._noted == name else name
+            self.note.value = _sentence(NOTES[name]) if self._noted else ""
+
+        button.on_click(toggle)
+        return button
 
 
-def _cover(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """(1, 3, h, w) resized to cover `size` and cut to it around the middle."""
-    h, w = image.shape[-2:]
-    factor = max(size[0] / h, size[1] / w)
-    image = resize(image, (max(size[0], round(h * factor)), max(size[1], round(w * factor))))
-    top, left = (int(np.floor((side - kept) / 2)) for side, kept in zip(image.shape[-2:], size, strict=True))
-    return image[..., top : top + size[0], left : left + size[1]]
+class SwapExplorer(Explorer):
+    """Moves amplitude or phase of one picture towards another's, in its pixels or after a layer (`Studio.swap`)."""
+
+    view = "swap"
+
+    def build(self) -> None:
+        """Makes the controls."""
+        self.add_picture("content")
+        self.add_picture("style", value=self.studio.names[-1])
+        parts = ipywidgets.ToggleButtons(options=PARTS, description="what moves", **WIDE)
+        parts.style.button_width = "100px"
+        self.add("part", parts)
+        self.add_space()
+        band = ipywidgets.FloatRangeSlider(
+            value=(0, HIGHEST), min=0, max=HIGHEST, step=0.01, description="frequencies", **WIDE
+        )
+        self.add("band", band)
+        self.add("weight", ipywidgets.FloatSlider(1, min=0, max=1, step=0.05, description="weight", **WIDE))
+        self.add_run()
+        self.add_upload("content", "style")
+
+    def arguments(self) -> dict[str, Any]:
+        """The band as its two ends."""
+        given = super().arguments()
+        low, high = given.pop("band")
+        return given | {"low": round(low, 2), "high": round(high, 2), "weight": round(given["weight"], 2)}
+
+
+class LayerExplorer(Explorer):
+    """How far two pictures lie apart in amplitude and phase, layer by layer, and where (`Studio.layers`)."""
+
+    view = "layers"
+
+    def build(self) -> None:
+        """Makes the controls."""
+        self.add_picture("first")
+        self.add_picture("second", value=self.studio.names[-1])
+        self.add_space("layer")
+        self.add_run()
+        self.controls["space"].close()
+        known = self.controls["space"].options
+        short = {name.removeprefix("layer "): name for name in known}
+        layers = ipywidgets.ToggleButtons(options=short, description="layer", style=WIDE["style"])
+        layers.style.button_width = "52px"
+        self.controls["space"] = layers
+        self.rows[4] = ipywidgets.HBox([layers, self._help("layer")], layout=ipywidgets.Layout(width="475px"))
+
+
+class TokenExplorer(Explorer):
+    """Where a token attends over spectrum and picture, and what changes without it (`Studio.tokens`)."""
+
+    view = "tokens"
+
+    def build(self) -> None:
+        """Makes the controls."""
+        self.add_picture("domain", index="index")
+        self.add_run()
+        self.add("layer", ipywidgets.Dropdown(description="after layer", **WIDE), "place")
+        self.add("branch", ipywidgets.Dropdown(description="branch", **WIDE))
+        self.add("token", ipywidgets.Dropdown(description="token", **WIDE))
+
+    def follow(self) -> None:
+        """The choices of layer, branch and token are those of the run; tokens are sorted by influence."""
+        super().follow()
+        run, domain, index = (self.controls[name].value for name in ("run", "domain", "index"))
+        known = self.studio.places(run, domain, index)
+        layer = _offer(self.controls["layer"], {f"layer {n}": n for n in known}, last=True)
+        branch = _offer(self.controls["branch"], {name: name for name in known[layer]})
+        ranking = self.studio.ranking(run, domain, index, layer, branch)
+        _offer(self.controls["token"], {f"token {m} (influence {value:.3f})": m for m, value in ranking})
+
+
+class DomainBrowser(Explorer):
+    """The pictures of a domain with their labels, filtered by class (`Studio.browse`)."""
+
+    view = "browse"
+
+    def build(self) -> None:
+        """Makes the controls."""
+        self.add_picture("domain", index="index")
+        self.add("opacity", ipywidgets.FloatSlider(0.6, min=0, max=1, step=0.05, description="opacity", **WIDE))
+        self.add("only", ipywidgets.Dropdown(options=[ALL], description="class", **WIDE))
+        self.random = random.Random(self.studio.experiment.seed)
+        steps = {"previous": lambda: -1, "next": lambda: 1, "random": self._far}
+        self.steps = {name: ipywidgets.Button(description=name) for name in steps}
+        for name, step in steps.items():
+            self.steps[name].on_click(lambda _, step=step: self._guarded(lambda: self._go(step())))
+        self.rows.append(ipywidgets.HBox(list(self.steps.values()), layout=ipywidgets.Layout(width="475px")))
+        self.add_upload("domain")
+
+    def follow(self) -> None:
+        """The classes to choose from are the domain's."""
+        super().follow()
+        domain = self.studio.domain(self.controls["domain"].value)
+        names = (ALL, *domain.class_set.classes) if domain.has_labels else (ALL,)
+        _offer(self.controls["only"], {name: name for name in names})
+
+    def _far(self) -> int:
+        """Some way ahead, before the next picture that fits is looked for."""
+        count = self.controls["index"].max
+        return self.random.randint(1, count) if count else 1
+
+    def _go(self, step: int) -> None:
+        domain, index, only = (self.controls[name].value for name in ("domain", "index", "only"))
+        start, way = (index, step) if abs(step) == 1 else (index + step - 1, 1)
+        self.controls["index"].value = self.studio.find(domain, start, way, only)
+
+
+def _offer(widget: Any, options: dict[str, Any], last: bool = False) -> Any:
+    """Gives a choice these options, keeping its value where it is among them; returns its value."""
+    if dict(widget.options) != options:
+        kept = widget.value
+        widget.options = options
+        values = list(options.values())
+        widget.value = kept if kept in values else values[-1 if last else 0]
+    return widget.value
+
+
+def _sentence(text: str, bold: bool = False) -> str:
+    style = "line-height:1.4;white-space:normal" + ";font-weight:600" * bold
+    return f'<div role="status" style="{style}">{html.escape(text)}</div>' if text else ""

@@ -86,15 +86,16 @@ class Segmenter(nn.Module, ModelHubMixin):
             kept = [self.cache.prefix(self.backbone, part.to(DEVICE), stop, wanted, precision) for part in parts]
         return Prefix.cat(kept)
 
-    def forward(self, images: Tensor, prefix: Prefix | None = None) -> Tensor | Masks:
+    def forward(self, images: Tensor, prefix: Prefix | None = None, refiner: Refiner | None = None) -> Tensor | Masks:
         """What the head says of images (B, 3, h, w) in [0, 1], of any size: logits (B, 19, H, W), or masks.
 
         prefix: of the same images, to skip layers that nothing trainable touches; left aside if it goes further.
+        refiner: in place of the model's own, where something is done to the features on their way.
         """
         prefix = prefix if prefix and prefix.stop <= self.frozen_until else None
         checkpointing = self.training and self.experiment.train.checkpointing
         with self.autocast():
-            maps = self.backbone(images, self.refiner, self.feature_layers, prefix, checkpointing)
+            maps = self.backbone(images, refiner or self.refiner, self.feature_layers, prefix, checkpointing)
             return self.head([maps[layer] for layer in self.feature_layers], self.refiner.queries())
 
     def loss(

@@ -18,6 +18,7 @@ import numpy as np
 import pandas
 from matplotlib import figure
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.patches import Patch
 
@@ -44,6 +45,12 @@ class Figure(figure.Figure):
         return content.getvalue()
 
     _repr_png_ = png
+
+    def pixels(self) -> np.ndarray:
+        """The figure as it is, (h, w, 3) uint8."""
+        canvas = FigureCanvasAgg(self)
+        canvas.draw()
+        return np.array(canvas.buffer_rgba())[..., :3]
 
 
 def short_name(domain: str) -> str:
@@ -301,6 +308,28 @@ def _bars(series: Mapping[str, Sequence], names: Sequence[str], ax: Axes, uprigh
     (ax.set_xticks if upright else ax.set_yticks)(range(len(names)), names)
     ax.grid(True, axis="y" if upright else "x")
     ax.legend(**ABOVE, ncols=len(series))
+    return ax
+
+
+@quiet
+def distances(table: Sequence[Mapping], chosen: str, ax: Axes | None = None) -> Axes:
+    """How far two pictures lie apart by layer; rows with layer, amplitude and phase. chosen: the layer pointed out."""
+    names = [row["layer"].removeprefix("layer ") for row in table]
+    ax = _bars({part: [row[part] for row in table] for part in ("amplitude", "phase")}, names, _axes(ax, 2.0), True, 2)
+    place = [row["layer"] for row in table].index(chosen)
+    ax.axvspan(place - 0.5, place + 0.5, color="#e4e4e4", zorder=0)
+    ax.set(xlabel="layer", ylabel="distance", xlim=(-0.6, len(names) - 0.4))
+    return ax
+
+
+@quiet
+def influences(ranking: Sequence[tuple[int, float]], chosen: int, ax: Axes | None = None, most: int = 30) -> Axes:
+    """The influence of the strongest tokens, in their order; the chosen one in another colour."""
+    ax, shown = _axes(ax, 1.6), ranking[:most]
+    colours = [COLOURS[token == chosen] for token, _ in shown]
+    ax.bar(range(len(shown)), [value for _, value in shown], color=colours)
+    ax.set_xticks(range(len(shown)), [str(token) for token, _ in shown])
+    ax.set(xlabel="token", ylabel="influence", xlim=(-0.6, len(shown) - 0.4))
     return ax
 
 

@@ -22,6 +22,28 @@ ADAPTER_SCALE = 0.1  # of what an adapter adds. Source: AdaptFormer, Sec. 4
 QUERY_AND_VALUE = ("q_proj", "v_proj", "query", "value", "qkv")  # SAM and timm keep query, key and value in one map
 
 
+class Intervened(Refiner):
+    """A refiner with something else done behind one layer: `change(features, layer)` in place of its own call."""
+
+    def __init__(self, refiner: Refiner, layer: int, change: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__(sorted({*refiner.layers, layer}))
+        self.refiner, self.layer, self.change = refiner, layer, change
+        if refiner.prompts is not None:
+            self.prompts = self._prompts
+
+    def own(self, features: Tensor, layer: int) -> Tensor:
+        """What the refiner itself makes of the features."""
+        return self.refiner(features, layer) if layer in self.refiner.layers else features
+
+    def forward(self, features: Tensor, layer: int) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        return self.change(features, layer) if layer == self.layer else self.own(features, layer)
+
+    def _prompts(self, layer: int) -> Tensor:
+        known = layer in self.refiner.layers
+        return self.refiner.prompts(layer) if known else self.refiner.prompts(self.refiner.layers[0])[:0]
+
+
 class FullFineTuning(Refiner):
     """Every weight of the backbone that the features depend on learns, with a tenth of the head's learning rate.
 

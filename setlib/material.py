@@ -1,0 +1,220 @@
+"""What the explorer works on: the domains, the backbone and the trained models of a run, kept in memory; uploads.
+
+The views of it are in `views.py`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from setlib import domains
+from setlib.analysis import as_picture, as_tensor
+from setlib.attention import Reading, read_tokens
+from setlib.backbone import FrozenBackbone
+from setlib.evaluate import iou_per_class, mean_iou, pixel_counts
+from setlib.experiment import Experiment, Run
+from setlib.files import PROJECT, write_atomic
+from setlib.labels import IGNORE
+from setlib.model import DEVICE, FILES, Segmenter
+from setlib.pictures import read_picture
+from setlib.refiners import Intervened
+from setlib.transforms import fit, resize
+
+LONG_EDGE, KEPT_EDGE = 448, 1024  # pixels, at most: of a picture in the views, and of an uploaded file
+KEPT = {"domain": 64, "model": 3, "image": 64, "label": 64}  # how many answers of a method are kept
+KEPT |= {"maps": 6, "segmented": 16, "reading": 4, "distances": 16}
+
+
+class Segmented(NamedTuple):
+    """What a model says of a picture, and how that compares with the label: places in a class set, (h, w); percent."""
+
+    places: np.ndarray
+    miou: float
+
+
+class Material:
+    """The domains, the backbone and the trained models of a run, by name; what was computed last is kept.
+
+    `run` is the folder of a trained run, "" for none: features are then the frozen backbone's.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.experiment = run, run.experiment
+        data = run.experiment.data
+        self.long_edge = min(data.long_edge, LONG_EDGE)
+        self.names = list(dict.fromkeys([data.source, *data.targets]))
+        self._trained: dict[str, int] = {}  # when a run's model was written
+        for name, size in KEPT.items():
+            setattr(self, name, lru_cache(size)(getattr(self, name)))
+
+    @classmethod
+    def open(cls, folder: str | Path = "runs/quick", profile: str = "quick") -> Material:
+        """Of a run folder, here or in the project; one that is missing is made with the profile's configuration.
+
+        Raises ValueError as `Run.load` does.
+        """
+        path = _here(folder)
+        made = (path / "experiment.json").is_file()
+        return cls(Run.load(path) if made else Run.open(path, Experiment.build(profile)))
+
+    def domain(self, name: str) -> domains.Domain:
+        """A domain by its name; rendered streets are the targets', so that one number is one street in every style."""
+        return domains.load(name, self.experiment.data, role="target")
+
+    def model(self, run: str) -> Segmenter | FrozenBackbone:
+        """The trained model of a run folder; the frozen backbone for ""."""
+        if not run:
+            config = self.experiment.model
+            return FrozenBackbone.load(config.backbone, patch_size=config.patch_size)
+        return Segmenter.load(_here(run))
+
+    def renew(self, run: str) -> None:
+        """Lets go of what was computed with a run's model if it has been trained anew."""
+        weights = _here(run) / "model" / FILES[-1]
+        written = weights.stat().st_mtime_ns if run and weights.is_file() else 0
+        if self._trained.setdefault(run, written) != written:
+            self._trained[run] = written
+            for name in ("model", "maps", "segmented", "reading", "distances"):
+                getattr(self, name).cache_clear()
+
+    def runs(self) -> list[str]:
+        """The trained runs that lie in this run's folder or beside it."""
+        found = {self.run.path, *(path for path in (*self.run.path.glob("*/"), *self.run.path.parent.glob("*/")))}
+        return sorted(shown(path) for path in found if all((path / "model" / name).is_file() for name in FILES))
+
+    def image(self, name: str, index: int, size: tuple[int, int] | None = None) -> Tensor:
+        """Picture `index` of a domain, (1, 3, h, w) in [0, 1], at the views' size; cut to cover `size` if it is given.
+
+        Raises ValueError if there is no such picture.
+        """
+        image = as_tensor(self.sample(name, index).image)
+        return resize(image, fit(image, self.long_edge)) if size is None else _cover(image, size)
+
+    def label(self, name: str, index: int) -> np.ndarray | None:
+        """The label of a picture at the views' size, places in the domain's class set; None without labels."""
+        label = self.domain(name).to_score(self.sample(name, index).label)
+        return None if label is None else _nearest(label, tuple(self.image(name, index).shape[-2:]))
+
+    def spaces(self, run: str = "") -> list[str]:
+        """What can be compared: "pixels", and every layer as "layer 9"."""
+        model = self.model(run)
+        return ["pixels", *(f"layer {n}" for n in range(1, getattr(model, "backbone", model).num_layers + 1))]
+
+    def add_upload(self, content: bytes, name: str) -> tuple[str, str]:
+        """Keeps an uploaded picture in the run folder; returns the domain that it is and what was done to it.
+
+        Raises ValueError if it is no picture.
+        """
+        try:
+            with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as opened:
+                mode, frames = opened.mode, getattr(opened, "n_frames", 1)
+                pixels = read_picture(opened, KEPT_EDGE)
+        except Exception:  # a damaged file may raise anything
+            raise ValueError(
+                f"'{name}' is no picture that can be read: choose a PNG, JPEG, WebP or TIFF of under 180 megapixels."
+            ) from None
+        height, width = pixels.shape[:2]
+        if min(height, width) < 8 or max(height, width) > 16 * min(height, width):
+            raise ValueError(f"'{name}' is {width} x {height} pixels: choose a larger or less narrow picture.")
+        image = as_tensor(pixels)
+        size = fit(image, min(KEPT_EDGE, max(height, width)))
+        kept = io.BytesIO()
+        Image.fromarray(as_picture(resize(image, size))).save(kept, "PNG")
+        folder = self.run.path / "uploads" / sha256(kept.getvalue()).hexdigest()[:8]
+        stem = "".join(c if c.isalnum() or c in "-_ " else "-" for c in Path(name).stem)[:40].strip() or "picture"
+        write_atomic(folder / "images" / f"{stem}.png", kept.getvalue())
+        notes = [f"kept at {size[1]} x {size[0]}"] * (max(height, width) > KEPT_EDGE)
+        notes += [f"the first of its {frames} frames"] * (frames > 1) + ["grey"] * (mode[0] in "L1IF")
+        notes += ["transparent parts are white"] * ("A" in mode)
+        return f"folder@{folder.absolute()}", ", ".join(notes)
+
+    def sample(self, name: str, index: int) -> domains.Sample:
+        """Picture `index` of a domain as it is. Raises ValueError if there is none."""
+        domain = self.domain(name)
+        if not 0 <= index < len(domain):
+            raise ValueError(f"{name} has the pictures 0 to {len(domain) - 1}, not {index}.")
+        return domain.sample(index)
+
+    def layer_of(self, space: str, run: str) -> int:
+        """The number of a layer; 0 for the pixels."""
+        if space == "pixels":
+            return 0
+        known = self.spaces(run)
+        if space not in known:
+            raise ValueError(f"Unknown space '{space}': expected pixels or {known[1]} to {known[-1]}.")
+        return int(space.removeprefix("layer "))
+
+    @torch.no_grad()
+    def maps(self, run: str, name: str, index: int, size: tuple[int, int]) -> dict[int, Tensor]:
+        """Features (1, H, W, C) of a picture after every layer; of a run: as its refiner leaves them."""
+        model, image = self.model(run), self.image(name, index, size).to(DEVICE)
+        backbone = getattr(model, "backbone", model).to(DEVICE)
+        every = range(1, backbone.num_layers + 1)
+        return {k: v.cpu().float() for k, v in backbone(image, getattr(model, "refiner", None), layers=every).items()}
+
+    @torch.no_grad()
+    def scores(self, run: str, image: Tensor, refiner: Intervened | None = None) -> Tensor:
+        """Probabilities (19, h, w) of the classes at the pixels of an image (1, 3, h, w), in one piece."""
+        model = self.model(run)
+        output = model(image.to(DEVICE), refiner=refiner)
+        return model.pixel_probabilities(output, tuple(image.shape[-2:]))[0].float().cpu()
+
+    def segmented(self, run: str, name: str, index: int) -> Segmented:
+        """A picture as it is."""
+        return self.judge(self.scores(run, self.image(name, index)), name, index)
+
+    def judge(self, scores: Tensor, name: str, index: int) -> Segmented:
+        """Scores of a picture in its domain's classes, against its label; NaN without one."""
+        classes = self.domain(name).class_set
+        places = torch.einsum("khw,kc->chw", scores, torch.from_numpy(classes.merge_matrix())).argmax(0).byte().numpy()
+        label = self.label(name, index)
+        known = label is not None and (label != IGNORE).any()
+        miou = mean_iou(iou_per_class(pixel_counts(places, label, len(classes)))) if known else math.nan
+        return Segmented(places, miou)
+
+    def reading(self, run: str, name: str, index: int) -> Reading:
+        """What the tokens of a run do on a picture. Raises ValueError if there are none."""
+        if not run:
+            raise ValueError("Tokens learn: choose a trained run (notebook 03 or `python -m setlib train` makes one).")
+        model = self.model(run)
+        if not model.refiner.branches():
+            raise ValueError(f"The refiner '{model.experiment.model.refiner}' of {run} has no tokens that attend.")
+        return read_tokens(model, self.image(name, index))
+
+
+def _here(folder: str | Path) -> Path:
+    """A folder as given or, if there is none, below the project's."""
+    path = Path(folder).expanduser()
+    return path if path.is_dir() else PROJECT / path
+
+
+def shown(path: Path) -> str:
+    """A folder as a line of code names it: from the project's folder where it lies below it."""
+    path = Path(path).absolute()
+    return path.relative_to(PROJECT).as_posix() if path.is_relative_to(PROJECT) else str(path)
+
+
+def _nearest(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    values = torch.from_numpy(label)[None, None].float()
+    return F.interpolate(values, size=size, mode="nearest-exact")[0, 0].byte().numpy()
+
+
+def _cover(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """(1, 3, h, w) resized to cover `size` and cut to it around the middle."""
+    h, w = image.shape[-2:]
+    factor = max(size[0] / h, size[1] / w)
+    image = resize(image, (max(size[0], round(h * factor)), max(size[1], round(w * factor))))
+    top, left = (math.floor((side - kept) / 2) for side, kept in zip(image.shape[-2:], size, strict=True))
+    return image[..., top : top + size[0], left : left + size[1]]
