@@ -19,7 +19,8 @@ from IPython.display import display
 from setlib.analysis import PARTS
 from setlib.boards import Board
 from setlib.files import write_atomic
-from setlib.views import ALL, HIGHEST, Studio, shown
+from setlib.material import shown
+from setlib.views import ALL, HIGHEST, Studio
 
 STATIC = "SETLIB_STATIC"  # environment variable: show pictures, no widgets
 MOST_BYTES, CHUNK = 200_000_000, 4_000_000  # of an uploaded file, and of a message: servers refuse long ones
@@ -126,6 +127,7 @@ class Explorer:
         status = [self.note, self.message, self.words]
         self.box = ipywidgets.VBox([*pairs, *status, self.picture, *bottom])
         self.box.layout.max_width = "980px"
+        self.box.add_class(f"setlib-{self.view}")
         self.set(**state)
 
     # Subclasses
@@ -382,6 +384,34 @@ class DomainBrowser(Explorer):
         domain, index, only = (self.controls[name].value for name in ("domain", "index", "only"))
         start, way = (index, step) if abs(step) == 1 else (index + step - 1, 1)
         self.controls["index"].value = self.studio.find(domain, start, way, only)
+
+
+VIEWS = {
+    "Swap amplitude or phase": SwapExplorer,
+    "Layer by layer": LayerExplorer,
+    "Tokens": TokenExplorer,
+    "Pictures and labels": DomainBrowser,
+}
+
+
+class Tabs:
+    """The four views under one roof; each is made when it is first looked at."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio, self.made = studio, {}
+        self.box = ipywidgets.Tab(children=[ipywidgets.VBox() for _ in VIEWS], titles=tuple(VIEWS))
+        self.box.observe(self._open, names="selected_index")
+        self.box.selected_index = 0
+        self._open()
+
+    def _open(self, _: Any = None) -> None:
+        place = self.box.selected_index
+        if place is not None and place not in self.made:
+            self.made[place] = list(VIEWS.values())[place](self.studio)
+            self.box.children[place].children = (self.made[place].box,)
+
+    def _ipython_display_(self) -> None:
+        display(self.box)
 
 
 def _offer(widget: Any, options: dict[str, Any], last: bool = False) -> Any:

@@ -105,7 +105,9 @@ class Studio(Material):
         scores = self.scores(run, here if layer else shown[2].clamp(0, 1), refiner)
         before, after = self.segmented(run, content, content_index), self.judge(scores, content, content_index)
         pictures = [as_picture(here), rows[0][0 if layer else 2].picture]
-        more, said, legend = self._compared(content, content_index, (before, after), pictures, names[::2])
+        more, said, legend = self._compared(
+            content, content_index, (before, after), pictures, (" of the content", " of the mixture")
+        )
         return Board([*rows, *more], f"{words} {said}", legend)
 
     def layers(
@@ -257,7 +259,9 @@ class Studio(Material):
         wide = Panel(
             over_grey(grey, change.numpy(), most or 1), f"what it changes after layer {layer}: up to {100 * most:.2f} %"
         )
-        more, said, legend = self._compared(domain, index, (before, after), [grey, grey], ("", "without the token"))
+        more, said, legend = self._compared(
+            domain, index, (before, after), [grey, grey], (", all tokens", ", without the token")
+        )
         more[1][1:] = [wide, None]
         place = [m for m, _ in ranking].index(token) + 1 if token else len(one.influence)
         words = f"Token {token} of {branch} after layer {layer}: number {place} of {len(one.influence)} by influence, "
@@ -314,9 +318,7 @@ class Studio(Material):
             row.append(Panel(plots.coloured(pictures[0], label, classes, 0.75), "ground truth"))
         for one, picture, title in zip(pair, pictures, titles, strict=True):
             score = "" if math.isnan(one.miou) else f": mIoU {one.miou:.1f} %"
-            row.append(
-                Panel(plots.coloured(picture, one.places, classes, 0.75), f"segmentation {title}".strip() + score)
-            )
+            row.append(Panel(plots.coloured(picture, one.places, classes, 0.75), f"segmentation{title}{score}"))
         share = 100 * flipped.mean()
         row += [None] * (3 - len(row))
         flips = [Panel(marked(pictures[0], flipped), f"pixels that flipped (orange): {share:.1f} %"), None, None]

@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import re
+import secrets
 import shlex
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -155,7 +157,7 @@ def run_notebooks(run: Run, only: Sequence[str] = (), folder: Path | None = None
     values = notebook_parameters(run) | parameters
     for notebook in notebooks:
         check_parameters(notebook, values)
-    with _this_python():
+    with this_python(headless=True):
         for number, notebook in enumerate(notebooks, 1):
             print(f"[{number}/{len(notebooks)}] {notebook.stem}", file=sys.stderr, flush=True)
             try:
@@ -197,8 +199,11 @@ def _literal(path: Path) -> str:
 
 
 @contextmanager
-def _this_python() -> Iterator[None]:
-    """Makes the kernel called python3 this interpreter with this setlib, whatever kernels the user has installed."""
+def this_python(headless: bool = False) -> Iterator[dict[str, str]]:
+    """Makes the kernel called python3 this interpreter with this setlib, whatever kernels the user has installed.
+
+    headless: nobody moves a slider: the explorers show a picture. Yields what was added to the environment.
+    """
     from ipykernel.kernelspec import get_kernel_dict
 
     environment = {
@@ -206,17 +211,63 @@ def _this_python() -> Iterator[None]:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")])),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else the debugger warns at every start
         "TQDM_MININTERVAL": "0.5" if sys.stderr.isatty() else "10",  # seconds; a log needs fewer lines than an eye
+        "SETLIB_STATIC": "1" if headless else "",
     }
     spec = get_kernel_dict() | {"env": environment}
-    spec["argv"] = [*spec["argv"], "--log-level=CRITICAL"]  # its warnings are about Jupyter's own plumbing
+    if headless:
+        spec["argv"] = [*spec["argv"], "--log-level=CRITICAL"]  # its warnings are about Jupyter's own plumbing
     before = os.environ.get("JUPYTER_PATH", "")
     with tempfile.TemporaryDirectory(prefix="setlib-kernel-") as folder:
         write_atomic(Path(folder) / "kernels" / "python3" / "kernel.json", json.dumps(spec))
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [folder, before]))
         try:
-            yield
+            yield {"JUPYTER_PATH": os.environ["JUPYTER_PATH"]}
         finally:
             os.environ["JUPYTER_PATH"] = before  # empty means none
+
+
+def lab_command(
+    folder: Path, open_browser: bool = True, port: int = 0, notebook: str = ""
+) -> tuple[list[str], str, str]:
+    """The command that serves a folder's notebooks in JupyterLab to this machine alone; its address and its token.
+
+    notebook: is opened, in JupyterLab's simple mode, with nothing around it.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", port))
+        port = free.getsockname()[1]
+    token = secrets.token_hex(16)
+    options = {
+        "ServerApp.ip": "127.0.0.1",
+        "ServerApp.port": port,
+        "ServerApp.port_retries": 0,
+        "ServerApp.root_dir": folder.absolute(),
+        "ServerApp.open_browser": open_browser,
+        "ServerApp.allow_root": True,
+        "IdentityProvider.token": token,
+        "LabApp.default_url": f"/doc/tree/{notebook}" if notebook else "/lab",
+        "LabApp.news_url": None,
+        "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
+    }
+    command = [sys.executable, "-m", "jupyterlab", *(f"--{name}={value}" for name, value in options.items())]
+    return command, f"http://127.0.0.1:{port}", token
+
+
+EXPLORER = """# Press Shift + Enter.
+from setlib.explore import Tabs
+from setlib.views import Studio
+
+Tabs(Studio.open({folder!r}))"""
+
+
+def write_explorer(run: Run) -> Path:
+    """RUN/explore.ipynb: one cell that shows the four views."""
+    import nbformat
+
+    cells = [nbformat.v4.new_code_cell(EXPLORER.format(folder=str(run.path.absolute())), id="explorer")]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    return write_atomic(run.path / "explore.ipynb", nbformat.writes(notebook) + "\n")
 
 
 def executed(run: Run) -> list[dict]:
