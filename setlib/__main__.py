@@ -80,6 +80,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     prepare.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for the copy")
     prepare.add_argument("--short-edge", metavar="N", type=int, required=True, help="pixels; smaller ones stay")
 
+    explore = add("explore", "Open the explorer in the browser: JupyterLab, on this machine alone.", profile, target)
+    explore.add_argument("run", metavar="RUN", nargs="?", default="", help="run folder; default: runs/<profile>")
+    explore.add_argument("--port", metavar="N", type=int, default=0, help="default: a free one")
+    explore.add_argument("--no-browser", action="store_true", help="print the address only")
     add("backbones", "List the backbones that are known by name, and whether their weights are on this machine.")
     imported = add("import", "Read a checkpoint of Rein's or SET's release (.pth) into a run folder.")
     imported.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=".pth, as released")
@@ -312,6 +316,30 @@ def prepare_command(args: argparse.Namespace) -> int:
     spec, _, _ = args.domain.partition("@")
     print(f"{pairs} pictures in {args.out}; use it as {spec}@{args.out}")
     return 0
+
+
+def explore_command(args: argparse.Namespace) -> int:
+    """explore: a notebook of one cell, served until it is interrupted."""
+    import subprocess
+
+    from setlib import workbook
+
+    run = Run.load(args.run) if args.run else Run.open("", Experiment.build(args.profile))
+    if args.target:
+        from setlib import domains
+
+        args.target = [domains.parse(name).text for name in args.target]
+    notebook = workbook.write_explorer(run, args.target or ())
+    with workbook.this_python():
+        command, address, token = workbook.lab_command(run.path, not args.no_browser, args.port, notebook.name)
+        print(f"{address}/doc/tree/{notebook.name}?token={token}\nPress Ctrl-C to stop.", flush=True)
+        server = subprocess.Popen(command)
+        try:
+            return server.wait()
+        except KeyboardInterrupt:
+            server.terminate()
+            server.wait()
+            return 0
 
 
 def backbones_command(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ import traitlets
 from IPython.display import display
 
 from setlib.analysis import PARTS
-from setlib.boards import Board
+from setlib.boards import WIDTH, Board
 from setlib.files import write_atomic
 from setlib.material import shown
 from setlib.views import ALL, HIGHEST, Studio
@@ -110,22 +110,23 @@ class Explorer:
     def __init__(self, studio: Studio, **state: Any) -> None:
         self.studio, self.controls, self.rows = studio, {}, []
         self.options = {name: name for name in studio.names}  # of domains: as shown -> name
-        self.picture, self.message = ipywidgets.Image(format="jpeg"), ipywidgets.HTML()
+        exact = ipywidgets.Layout(width=f"{WIDTH}px", max_width="100%")
+        self.picture, self.message = ipywidgets.Image(format="jpeg", layout=exact), ipywidgets.HTML()
         self.words, self.note = ipywidgets.HTML(), ipywidgets.HTML()
         self.code = ipywidgets.Text(
             description="as Python", style=WIDE["style"], layout=ipywidgets.Layout(width="780px")
         )
         self.save = ipywidgets.Button(description="save", tooltip="Saves the picture as PNG, and this line of Python")
         self.save.on_click(lambda _: self._guarded(self._save))
-        self._busy, self._noted = True, ""
+        self._busy, self._noted, self.lasting = True, "", ""  # lasting: a problem that stays
         self.build()
         self._busy = False
         for widget in self.controls.values():
             widget.observe(self.update, names="value")
         bottom = [ipywidgets.HBox([self.code, self._help("code"), self.save])]
-        pairs = [ipywidgets.HBox(self.rows[i : i + 2]) for i in range(0, len(self.rows), 2)]
+        wrapped = ipywidgets.Box(self.rows, layout=ipywidgets.Layout(flex_flow="row wrap"))
         status = [self.note, self.message, self.words]
-        self.box = ipywidgets.VBox([*pairs, *status, self.picture, *bottom])
+        self.box = ipywidgets.VBox([wrapped, *status, self.picture, *bottom])
         self.box.layout.max_width = "980px"
         self.box.add_class(f"setlib-{self.view}")
         self.set(**state)
@@ -201,7 +202,7 @@ class Explorer:
     def _guarded(self, action: Callable[[], object]) -> None:
         """Does it; a problem becomes the message, since a widget's callback has nowhere else to say it."""
         try:
-            self.message.value = ""
+            self.message.value = _sentence(self.lasting, bold=True)
             action()
         except Exception as problem:
             self.say(f"{type(problem).__name__ * (not isinstance(problem, ValueError))} {problem}".strip(), True)
@@ -210,13 +211,11 @@ class Explorer:
         """A sentence above the picture."""
         self.message.value = _sentence(("⚠ " if is_problem else "") + text, bold=True)
 
-    def add(self, name: str, widget: Any, note: str = "", beside: Any = None) -> Any:
-        """A control of the view's argument `name` with its "?"; beside: another one in the same place."""
+    def add(self, name: str, widget: Any, note: str = "") -> None:
+        """A control of the view's argument `name`, with a "?" that shows its note."""
         self.controls[name] = widget
-        row = [widget, self._help(note or name)] if note != "-" else [widget]
-        if beside is None:
-            self.rows.append(ipywidgets.HBox(row, layout=ipywidgets.Layout(width="475px")))
-        return widget
+        row = [widget, self._help(note or name)]
+        self.rows.append(ipywidgets.HBox(row, layout=ipywidgets.Layout(min_width="475px")))
 
     def add_picture(self, name: str, title: str = "", index: str = "", value: str | None = None) -> None:
         """A domain and a picture's number."""
@@ -227,14 +226,13 @@ class Explorer:
         slider = ipywidgets.IntSlider(0, 0, 0, description="picture", **WIDE)
         self.add(index or f"{name}_index", slider, name)
 
-    def add_space(self, name: str = "space") -> None:
-        """The pixels or a layer."""
+    def known_spaces(self) -> list[str]:
+        """The pixels and the layers; the pixels alone, with a sentence, where the backbone is missing."""
         try:
-            known = self.studio.spaces()
-        except Exception as problem:  # without a backbone the pixels remain
-            known = ["pixels"]
-            self.say(str(problem), True)
-        self.add("space", ipywidgets.Dropdown(options=known, description="where", **WIDE), name)
+            return self.studio.spaces()
+        except (ValueError, OSError) as problem:
+            self.lasting = f"Only pixels can be looked at: {problem}"
+            return ["pixels"]
 
     def add_run(self) -> None:
         """The folder of a trained run."""
@@ -287,10 +285,8 @@ class SwapExplorer(Explorer):
         """Makes the controls."""
         self.add_picture("content")
         self.add_picture("style", value=self.studio.names[-1])
-        parts = ipywidgets.ToggleButtons(options=PARTS, description="what moves", **WIDE)
-        parts.style.button_width = "100px"
-        self.add("part", parts)
-        self.add_space()
+        self.add("part", _buttons(PARTS, "what moves", "100px"))
+        self.add("space", ipywidgets.Dropdown(options=self.known_spaces(), description="where", **WIDE))
         band = ipywidgets.FloatRangeSlider(
             value=(0, HIGHEST), min=0, max=HIGHEST, step=0.01, description="frequencies", **WIDE
         )
@@ -315,15 +311,10 @@ class LayerExplorer(Explorer):
         """Makes the controls."""
         self.add_picture("first")
         self.add_picture("second", value=self.studio.names[-1])
-        self.add_space("layer")
         self.add_run()
-        self.controls["space"].close()
-        known = self.controls["space"].options
-        short = {name.removeprefix("layer "): name for name in known}
-        layers = ipywidgets.ToggleButtons(options=short, description="layer", style=WIDE["style"])
-        layers.style.button_width = "52px"
-        self.controls["space"] = layers
-        self.rows[4] = ipywidgets.HBox([layers, self._help("layer")], layout=ipywidgets.Layout(width="475px"))
+        self.add_upload("second", "first")
+        layers = {name.removeprefix("layer "): name for name in self.known_spaces()}
+        self.add("space", _buttons(layers, "layer", "62px"), "layer")
 
 
 class TokenExplorer(Explorer):
@@ -347,7 +338,7 @@ class TokenExplorer(Explorer):
         layer = _offer(self.controls["layer"], {f"layer {n}": n for n in known}, last=True)
         branch = _offer(self.controls["branch"], {name: name for name in known[layer]})
         ranking = self.studio.ranking(run, domain, index, layer, branch)
-        _offer(self.controls["token"], {f"token {m} (influence {value:.3f})": m for m, value in ranking})
+        _offer(self.controls["token"], {f"token {m} (influence {value:.3g})": m for m, value in ranking})
 
 
 class DomainBrowser(Explorer):
@@ -365,7 +356,7 @@ class DomainBrowser(Explorer):
         self.steps = {name: ipywidgets.Button(description=name) for name in steps}
         for name, step in steps.items():
             self.steps[name].on_click(lambda _, step=step: self._guarded(lambda: self._go(step())))
-        self.rows.append(ipywidgets.HBox(list(self.steps.values()), layout=ipywidgets.Layout(width="475px")))
+        self.rows.append(ipywidgets.HBox(list(self.steps.values()), layout=ipywidgets.Layout(min_width="475px")))
         self.add_upload("domain")
 
     def follow(self) -> None:
@@ -387,10 +378,10 @@ class DomainBrowser(Explorer):
 
 
 VIEWS = {
-    "Swap amplitude or phase": SwapExplorer,
-    "Layer by layer": LayerExplorer,
+    "Swap": SwapExplorer,
+    "Layers": LayerExplorer,
     "Tokens": TokenExplorer,
-    "Pictures and labels": DomainBrowser,
+    "Domains": DomainBrowser,
 }
 
 
@@ -414,11 +405,18 @@ class Tabs:
         display(self.box)
 
 
+def _buttons(options: Any, title: str, width: str) -> Any:
+    """A choice of which all options are seen at once."""
+    made = ipywidgets.ToggleButtons(options=options, description=title, layout=ipywidgets.Layout(width="auto"))
+    made.style.description_width, made.style.button_width = WIDE["style"]["description_width"], width
+    return made
+
+
 def _offer(widget: Any, options: dict[str, Any], last: bool = False) -> Any:
     """Gives a choice these options, keeping its value where it is among them; returns its value."""
-    if dict(widget.options) != options:
+    if widget.options != tuple(options.items()):
         kept = widget.value
-        widget.options = options
+        widget.options = tuple(options.items())
         values = list(options.values())
         widget.value = kept if kept in values else values[-1 if last else 0]
     return widget.value

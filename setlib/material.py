@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -24,7 +25,7 @@ from setlib.analysis import as_picture, as_tensor
 from setlib.attention import Reading, read_tokens
 from setlib.backbone import FrozenBackbone
 from setlib.evaluate import iou_per_class, mean_iou, pixel_counts
-from setlib.experiment import Experiment, Run
+from setlib.experiment import Run
 from setlib.files import PROJECT, write_atomic
 from setlib.labels import IGNORE
 from setlib.model import DEVICE, FILES, Segmenter
@@ -50,24 +51,22 @@ class Material:
     `run` is the folder of a trained run, "" for none: features are then the frozen backbone's.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, more: Sequence[str] = ()) -> None:
         self.run, self.experiment = run, run.experiment
         data = run.experiment.data
         self.long_edge = min(data.long_edge, LONG_EDGE)
-        self.names = list(dict.fromkeys([data.source, *data.targets]))
+        self.names = list(dict.fromkeys([data.source, *data.targets, *more]))
         self._trained: dict[str, int] = {}  # when a run's model was written
         for name, size in KEPT.items():
             setattr(self, name, lru_cache(size)(getattr(self, name)))
 
     @classmethod
-    def open(cls, folder: str | Path = "runs/quick", profile: str = "quick") -> Material:
-        """Of a run folder, here or in the project; one that is missing is made with the profile's configuration.
+    def open(cls, folder: str | Path, *more: str) -> Material:
+        """Of a run folder, here or in the project. more: names of domains beside those of the run.
 
         Raises ValueError as `Run.load` does.
         """
-        path = _here(folder)
-        made = (path / "experiment.json").is_file()
-        return cls(Run.load(path) if made else Run.open(path, Experiment.build(profile)))
+        return cls(Run.load(_here(folder)), more)
 
     def domain(self, name: str) -> domains.Domain:
         """A domain by its name; rendered streets are the targets', so that one number is one street in every style."""

@@ -108,6 +108,8 @@ class Studio(Material):
         more, said, legend = self._compared(
             content, content_index, (before, after), pictures, (" of the content", " of the mixture")
         )
+        if layer:
+            rows[0][-1] = more.pop()[0]  # where the features' mixture has no picture of its own
         return Board([*rows, *more], f"{words} {said}", legend)
 
     def layers(
@@ -257,7 +259,7 @@ class Studio(Material):
         before = self.segmented(run, domain, index)
         most = float(change.max())
         wide = Panel(
-            over_grey(grey, change.numpy(), most or 1), f"what it changes after layer {layer}: up to {100 * most:.2f} %"
+            over_grey(grey, change.numpy(), most or 1), f"what it changes after layer {layer}: up to {_percent(most)}"
         )
         more, said, legend = self._compared(
             domain, index, (before, after), [grey, grey], (", all tokens", ", without the token")
@@ -265,9 +267,9 @@ class Studio(Material):
         more[1][1:] = [wide, None]
         place = [m for m, _ in ranking].index(token) + 1 if token else len(one.influence)
         words = f"Token {token} of {branch} after layer {layer}: number {place} of {len(one.influence)} by influence, "
-        words += f"the mean of its share times what it adds ({one.influence[token]:.3f}). "
+        words += f"the mean of its share times what it adds ({one.influence[token]:.3g}). "
         words += (
-            f"Without it the features after the layer change by {100 * float(change.mean()):.2f} % on average. {said}"
+            f"Without it the features after the layer change by {_percent(float(change.mean()))} on average. {said}"
         )
         chart = plots.influences(ranking, token).figure
         return Board([*rows, *more, [Panel(chart.pixels(), "influence of the strongest tokens")]], words, legend)
@@ -319,16 +321,16 @@ class Studio(Material):
         for one, picture, title in zip(pair, pictures, titles, strict=True):
             score = "" if math.isnan(one.miou) else f": mIoU {one.miou:.1f} %"
             row.append(Panel(plots.coloured(picture, one.places, classes, 0.75), f"segmentation{title}{score}"))
-        share = 100 * flipped.mean()
-        row += [None] * (3 - len(row))
-        flips = [Panel(marked(pictures[0], flipped), f"pixels that flipped (orange): {share:.1f} %"), None, None]
+        share = _percent(flipped.mean())
+        row = [*row, None, None][:3]
+        flips = [Panel(marked(pictures[0], flipped), f"pixels that flipped (orange): {share}"), None, None]
         if label is None:
             said = "This domain has no labels, so there is no mIoU."
         elif math.isnan(pair[0].miou):
             said = "No pixel of this picture has a label, so there is no mIoU."
         else:
             said = f"mIoU of this picture: {pair[0].miou:.1f} % before, {pair[1].miou:.1f} % after."
-        said += f" {share:.1f} % of the pixels change their class."
+        said += f" {share} of the pixels change their class."
         seen = sorted(
             {*np.unique(pair[0].places), *np.unique(pair[1].places), *(() if label is None else np.unique(label))}
         )
@@ -364,3 +366,8 @@ def _place(classes: ClassSet, name: str) -> int:
 def _shares(label: np.ndarray, classes: ClassSet) -> dict[int, float]:
     counts = np.bincount(label.ravel(), minlength=256)[: len(classes)]
     return {int(i): counts[i] / counts.sum() for i in np.flatnonzero(counts)}
+
+
+def _percent(share: float) -> str:
+    """Small shares with one digit that says something."""
+    return f"{100 * share:.1f} %" if share == 0 or share >= 5e-4 else f"{100 * share:.1g} %"

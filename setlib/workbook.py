@@ -244,6 +244,8 @@ def lab_command(
         "ServerApp.root_dir": folder.absolute(),
         "ServerApp.open_browser": open_browser,
         "ServerApp.allow_root": True,
+        "ServerApp.answer_yes": True,
+        "ServerApp.log_level": "WARN",
         "IdentityProvider.token": token,
         "LabApp.default_url": f"/doc/tree/{notebook}" if notebook else "/lab",
         "LabApp.news_url": None,
@@ -257,14 +259,15 @@ EXPLORER = """# Press Shift + Enter.
 from setlib.explore import Tabs
 from setlib.views import Studio
 
-Tabs(Studio.open({folder!r}))"""
+Tabs(Studio.open({names}))"""
 
 
-def write_explorer(run: Run) -> Path:
-    """RUN/explore.ipynb: one cell that shows the four views."""
+def write_explorer(run: Run, domains: Sequence[str] = ()) -> Path:
+    """RUN/explore.ipynb: one cell that shows the four views, of the run's domains and some more."""
     import nbformat
 
-    cells = [nbformat.v4.new_code_cell(EXPLORER.format(folder=str(run.path.absolute())), id="explorer")]
+    source = EXPLORER.format(names=", ".join(map(repr, [str(run.path.absolute()), *domains])))
+    cells = [nbformat.v4.new_code_cell(source, id="explorer")]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
     return write_atomic(run.path / "explore.ipynb", nbformat.writes(notebook) + "\n")
