@@ -39,9 +39,9 @@ workbook: $(READY)  ## the five notebooks in the quick profile; ARGS goes to `py
 test: lint  ## lint and all tests, the notebooks in the smoke profile among them
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest --cov=setlib --cov-report=term
 
-lab: $(READY)  ## JupyterLab on the notebooks, this machine only, with a token
+lab: $(READY)  ## JupyterLab on the notebooks and their explorers, this machine only, with a token
 	$(VENV_PYTHON) -m jupyterlab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" \
-	  --LabApp.default_url=/lab/tree/notebooks --LabApp.news_url=None \
+	  --LabApp.default_url=/lab/tree/notebooks/02_frequency.ipynb --LabApp.news_url=None \
 	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(ARGS)
 
 lint: $(READY)  ## check format, style and notebooks; changes nothing

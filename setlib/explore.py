@@ -154,6 +154,10 @@ class Explorer:
         """The view itself; see `Studio`."""
         return getattr(self.studio, self.view)(**arguments)
 
+    def board(self) -> Board:
+        """The view at what the controls say."""
+        return self.render(**self.arguments())
+
     def set(self, **state: Any) -> None:
         """Sets controls by name, and draws. Raises ValueError for an unknown one."""
         if unknown := set(state) - set(self.controls):
@@ -184,16 +188,16 @@ class Explorer:
         elif self.message.value:
             display(self.message.value)
         else:
-            display(self.render(**self.arguments()))
+            display(self.board())
 
     def _draw(self) -> None:
         self.follow()
-        board = self.render(**self.arguments())
+        board = self.board()
         self.picture.value, self.words.value = board.jpeg(), _sentence(board.words)
         self.code.value = self.line()
 
     def _save(self) -> None:
-        folder, board = self.studio.run.path / "saved", self.render(**self.arguments())
+        folder, board = self.studio.run.path / "saved", self.board()
         number = 1 + max((int(p.stem.rpartition("-")[2]) for p in folder.glob(f"{self.view}-*.png")), default=0)
         path = write_atomic(folder / f"{self.view}-{number}.png", board.png(self.line()))
         write_atomic(path.with_suffix(".py"), f"{self.line()}.savefig({path.name!r})\n")
@@ -211,10 +215,10 @@ class Explorer:
         """A sentence above the picture."""
         self.message.value = _sentence(("⚠ " if is_problem else "") + text, bold=True)
 
-    def add(self, name: str, widget: Any, note: str = "") -> None:
-        """A control of the view's argument `name`, with a "?" that shows its note."""
+    def add(self, name: str, widget: Any, note: str = "", title: str = "") -> None:
+        """A control of the view's argument `name`, with a "?" that shows its note; title: where it has none itself."""
         self.controls[name] = widget
-        row = [widget, self._help(note or name)]
+        row = [*([_title(title)] if title else []), widget, self._help(note or name)]
         self.rows.append(ipywidgets.HBox(row, layout=ipywidgets.Layout(min_width="475px")))
 
     def add_picture(self, name: str, title: str = "", index: str = "", value: str | None = None) -> None:
@@ -258,11 +262,8 @@ class Explorer:
             self._draw()
             self.say(f"Uploaded '{name}'{f' ({done})' if done else ''} as {names[0]}.")
 
-        label = ipywidgets.Label(
-            "upload", layout=ipywidgets.Layout(width="92px", display="flex", justify_content="flex-end")
-        )
         self.upload = Upload(receive, lambda text: self.say(text, True))
-        self.rows.append(ipywidgets.HBox([label, self.upload, self._help("upload")]))
+        self.rows.append(ipywidgets.HBox([_title("upload"), self.upload, self._help("upload")]))
 
     def _help(self, name: str) -> ipywidgets.Button:
         """The "?" that shows a note and hides it again."""
@@ -285,7 +286,7 @@ class SwapExplorer(Explorer):
         """Makes the controls."""
         self.add_picture("content")
         self.add_picture("style", value=self.studio.names[-1])
-        self.add("part", _buttons(PARTS, "what moves", "100px"))
+        self.add("part", _buttons(PARTS, "100px"), title="what moves")
         self.add("space", ipywidgets.Dropdown(options=self.known_spaces(), description="where", **WIDE))
         band = ipywidgets.FloatRangeSlider(
             value=(0, HIGHEST), min=0, max=HIGHEST, step=0.01, description="frequencies", **WIDE
@@ -314,7 +315,7 @@ class LayerExplorer(Explorer):
         self.add_run()
         self.add_upload("second", "first")
         layers = {name.removeprefix("layer "): name for name in self.known_spaces()}
-        self.add("space", _buttons(layers, "layer", "62px"), "layer")
+        self.add("space", _buttons(layers, "62px"), "layer", "layer")
 
 
 class TokenExplorer(Explorer):
@@ -405,10 +406,16 @@ class Tabs:
         display(self.box)
 
 
-def _buttons(options: Any, title: str, width: str) -> Any:
+def _title(text: str) -> Any:
+    """The name of a control, as wide as the others'."""
+    width = WIDE["style"]["description_width"]
+    return ipywidgets.Label(text, layout=ipywidgets.Layout(width=width, display="flex", justify_content="flex-end"))
+
+
+def _buttons(options: Any, width: str) -> Any:
     """A choice of which all options are seen at once."""
-    made = ipywidgets.ToggleButtons(options=options, description=title, layout=ipywidgets.Layout(width="auto"))
-    made.style.description_width, made.style.button_width = WIDE["style"]["description_width"], width
+    made = ipywidgets.ToggleButtons(options=options, layout=ipywidgets.Layout(width="auto"))
+    made.style.button_width = width
     return made
 
 
