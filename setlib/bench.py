@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Dinov2Config, Dinov2Model
 
-from setlib import domains, spectral
+from setlib import browser, domains, spectral
 from setlib.backbone import FrozenBackbone
 from setlib.evaluate import MeanIoU
 from setlib.experiment import Data, Experiment, nearest
@@ -50,6 +50,7 @@ GRIDS: tuple[Size, ...] = ((16, 16, 16, 384), (4, 32, 32, 384), (1, 64, 64, 384)
 TOKENS, RANK = 100, 16
 BACKBONE, CROP, BATCH, LAST = "dinov2-small-saliency", (224, 448), 4, (9, 10, 11, 12)  # of a training step
 DINOV2 = {"S": (384, 12, 6), "L": (1024, 24, 16)}  # channels, layers, attention heads
+LAYER = "layer 9"  # of a swap of features
 PAPER = (512, 1024)  # crops of the paper's profiles
 TOKEN_REFINERS, HEAVY = ("none", "rein", "set"), 3  # of the paper's steps, and their repeats
 BASELINES = ("none", "full", "lora", "vpt", "adaptformer", "rein", "fada", "set")
@@ -320,6 +321,22 @@ def gpu_cases() -> list[Case]:
     return cases
 
 
+def explorer_cases() -> list[Case]:
+    """From a slider's event to the changed picture, in a real browser; nothing without one (see `browser.program`)."""
+    size = f"{CROP[0]} x {CROP[1]}, in the browser"
+    options = (f"model.backbone={BACKBONE}", "model.refiner=set", "data.eval_images=2")
+    variants = {
+        "pixels": ("pixels", False),
+        "with segmentation": ("pixels", True),
+        "layer, segmentation": (LAYER, True),
+    }
+    return [
+        Case("explorer", name, size, partial(browser.swap_step, "quick", options, *variant))
+        for name, variant in variants.items()
+        if browser.program()
+    ]
+
+
 BENCHES: dict[str, Callable[[], list[Case]]] = {
     "refiner": refiner_cases,
     "parts": part_cases,
@@ -330,6 +347,7 @@ BENCHES: dict[str, Callable[[], list[Case]]] = {
     "cache": cache_cases,
     "checkpointing": checkpointing_cases,
     "paper": paper_cases,
+    "explorer": explorer_cases,
     "gpu": gpu_cases,
 }
 
@@ -381,8 +399,11 @@ def _peaks(group: Sequence[Case], bar: tqdm) -> list[int]:
     """Peak memory of each case in bytes."""
     peaks = []
     for case in group:
-        with _process() as process:
-            peaks.append(process.submit(_peak, case.prepare).result())
+        if case.bench == "explorer":  # what it needs lies in other processes
+            peaks.append(0)
+        else:
+            with _process() as process:
+                peaks.append(process.submit(_peak, case.prepare).result())
         bar.update()
     return peaks
 

@@ -12,13 +12,18 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
-from setlib.workbook import lab_command, this_python
+from setlib.experiment import Experiment, Run
+from setlib.model import Segmenter
+from setlib.workbook import lab_command, this_python, write_explorer
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SIZE = {"width": 1280, "height": 1000}  # of the window, pixels
@@ -170,6 +175,37 @@ def open_lab(folder: Path, log: Path) -> Iterator[Lab]:
                 server.wait(10)
             except subprocess.TimeoutExpired:
                 server.kill()
+
+
+SWAP = """from setlib.explore import SwapExplorer
+from setlib.views import Studio
+SwapExplorer(Studio.open({names}), **STATE).show()"""
+
+
+def swap_step(profile: str, overrides: Sequence[str], space: str, with_model: bool) -> Callable[[], object]:
+    """From a key on the slider "weight" to the changed picture, in the browser; the model's head is untrained.
+
+    The browser is closed when the process ends.
+    """
+    stack = contextlib.ExitStack()
+    finalizer = Finalize(None, stack.close, exitpriority=1)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="setlib-bench-")))
+    run = Run.open(folder / "run", Experiment.build(profile, overrides=list(overrides)))
+    if with_model:
+        Segmenter(run.experiment).save(run.path / "model")
+    state = {"space": space, "run": str(run.path) * with_model, "style": run.experiment.data.targets[-1]}
+    notebook = write_explorer(run, code=SWAP.replace("STATE", "{{" + repr(state)[1:-1] + "}}"))
+    lab = stack.enter_context(open_lab(run.path, folder / "log"))
+    lab.run_all(notebook.name)
+    lab.check()
+    lab.watch("swap")
+    lab.control("swap", "weight").first.focus()
+    keys = cycle(["ArrowLeft"] * 19 + ["ArrowRight"] * 19)
+
+    def step(_: object = finalizer) -> float:
+        return lab.press(next(keys))
+
+    return step
 
 
 def _get(address: str, method: str = "GET") -> Any:

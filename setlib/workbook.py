@@ -262,11 +262,11 @@ from setlib.views import Studio
 Tabs(Studio.open({names}))"""
 
 
-def write_explorer(run: Run, domains: Sequence[str] = ()) -> Path:
+def write_explorer(run: Run, domains: Sequence[str] = (), code: str = EXPLORER) -> Path:
     """RUN/explore.ipynb: one cell that shows the four views, of the run's domains and some more."""
     import nbformat
 
-    source = EXPLORER.format(names=", ".join(map(repr, [str(run.path.absolute()), *domains])))
+    source = code.format(names=", ".join(map(repr, [str(run.path.absolute()), *domains])))
     cells = [nbformat.v4.new_code_cell(source, id="explorer")]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})

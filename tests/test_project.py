@@ -29,9 +29,13 @@ USER_VISIBLE = {"torch", "transformers", "jupyterlab", "matplotlib", "ipywidgets
 COMMON = {"experiment", "labels", "files"}
 IMPORTS = {
     "__main__": {"check", "workbook", "release", "bench"},
-    "bench": {"evaluate", "train"},
+    "bench": {"evaluate", "train", "browser"},
+    "browser": {"workbook", "model"},
     "workbook": {"explore", "ablation", "attention", "evaluate", "train", "plots"},
-    "explore": {"analysis", "plots", "model", "domains", "spectral"},
+    "explore": {"views"},
+    "views": {"material", "boards", "plots"},
+    "material": {"attention", "evaluate", "domains"},
+    "boards": set(),
     "attention": {"analysis", "refiners"},
     "analysis": {"plots", "spectral", "model", "domains", "scenes", "transforms"},
     "plots": set(),
