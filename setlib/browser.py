@@ -50,10 +50,16 @@ class Lab:
         self.page, self.log, self.address, self.token, self.trouble = page, log, address, token, []
         page.on("request", self._watch)
         page.on("pageerror", lambda error: self.trouble.append(f"error in the page: {error}"))
+        page.on("websocket", lambda socket: socket.on("framereceived", self._read))
 
     def _watch(self, request: Any) -> None:
         if not request.url.startswith((self.address, self.address.replace("http", "ws", 1), "data:", "blob:")):
             self.trouble.append(f"request to {request.url}")
+
+    def _read(self, frame: str | bytes) -> None:
+        """What the kernel sends; an error of a callback is in no cell's output."""
+        found = re.search(r"Traceback \(most.{0,1500}", str(frame))
+        self.trouble += [f"from the kernel: {found[0]}"] if found else []
 
     def run_all(self, notebook: str) -> None:
         """Runs every cell and waits for the end."""
@@ -83,8 +89,8 @@ class Lab:
         return self.page.locator(f".setlib-{name}").first
 
     def control(self, view: str, label: str) -> Any:
-        """What a keyboard user reaches in the control of a view with this label: slider handle, choice or text."""
-        row = self.view(view).locator(".widget-inline-hbox", has=self.page.get_by_text(label, exact=True)).first
+        """What the keyboard reaches in the control of a view with this label: handles, choices, text; last its "?"."""
+        row = self.view(view).locator(".setlib-control", has=self.page.get_by_text(label, exact=True)).first
         return row.locator(".noUi-handle, select, input, button")
 
     def picture(self, view: str) -> bytes:

@@ -97,6 +97,28 @@ class Upload(anywidget.AnyWidget):
             self.receive(whole, content["name"])
 
 
+class OwnKeys(anywidget.AnyWidget):
+    """Keeps JupyterLab's one-letter commands and arrows away from whatever has the focus in the box around it."""
+
+    _esm = """
+    export default { render({ el }) {
+      const own = (event) => event.target.setAttribute("data-lm-suppress-shortcuts", "true");
+      const attach = () => {
+        const box = el.closest(".setlib-keys");
+        if (box) box.addEventListener("focusin", own); else setTimeout(attach, 50);
+      };
+      attach();
+    } };
+    """
+
+
+def with_own_keys(*children: Any) -> ipywidgets.VBox:
+    """A box whose widgets get every key that is pressed in them."""
+    box = ipywidgets.VBox([*children, OwnKeys(layout=ipywidgets.Layout(display="none"))])
+    box.add_class("setlib-keys")
+    return box
+
+
 class Explorer:
     """Base of the four: controls whose values are the arguments of one view, and what the view shows.
 
@@ -126,7 +148,7 @@ class Explorer:
         bottom = [ipywidgets.HBox([self.code, self._help("code"), self.save])]
         wrapped = ipywidgets.Box(self.rows, layout=ipywidgets.Layout(flex_flow="row wrap"))
         status = [self.note, self.message, self.words]
-        self.box = ipywidgets.VBox([wrapped, *status, self.picture, *bottom])
+        self.box = with_own_keys(wrapped, *status, self.picture, *bottom)
         self.box.layout.max_width = "980px"
         self.box.add_class(f"setlib-{self.view}")
         self.set(**state)
@@ -219,7 +241,7 @@ class Explorer:
         """A control of the view's argument `name`, with a "?" that shows its note; title: where it has none itself."""
         self.controls[name] = widget
         row = [*([_title(title)] if title else []), widget, self._help(note or name)]
-        self.rows.append(ipywidgets.HBox(row, layout=ipywidgets.Layout(min_width="475px")))
+        self.rows.append(ipywidgets.HBox(row, layout=ipywidgets.Layout(min_width="475px")).add_class("setlib-control"))
 
     def add_picture(self, name: str, title: str = "", index: str = "", value: str | None = None) -> None:
         """A domain and a picture's number."""
@@ -391,16 +413,16 @@ class Tabs:
 
     def __init__(self, studio: Studio) -> None:
         self.studio, self.made = studio, {}
-        self.box = ipywidgets.Tab(children=[ipywidgets.VBox() for _ in VIEWS], titles=tuple(VIEWS))
-        self.box.observe(self._open, names="selected_index")
-        self.box.selected_index = 0
+        self.tab = ipywidgets.Tab(children=[ipywidgets.VBox() for _ in VIEWS], titles=tuple(VIEWS), selected_index=0)
+        self.tab.observe(self._open, names="selected_index")
+        self.box = with_own_keys(self.tab)
         self._open()
 
     def _open(self, _: Any = None) -> None:
-        place = self.box.selected_index
+        place = self.tab.selected_index
         if place is not None and place not in self.made:
             self.made[place] = list(VIEWS.values())[place](self.studio)
-            self.box.children[place].children = (self.made[place].box,)
+            self.tab.children[place].children = (self.made[place].box,)
 
     def _ipython_display_(self) -> None:
         display(self.box)
