@@ -26,10 +26,10 @@ ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help workbook test lab lint format clean
+.PHONY: help workbook test test-browser screenshots lab lint format clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo 'Variables: PYTHON=python3.12 (3.10 to 3.13), ARGS="--seed 1" for workbook and lab,'
 	@echo '           UV= to do without uv, CONSTRAINTS= to keep a torch build of your own in .venv'
 
@@ -38,6 +38,13 @@ workbook: $(READY)  ## the five notebooks in the quick profile; ARGS goes to `py
 
 test: lint  ## lint and all tests, the notebooks in the smoke profile among them
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest --cov=setlib --cov-report=term
+
+test-browser: $(READY)  ## the explorer in a real JupyterLab in a headless Chromium, if one is installed
+	$(VENV_PYTHON) -m pip install --quiet -e ".[browser]" $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -rs tests/test_browser.py tests/test_browser_faults.py
+
+screenshots: $(READY)  ## the pictures of the README, from the trained run runs/quick, by the browser check
+	SETLIB_RUN=runs/quick SETLIB_SCREENSHOTS=data/screenshots $(VENV_PYTHON) -m pytest -rs tests/test_browser.py
 
 lab: $(READY)  ## JupyterLab on the notebooks and their explorers, this machine only, with a token
 	$(VENV_PYTHON) -m jupyterlab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" \

@@ -117,6 +117,14 @@ class Lab:
             self.page.wait_for_timeout(50)
         return found.group(0)
 
+    def wait_for_another_picture(self, view: str, last: bytes, seconds: float = 60) -> None:
+        """Until the view shows another picture than the last one."""
+        end = time.monotonic() + seconds
+        while self.picture(view) == last:
+            if time.monotonic() > end:
+                raise TimeoutError(f"The picture of {view} did not change. The view says: {self.words(view)}")
+            self.page.wait_for_timeout(50)
+
     def watch(self, view: str) -> None:
         """From now on the page notes when the view's picture changes; see `drawn`."""
         self.view(view).locator("img").first.evaluate(WATCH)
@@ -136,7 +144,7 @@ class Lab:
         """Until no picture has changed for a while."""
         count = -1
         while count != (count := len(self.drawn())):
-            self.page.wait_for_timeout(1500)
+            self.page.wait_for_timeout(700)
 
     def check(self) -> None:
         """Raises AssertionError for errors in outputs, in views, in the kernel's log, and for requests elsewhere."""

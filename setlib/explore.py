@@ -185,9 +185,9 @@ class Explorer:
         if unknown := set(state) - set(self.controls):
             raise ValueError(f"Unknown {unknown.pop()}: the controls are {', '.join(self.controls)}.")
         self._busy = True
-        for name, value in state.items():
+        for name in (name for name in self.controls if name in state):
             self._guarded(self.follow)
-            self.controls[name].value = value
+            self.controls[name].value = state[name]
         self._busy = False
         self.update()
 
@@ -246,7 +246,7 @@ class Explorer:
     def add_picture(self, name: str, title: str = "", index: str = "", value: str | None = None) -> None:
         """A domain and a picture's number."""
         choice = ipywidgets.Dropdown(
-            options=self.options, value=value or self.studio.names[0], description=title or name, **WIDE
+            options=dict(self.options), value=value or self.studio.names[0], description=title or name, **WIDE
         )
         self.add(name, choice)
         slider = ipywidgets.IntSlider(0, 0, 0, description="picture", **WIDE)
@@ -278,7 +278,7 @@ class Explorer:
             self._busy = True
             for control in names:
                 kept = self.controls[control].value
-                self.controls[control].options = self.options
+                self.controls[control].options = dict(self.options)
                 self.controls[control].value = domain if control == names[0] else kept
             self._busy = False
             self._draw()
@@ -353,6 +353,8 @@ class TokenExplorer(Explorer):
         self.add("branch", ipywidgets.Dropdown(description="branch", **WIDE))
         self.add("token", ipywidgets.Dropdown(description="token", **WIDE))
 
+    place: tuple | None = None  # run, layer and branch whose tokens are shown
+
     def follow(self) -> None:
         """The choices of layer, branch and token are those of the run; tokens are sorted by influence."""
         super().follow()
@@ -362,6 +364,9 @@ class TokenExplorer(Explorer):
         branch = _offer(self.controls["branch"], {name: name for name in known[layer]})
         ranking = self.studio.ranking(run, domain, index, layer, branch)
         _offer(self.controls["token"], {f"token {m} (influence {value:.3g})": m for m, value in ranking})
+        if self.place != (run, layer, branch):  # other tokens: the strongest of them
+            self.place = run, layer, branch
+            self.controls["token"].value = ranking[0][0]
 
 
 class DomainBrowser(Explorer):

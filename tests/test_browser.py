@@ -73,13 +73,16 @@ def take_screenshot(lab, view: str) -> None:
 
 
 def test_swap_by_keyboard_and_mouse(lab, run):
-    seen = [pixels(lab.picture("swap"))]
+    last = [lab.picture("swap")]
+    seen = [pixels(last[0])]
 
     def moved(pattern: str = "") -> np.ndarray:
         """The picture now: another than any before, and the view says so."""
+        lab.wait_for_another_picture("swap", last[0])
         lab.settle()
         if pattern:
             lab.wait_for_words("swap", pattern)
+        last[0] = lab.picture("swap")
         now = pixels(lab.picture("swap"))
         assert not any(now.shape == one.shape and np.array_equal(now, one) for one in seen)
         seen.append(now)
@@ -111,8 +114,9 @@ def test_swap_by_keyboard_and_mouse(lab, run):
     moved(r"at frequencies from 0\.00 to 0\.\d\d")
     lab.view("swap").get_by_role("button", name="phase", exact=True).click()
     moved("of the style's phase")
-    lab.control("swap", "trained run").first.fill(str(run.path))
+    lab.control("swap", "trained run").first.fill(TRAINED or str(run.path))
     page.keyboard.press("Enter")
+    lab.wait_for_another_picture("swap", last[0])
     miou = re.search(r"([\d.]+) % before, ([\d.]+) % after", lab.wait_for_words("swap", r"mIoU of this picture.*after"))
     assert all(0 <= float(value) <= 100 for value in miou.groups())
     moved()
@@ -203,7 +207,9 @@ def test_upload_save_and_the_line_of_python(lab, run, tmp_path, monkeypatch):
 
 def test_a_file_that_is_dropped_is_uploaded(lab, tmp_path):
     Image.new("RGB", (300, 200), "teal").save(tmp_path / "dropped.png")
-    box = lab.view("swap").locator("input[type=file]").bounding_box()
+    upload = lab.view("swap").locator("input[type=file]")
+    upload.scroll_into_view_if_needed()
+    box = upload.bounding_box()
     devtools = lab.page.context.new_cdp_session(lab.page)
     where = {"x": box["x"] + 20, "y": box["y"] + 10}
     what = {"items": [], "files": [str(tmp_path / "dropped.png")], "dragOperationsMask": 1}
@@ -240,7 +246,7 @@ def test_the_other_views(lab, run):
     lab.wait_for_words("layers", r"After layer \d the two lie")
     take_screenshot(lab, "layers")
     open_tab(lab, "Tokens", "tokens", "Tokens learn: choose a trained run")
-    lab.control("tokens", "trained run").first.fill(str(run.path))
+    lab.control("tokens", "trained run").first.fill(TRAINED or str(run.path))
     lab.page.keyboard.press("Enter")
     lab.wait_for_words("tokens", r"number 1 of \d+ by influence")
     lab.control("tokens", "branch").first.select_option("phase")
