@@ -167,10 +167,10 @@ def in_colour(values: np.ndarray, colours: str, low: float, high: float) -> np.n
     return matplotlib.colormaps[colours](scaled.clip(0, 1), bytes=True)[..., :3]
 
 
-def over_grey(picture: np.ndarray, values: np.ndarray, high: float) -> np.ndarray:
-    """(H, W) values from 0 to `high` in colour over the greyed picture (h, w, 3) uint8."""
+def over_grey(picture: np.ndarray, values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """(H, W) values from `low` to `high` in colour over the greyed picture (h, w, 3) uint8."""
     size = picture.shape[1::-1]
-    colours = Image.fromarray(in_colour(values, "viridis", 0, high)).resize(size, Image.Resampling.NEAREST)
+    colours = Image.fromarray(in_colour(values, "viridis", low, high)).resize(size, Image.Resampling.NEAREST)
     return (0.4 * picture.mean(-1, keepdims=True) + 0.6 * np.asarray(colours)).astype(np.uint8)
 
 

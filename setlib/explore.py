@@ -337,7 +337,7 @@ class LayerExplorer(Explorer):
         self.add_run()
         self.add_upload("second", "first")
         layers = {name.removeprefix("layer "): name for name in self.known_spaces()}
-        self.add("space", _buttons(layers, "62px"), "layer", "layer")
+        self.add("space", _buttons(layers, "56px"), "layer", "layer")
 
 
 class TokenExplorer(Explorer):

@@ -153,7 +153,7 @@ class Studio(Material):
         high = max(float(m.max()) for m in moves)
         grey = as_picture(one)
         where = [
-            Panel(over_grey(grey, m, high), f"where the other's {p} changes {space}")
+            Panel(over_grey(grey, m, 0, high), f"where the other's {p} changes {space}")
             for p, m in zip(PARTS, moves, strict=True)
         ]
         scale = 1 if layer else 255
@@ -234,7 +234,10 @@ class Studio(Material):
         kind = "share of the attention" if one.spectrum is None else "part of the feature at its frequencies"
         rows = [[Panel(grey, f"{short_name(domain)} {index}")]]
         rows[0].append(
-            Panel(over_grey(grey, share, share.max()), f"over the picture: {kind}, up to {100 * share.max():.1f} %")
+            Panel(
+                over_grey(grey, share, share.min(), share.max()),
+                f"over the picture: {kind}, {100 * share.min():.2f} to {100 * share.max():.2f} %",
+            )
         )
         if one.spectrum is not None:
             half = torch.from_numpy(one.spectrum[None, ..., token : token + 1])
@@ -259,7 +262,7 @@ class Studio(Material):
         before = self.segmented(run, domain, index)
         most = float(change.max())
         wide = Panel(
-            over_grey(grey, change.numpy(), most or 1), f"what it changes after layer {layer}: up to {_percent(most)}"
+            over_grey(grey, change.numpy(), 0, most), f"what it changes after layer {layer}: up to {_percent(most)}"
         )
         more, said, legend = self._compared(
             domain, index, (before, after), [grey, grey], (", all tokens", ", without the token")
