@@ -14,7 +14,7 @@ from typing import Any
 import anywidget
 import ipywidgets
 import traitlets
-from IPython.display import display
+from IPython.display import HTML, display
 
 from setlib.analysis import PARTS
 from setlib.boards import WIDTH, Board
@@ -208,7 +208,7 @@ class Explorer:
         if not os.environ.get(STATIC):
             display(self.box)
         elif self.message.value:
-            display(self.message.value)
+            display(HTML(self.message.value))
         else:
             display(self.board())
 
@@ -458,4 +458,4 @@ def _offer(widget: Any, options: dict[str, Any], last: bool = False) -> Any:
 
 def _sentence(text: str, bold: bool = False) -> str:
     style = "line-height:1.4;white-space:normal" + ";font-weight:600" * bold
-    return f'<div role="status" style="{style}">{html.escape(text)}</div>' if text else ""
+    return f'<div role="status" style="{style}">{html.escape(text, quote=False)}</div>' if text else ""

@@ -272,14 +272,19 @@ def token_sheet(picture: np.ndarray, attention: Sequence[Any], num_columns: int 
 
 
 @quiet
-def token_changes(changes: Sequence[Mapping], ax: Axes | None = None) -> Axes:
-    """How far the tokens move amplitude and phase at each refined layer; rows of `attention.read_tokens`."""
-    series = {part: [row[part] for row in changes] for part in ("amplitude", "phase")}
-    names = [f"layer {row['layer']}" for row in changes]
-    ax = _bars(series, names, _axes(ax, 2.4), upright=True, digits=3)
-    if not changes:
+def distances(table: Sequence[Mapping], ax: Axes | None = None, chosen: str | int | None = None) -> Axes:
+    """How far amplitude and phase lie apart by layer: of two pictures, or before and after the tokens.
+
+    table: rows of `analysis.compare` with a layer. chosen: the layer that is pointed out.
+    """
+    series = {part: [row[part] for row in table] for part in ("amplitude", "phase")}
+    layers = [row["layer"] for row in table]
+    ax = _bars(series, [n if isinstance(n, str) else f"layer {n}" for n in layers], _axes(ax, 2.2), True, 3)
+    if not table:
         ax.text(0.5, 0.5, "Nothing stands behind a layer here.", ha="center", va="center", transform=ax.transAxes)
-    ax.set_ylabel("change (as in notebook 02)")
+    if chosen in layers:
+        ax.axvspan(layers.index(chosen) - 0.5, layers.index(chosen) + 0.5, color="#e4e4e4", zorder=0)
+    ax.set_ylabel("distance (as in notebook 02)")
     return ax
 
 
@@ -312,23 +317,10 @@ def _bars(series: Mapping[str, Sequence], names: Sequence[str], ax: Axes, uprigh
 
 
 @quiet
-def distances(table: Sequence[Mapping], chosen: str, ax: Axes | None = None) -> Axes:
-    """How far two pictures lie apart by layer; rows with layer, amplitude and phase. chosen: the layer pointed out."""
-    names = [row["layer"].removeprefix("layer ") for row in table]
-    ax = _bars({part: [row[part] for row in table] for part in ("amplitude", "phase")}, names, _axes(ax, 2.0), True, 2)
-    place = [row["layer"] for row in table].index(chosen)
-    ax.axvspan(place - 0.5, place + 0.5, color="#e4e4e4", zorder=0)
-    ax.set(xlabel="layer", ylabel="distance", xlim=(-0.6, len(names) - 0.4))
-    return ax
-
-
-@quiet
-def influences(ranking: Sequence[tuple[int, float]], chosen: int, ax: Axes | None = None, most: int = 30) -> Axes:
-    """The influence of the strongest tokens, in their order; the chosen one in another colour."""
-    ax, shown = _axes(ax, 1.6), ranking[:most]
-    colours = [COLOURS[token == chosen] for token, _ in shown]
-    ax.bar(range(len(shown)), [value for _, value in shown], color=colours)
-    ax.set_xticks(range(len(shown)), [str(token) for token, _ in shown])
+def influences(ranking: Sequence[tuple[int, float]], chosen: int, ax: Axes | None = None) -> Axes:
+    """The influence of the 30 strongest tokens, in their order; the chosen one in another colour."""
+    ax, shown = _axes(ax, 1.6), {str(token): value for token, value in ranking[:30]}
+    ax.bar(list(shown), list(shown.values()), color=[COLOURS[token == str(chosen)] for token in shown])
     ax.set(xlabel="token", ylabel="influence", xlim=(-0.6, len(shown) - 0.4))
     return ax
 

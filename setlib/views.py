@@ -140,7 +140,7 @@ class Studio(Material):
         if layer:
             colours = [np.uint8(255 * picture) for picture in feature_pictures([x, y])]
             rows[0][2:] = [Panel(p, f"features after {space}, {t}") for p, t in zip(colours, titles, strict=True)]
-        chart = plots.distances(table, space).figure
+        chart = plots.distances(table, chosen=space).figure
         rows.append(
             [
                 Panel(

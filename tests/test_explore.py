@@ -1,129 +1,245 @@
-"""The explorer: a pure render, and widgets that draw it again on every change."""
+"""The explorer's widgets without a browser: each control reaches its view, and a problem is a sentence."""
 
 from __future__ import annotations
+
+import io
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from setlib import domains, spectral
-from setlib.backbone import FrozenBackbone
-from setlib.experiment import Experiment
-from setlib.explore import SwapExplorer, swap
+from setlib import explore, workbook
+from setlib.experiment import Experiment, Run
+from setlib.explore import NOTES, VIEWS, DomainBrowser, LayerExplorer, SwapExplorer, TokenExplorer
+from setlib.model import Segmenter
+from setlib.views import Studio
 
-SIZES = {"wide": (40, 80), "tall": (48, 40)}
-
-
-@pytest.fixture(scope="module")
-def used(tmp_path_factory) -> dict[str, domains.Domain]:
-    """Two folder domains of random pictures of different sizes."""
-    random, found = np.random.default_rng(0), {}
-    for name, size in SIZES.items():
-        folder = tmp_path_factory.mktemp(name)
-        (folder / "images").mkdir()
-        for i in range(3):
-            Image.fromarray(random.integers(0, 256, (*size, 3), np.uint8)).save(folder / "images" / f"{i}.png")
-        found[name] = domains.load(f"folder@{folder}", Experiment.build("smoke").data)
-    return found
+OPTIONS = ["data.eval_images=3", "data.long_edge=64", "data.height=32", "data.width=64"]
 
 
 @pytest.fixture(scope="module")
-def explorer(used) -> SwapExplorer:
-    return SwapExplorer(used, FrozenBackbone.load("tiny-random"), long_edge=64)
+def run(tmp_path_factory) -> Run:
+    run = Run.open(tmp_path_factory.mktemp("explore") / "run", Experiment.build("smoke", overrides=OPTIONS))
+    model = Segmenter(run.experiment)
+    torch.manual_seed(1)
+    for branch in model.refiner.branches().values():
+        torch.nn.init.normal_(branch.delta_map.weight, std=0.3)
+    model.save(run.path / "model")
+    return run
 
 
-def drawn(figure, place: int) -> np.ndarray:
-    return np.asarray(figure.axes[place].images[0].get_array())
+@pytest.fixture
+def studio(run) -> Studio:
+    return Studio(run)
 
 
-def test_render_is_pure_and_shows_the_swap(explorer):
-    arguments = ("wide", 0, "tall", 2, "amplitude", 0.0, 0.5, 0.5)
-    before = [widget.value for widget in explorer.controls]
-    one, again = explorer.render(*arguments), explorer.render(*arguments)
-    assert one.png() == again.png()
-    assert [widget.value for widget in explorer.controls] == before
-    content, style = explorer.pair("wide", 0, "tall", 2)
-    assert content.shape == style.shape
-    mixed = spectral.mix_amplitude(content, style, 0.5, 0.0, 0.5, spectral.PIXELS)
-    assert drawn(one, 2) == pytest.approx((mixed[0].clamp(0, 1) * 255).round().permute(1, 2, 0).numpy(), abs=1)
-    assert not np.array_equal(drawn(one, 2), drawn(one, 0))
+CHANGES = {
+    SwapExplorer: [
+        ("content", "scenes:night"),
+        ("content_index", 1),
+        ("style", "scenes:game"),
+        ("style_index", 2),
+        ("part", "phase"),
+        ("space", "layer 2"),
+        ("band", (0.1, 0.6)),
+        ("weight", 0.5),
+        ("run", "its own"),
+    ],
+    LayerExplorer: [
+        ("first", "scenes:night"),
+        ("first_index", 2),
+        ("second", "scenes:game"),
+        ("second_index", 1),
+        ("space", "layer 3"),
+        ("run", "its own"),
+    ],
+    TokenExplorer: [
+        ("domain", "scenes:night"),
+        ("index", 1),
+        ("layer", 3),
+        ("branch", "phase"),
+        ("token", 5),
+    ],
+    DomainBrowser: [("domain", "scenes:night"), ("index", 1), ("opacity", 0.2), ("only", "road")],
+}
 
 
-@pytest.mark.parametrize("space", ["pixels", "layer 3", 3])
-@pytest.mark.parametrize("part", ["amplitude", "phase"])
-def test_weight_0_changes_nothing_and_weight_1_does(explorer, space, part):
-    content, mixed = (0, 2) if space == "pixels" else (3, 5)
-    still = explorer.render("wide", 0, "tall", 0, part, weight=0.0, space=space)
-    assert drawn(still, mixed) == pytest.approx(drawn(still, content), abs=1 if space == "pixels" else 1e-3)
-    moved = explorer.render("wide", 0, "tall", 0, part, weight=1.0, space=space)
-    assert np.abs(drawn(moved, mixed).astype(float) - drawn(moved, content)).max() > 0.05
+@pytest.mark.parametrize("view", CHANGES, ids=lambda view: view.__name__)
+def test_every_control_changes_the_picture_and_the_line_makes_it_again(studio, view, run, tmp_path, monkeypatch):
+    own = str(run.path)
+    explorer = view(studio, **({"run": own} if view is TokenExplorer else {}))
+    changes = [(name, own if value == "its own" else value) for name, value in CHANGES[view]]
+    assert {name for name, _ in changes} | ({"run"} if view is TokenExplorer else set()) == set(explorer.controls)
+    seen = {explorer.picture.value}
+    for number, (name, value) in enumerate(changes, start=2):
+        explorer.controls[name].value = value
+        seen.add(explorer.picture.value)
+        assert len(seen) == number and explorer.message.value == "", name
+    assert explorer.arguments() == explorer.arguments() and "\n" not in explorer.code.value
+    monkeypatch.chdir(tmp_path)
+    again: dict = {}
+    exec(f"{explorer.code.value.replace('; ', '; board = ', 1)}", again)
+    assert again["board"].png() == explorer.board().png()
 
 
-def test_swap_exchanges_the_parts():
-    x, y = torch.rand(2, 1, 3, 8, 12, generator=torch.Generator().manual_seed(0)).unbind()
-    assert swap(x, y, "phase", 0, 1.5, 1, spectral.PIXELS) == pytest.approx(
-        swap(y, x, "amplitude", 0, 1.5, 1, spectral.PIXELS), abs=1e-5
-    )
+def test_every_control_has_a_note_in_words(studio):
+    for view in VIEWS.values():
+        explorer = view(studio)
+        marks = [w for row in explorer.rows for w in row.children if getattr(w, "description", "") == "?"]
+        assert len(marks) >= len(explorer.controls)
+        assert all(len(mark.tooltip.split()) > 6 for mark in marks)
+        marks[0].click()
+        assert marks[0].tooltip.split("'")[0] in explorer.note.value
+        marks[0].click()
+        assert explorer.note.value == ""
+    assert all(note.endswith(".") for note in NOTES.values())
 
 
-def test_unknown_choices_are_one_sentence(explorer):
-    for arguments, sentence in (
-        (("deep", 0, "tall", 0), "Unknown domain 'deep': expected one of wide, tall"),
-        (("wide", 3, "tall", 0), "wide has the pictures 0 to 2, not 3"),
-        (("wide", 0, "tall", 0, "colour"), "Unknown part 'colour': expected one of amplitude, phase"),
-        (
-            ("wide", 0, "tall", 0, "phase", 0, 1, 1, "layer 9"),
-            "Unknown space 'layer 9': expected one of pixels, layer 1",
-        ),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            explorer.render(*arguments)
+def test_controls_at_the_start_are_the_state_that_is_asked_for(studio):
+    explorer = SwapExplorer(studio, style="scenes:night", style_index=2, band=(0.0, 0.1), weight=0.8)
+    given = explorer.arguments()
+    assert (given["style"], given["style_index"], given["high"], given["weight"]) == ("scenes:night", 2, 0.1, 0.8)
+    with pytest.raises(ValueError, match="Unknown colour: the controls are content"):
+        explorer.set(colour="red")
 
 
-def test_every_widget_changes_the_picture(used):
-    explorer = SwapExplorer(used, FrozenBackbone.load("tiny-random"), long_edge=64)
-    explorer.update()
-    seen = {explorer.view.value}
-    for number, (widget, value) in enumerate(
-        (
-            (explorer.content_index, 1),
-            (explorer.style_index, 2),
-            (explorer.part, "phase"),
-            (explorer.weight, 0.5),
-            (explorer.band, (0.0, 0.3)),
-            (explorer.space, "layer 3"),
-            (explorer.content, "tall"),
-            (explorer.style, "wide"),
-        ),
-        start=2,
-    ):
-        widget.value = value
-        seen.add(explorer.view.value)
-        assert len(seen) == number and explorer.message.value == ""
+def test_a_problem_is_shown_in_the_view_and_goes_away(studio):
+    explorer = SwapExplorer(studio)
+    before = explorer.picture.value
+    explorer.controls["run"].value = "no/such/run"
+    assert "holds no saved model" in explorer.message.value and explorer.picture.value == before
+    explorer.controls["run"].value = ""
+    assert explorer.message.value == ""
+
+    def broken(**_):
+        raise RuntimeError("the disk is <gone>")
+
+    explorer.render = broken
+    explorer.controls["weight"].value = 0.5
+    assert "RuntimeError the disk is &lt;gone&gt;" in explorer.message.value
+    del explorer.render
+    explorer.controls["weight"].value = 0.4
+    assert explorer.message.value == "" and explorer.picture.value != before
 
 
-def test_a_problem_is_shown_in_the_view_and_goes_away(used, monkeypatch):
-    explorer = SwapExplorer(used)
-    assert explorer.space.options == ("pixels",)
-    explorer.update()
-    before = explorer.view.value
+def test_tokens_without_a_run_are_a_sentence_and_start_with_the_strongest(studio, run):
+    explorer = TokenExplorer(studio)
+    assert "Tokens learn: choose a trained run" in explorer.message.value
+    explorer.controls["run"].value = str(run.path)
+    assert explorer.message.value == ""
+    given = explorer.arguments()
+    ranking = studio.ranking(given["run"], given["domain"], given["index"], given["layer"], given["branch"])
+    labels = [label for label, _ in explorer.controls["token"].options]
+    assert given["token"] == ranking[0][0] and labels[0].startswith(f"token {ranking[0][0]} (influence ")
+    third = explorer.controls["token"].value = ranking[2][0]
+    explorer.controls["index"].value = 1  # another picture: the same token
+    assert explorer.controls["token"].value == third
+    explorer.controls["branch"].value = "phase"  # other tokens
+    given = explorer.arguments()
+    assert given["token"] == studio.ranking(str(run.path), given["domain"], 1, given["layer"], "phase")[0][0]
 
-    def broken(self, *arguments):
-        raise ValueError("picture '1' cannot be decoded: export it again.")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(SwapExplorer, "pair", broken)
-        explorer.content_index.value = 1
-    assert explorer.message.value == "picture '1' cannot be decoded: export it again."
-    assert explorer.view.value == before
-    explorer.weight.value = 0.5
-    assert explorer.message.value == "" and explorer.view.value != before
+def test_a_missing_backbone_is_said_and_the_pixels_remain(run, tmp_path):
+    gone = Run.open(tmp_path / "run", run.experiment.override(f"model.backbone={tmp_path / 'gone'}"))
+    explorer = SwapExplorer(Studio(gone))
+    assert explorer.controls["space"].options == ("pixels",)
+    assert "Only pixels can be looked at" in explorer.message.value and explorer.picture.value
+    explorer.controls["weight"].value = 0.5
+    assert "Only pixels can be looked at" in explorer.message.value
+    other = Run.open(tmp_path / "other", run.experiment)
+    Segmenter(other.experiment).save(other.path / "model")
+    text = (other.path / "model" / "config.json").read_text()
+    (other.path / "model" / "config.json").write_text(text.replace("tiny-random", "facebook/not-here"))
+    explorer = SwapExplorer(Studio(run))
+    before = explorer.picture.value
+    explorer.controls["run"].value = str(other.path)
+    assert "not-here" in explorer.message.value and explorer.picture.value == before
 
 
-def test_show_displays_the_controls_with_a_picture(used, monkeypatch):
+def test_previous_next_random_and_the_class(studio):
+    explorer = DomainBrowser(studio)
+    explorer.steps["previous"].click()
+    assert explorer.controls["index"].value == 2
+    explorer.steps["next"].click()
+    assert explorer.controls["index"].value == 0
+    twin = DomainBrowser(Studio(studio.run))
+    for one in (explorer, twin):
+        one.steps["random"].click()
+    assert explorer.controls["index"].value == twin.controls["index"].value != 0  # seeded
+    classes = studio.domain("scenes:game").class_set.classes
+    absent = [
+        c for i, c in enumerate(classes) if not any((studio.label("scenes:game", k) == i).any() for k in range(3))
+    ]
+    explorer.controls["only"].value = absent[0]
+    explorer.steps["next"].click()
+    assert f"No picture of scenes:game holds the class {absent[0]}" in explorer.message.value
+
+
+def message(name: str, content: bytes, size: int = 7):
+    """What the button sends: the file in pieces."""
+    for at in range(0, max(len(content), 1), size):
+        yield {"name": name, "first": at == 0, "last": at + size >= len(content)}, [memoryview(content[at : at + size])]
+
+
+def test_an_upload_becomes_a_choice(studio):
+    explorer = SwapExplorer(studio, style="scenes:night")
+    before, content = explorer.picture.value, io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(content, "PNG")
+    for words, buffers in message("mine.png", content.getvalue(), 1000):
+        explorer.upload._take(None, words, buffers)
+    assert "Uploaded 'mine.png' as content" in explorer.message.value and explorer.picture.value != before
+    assert explorer.arguments()["content"].startswith("folder@") and explorer.arguments()["style"] == "scenes:night"
+    assert "uploaded: mine.png" in dict(explorer.controls["style"].options)
+    for words, buffers in message("bad.png", b"no picture"):
+        explorer.upload._take(None, words, buffers)
+    assert "'bad.png' is no picture" in explorer.message.value
+    explorer.upload._take(None, {"name": "film.mov", "refused": 3 * 10**9}, [])
+    assert "'film.mov' has 3000 MB" in explorer.message.value
+    explorer.controls["weight"].value = 0.5
+    assert explorer.message.value == ""
+
+
+def test_save_writes_the_picture_and_its_line(studio):
+    explorer = LayerExplorer(studio)
+    for number in (1, 2):
+        explorer.save.click()
+        path = studio.run.path / "saved" / f"layers-{number}.png"
+        assert path.is_file() and f"layers-{number}.png" in explorer.message.value
+        with Image.open(path) as opened:
+            assert opened.text["Source"] == explorer.line()
+        assert path.with_suffix(".py").read_text() == f"{explorer.line()}.savefig('{path.name}')\n"
+
+
+def test_show_is_the_widgets_or_under_papermill_a_picture(studio, monkeypatch):
     shown = []
-    monkeypatch.setattr("setlib.explore.display", shown.append)
-    explorer = SwapExplorer(used)
+    monkeypatch.setattr(explore, "display", shown.append)
+    explorer = SwapExplorer(studio, weight=0.5)
     explorer.show()
-    assert shown == [explorer.box] and bytes(explorer.view.value).startswith(b"\x89PNG")
+    assert shown == [explorer.box]
+    monkeypatch.setenv(explore.STATIC, "1")
+    explorer.show()
+    assert shown[1].png() == explorer.board().png()
+    TokenExplorer(studio).show()
+    assert "choose a trained run" in str(getattr(shown[2], "data", shown[2]))
+
+
+def test_tabs_open_a_view_when_it_is_looked_at(studio):
+    tabs = explore.Tabs(studio)
+    assert list(tabs.made) == [0] and tabs.tab.titles == tuple(VIEWS)
+    tabs.tab.selected_index = 3
+    assert isinstance(tabs.made[3], DomainBrowser) and tabs.tab.children[3].children == (tabs.made[3].box,)
+
+
+def test_the_explorers_own_notebook_runs(run, tmp_path, monkeypatch):
+    path = workbook.write_explorer(run, ["scenes:fog"])
+    names: dict = {}
+    import nbformat
+
+    (cell,) = nbformat.read(path, as_version=4).cells
+    shown = []
+    monkeypatch.setattr(explore, "display", shown.append)
+    exec(cell.source.replace("Tabs(Studio", "tabs = Tabs(Studio"), names)
+    assert names["tabs"].studio.names[-1] == "scenes:fog"
+    names["tabs"]._ipython_display_()
+    assert shown == [names["tabs"].box]

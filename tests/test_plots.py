@@ -178,8 +178,8 @@ def test_token_sheet_shows_the_most_influential_token():
         assert np.asarray(ax.images[-1].get_array()) == pytest.approx(100 * share)
 
 
-def test_token_changes_are_bars_by_layer():
-    ax = plots.token_changes([{"layer": 3, "amplitude": 0.1, "phase": 0.2}, {"layer": 4, "amplitude": 0.3, "phase": 0}])
+def test_distances_are_bars_by_layer():
+    ax = plots.distances([{"layer": 3, "amplitude": 0.1, "phase": 0.2}, {"layer": 4, "amplitude": 0.3, "phase": 0}])
     assert [bar.get_height() for bar in ax.patches] == [0.1, 0.3, 0.2, 0]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["layer 3", "layer 4"]
 
@@ -187,7 +187,7 @@ def test_token_changes_are_bars_by_layer():
 def test_token_sheet_of_a_model_without_tokens_says_so():
     made = plots.token_sheet(IMAGE, [])
     assert "no tokens" in made.texts[0].get_text()
-    assert "Nothing stands behind a layer" in plots.token_changes([]).texts[0].get_text()
+    assert "Nothing stands behind a layer" in plots.distances([]).texts[0].get_text()
 
 
 def test_table_shows_numbers_dashes_and_escapes():
@@ -221,3 +221,17 @@ def test_pivot_makes_long_rows_wide():
 )
 def test_short_name(domain: str, short: str):
     assert plots.short_name(domain) == short
+
+
+def test_influences_point_out_the_chosen_token():
+    ax = plots.influences([(7, 0.5), (3, 0.4), (1, 0.1)], 3)
+    heights = [bar.get_height() for bar in ax.patches]
+    colours = [bar.get_facecolor() for bar in ax.patches]
+    assert heights == [0.5, 0.4, 0.1] and colours[0] == colours[2] != colours[1]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["7", "3", "1"]
+
+
+def test_the_chosen_layer_is_pointed_out_and_pixels_are_the_figure():
+    table = [{"layer": "pixels", "amplitude": 0.1, "phase": 0.2}, {"layer": "layer 1", "amplitude": 0.3, "phase": 0.1}]
+    plain, chosen = (plots.distances(table, chosen=name).figure.pixels() for name in (None, "layer 1"))
+    assert plain.shape == chosen.shape and plain.dtype == np.uint8 and not np.array_equal(plain, chosen)
