@@ -41,10 +41,10 @@ test: lint  ## lint and all tests, the notebooks in the smoke profile among them
 
 test-browser: $(READY)  ## the explorer in a real JupyterLab in a headless Chromium, if one is installed
 	$(VENV_PYTHON) -m pip install --quiet -e ".[browser]" $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -rs tests/test_browser.py tests/test_browser_faults.py
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -rs -m browser
 
 screenshots: $(READY)  ## the pictures of the README, from the trained run runs/quick, by the browser check
-	SETLIB_RUN=runs/quick SETLIB_SCREENSHOTS=data/screenshots $(VENV_PYTHON) -m pytest -rs tests/test_browser.py
+	SETLIB_RUN=runs/quick SETLIB_SCREENSHOTS=data/screenshots $(VENV_PYTHON) -m pytest -rs -m browser tests/test_browser.py
 
 lab: $(READY)  ## JupyterLab on the notebooks and their explorers, this machine only, with a token
 	$(VENV_PYTHON) -m jupyterlab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" \

@@ -48,9 +48,8 @@ class Figure(figure.Figure):
 
     def pixels(self) -> np.ndarray:
         """The figure as it is, (h, w, 3) uint8."""
-        canvas = FigureCanvasAgg(self)
-        canvas.draw()
-        return np.array(canvas.buffer_rgba())[..., :3]
+        FigureCanvasAgg(self).draw()
+        return np.array(self.canvas.buffer_rgba())[..., :3]
 
 
 def short_name(domain: str) -> str:

@@ -19,9 +19,13 @@ from setlib import __main__ as cli
 from setlib import browser, workbook
 from setlib.experiment import Run
 
-pytestmark = pytest.mark.skipif(
-    browser.program() is None, reason="the browser check needs a Chromium or Chrome, and `pip install -e '.[browser]'`"
-)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        browser.program() is None,
+        reason="the browser check needs a Chromium or Chrome, and `pip install -e '.[browser]'`",
+    ),
+]
 SCREENSHOTS, TRAINED = os.environ.get("SETLIB_SCREENSHOTS"), os.environ.get("SETLIB_RUN")
 SIZE = ["data.height=112", "data.width=224", "data.long_edge=224", "data.eval_images=3"]
 LARGEST = 150_000  # bytes of a screenshot

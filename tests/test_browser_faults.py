@@ -7,7 +7,10 @@ import pytest
 from setlib import browser, workbook
 from setlib.experiment import Experiment, Run
 
-pytestmark = pytest.mark.skipif(browser.program() is None, reason="no browser: see test_browser.py")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(browser.program() is None, reason="no browser: see test_browser.py"),
+]
 BROKEN = """from setlib.explore import SwapExplorer
 from setlib.views import Studio
 explorer = SwapExplorer(Studio.open({names}))
