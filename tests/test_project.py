@@ -286,14 +286,20 @@ def read_help(command: str) -> subprocess.CompletedProcess:
     )
 
 
+def test_the_pictures_of_the_readme_are_there_and_small():
+    named = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(named) >= 4
+    assert not [name for name in named if not 0 < (ROOT / name).stat().st_size < 150_000]
+
+
 def test_readme_names_the_two_commands():
     assert (ROOT / "README.md").exists(), "README.md is missing"
     assert {"workbook", "test"} <= find_quoted()[0]
 
 
 def test_readme_targets_exist():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
-    assert {"workbook", "test", "lab", "lint", "format", "clean"} <= targets
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
+    assert {"workbook", "test", "test-browser", "screenshots", "lab", "lint", "format", "clean"} <= targets
     assert find_quoted()[0] <= targets
 
 
