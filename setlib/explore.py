@@ -260,10 +260,10 @@ class Explorer:
             self.lasting = f"Only pixels can be looked at: {problem}"
             return ["pixels"]
 
-    def add_run(self) -> None:
+    def add_run(self, value: str = "") -> None:
         """The folder of a trained run."""
         options = {"options": self.studio.runs(), "placeholder": "none; for example runs/quick"}
-        widget = ipywidgets.Combobox(description="trained run", continuous_update=False, **options, **WIDE)
+        widget = ipywidgets.Combobox(value=value, description="trained run", continuous_update=False, **options, **WIDE)
         self.add("run", widget)
 
     def add_upload(self, *names: str) -> None:
@@ -348,7 +348,7 @@ class TokenExplorer(Explorer):
     def build(self) -> None:
         """Makes the controls."""
         self.add_picture("domain", index="index")
-        self.add_run()
+        self.add_run(self.studio.own())
         self.add("layer", ipywidgets.Dropdown(description="after layer", **WIDE), "place")
         self.add("branch", ipywidgets.Dropdown(description="branch", **WIDE))
         self.add("token", ipywidgets.Dropdown(description="token", **WIDE))

@@ -26,7 +26,7 @@ from setlib.attention import Reading, read_tokens
 from setlib.backbone import FrozenBackbone
 from setlib.evaluate import iou_per_class, mean_iou, pixel_counts
 from setlib.experiment import Run
-from setlib.files import PROJECT, load_json, write_atomic
+from setlib.files import PROJECT, write_atomic
 from setlib.labels import IGNORE
 from setlib.model import DEVICE, FILES, Segmenter
 from setlib.pictures import read_picture
@@ -88,11 +88,15 @@ class Material:
             for name in ("model", "maps", "segmented", "reading", "distances"):
                 getattr(self, name).cache_clear()
 
-    def runs(self, tokens: bool = False) -> list[str]:
-        """The trained runs in this run's folder and beside it, its own first. tokens: only those with tokens."""
+    def runs(self) -> list[str]:
+        """The trained runs in this run's folder and beside it, its own first."""
         paths = [self.run.path, *sorted(self.run.path.glob("*/")), *sorted(self.run.path.parent.glob("*/"))]
-        found = [p for p in dict.fromkeys(paths) if all((p / "model" / name).is_file() for name in FILES)]
-        return [shown(p) for p in found if not tokens or _has_tokens(p)]
+        return [shown(p) for p in dict.fromkeys(paths) if all((p / "model" / name).is_file() for name in FILES)]
+
+    def own(self) -> str:
+        """This run itself, if it is trained and has tokens that attend; else ""."""
+        refiner = build_refiner(self.experiment.model.refiner, (1,), 1, 2, 1)
+        return shown(self.run.path) if refiner.branches() and shown(self.run.path) in self.runs() else ""
 
     def image(self, name: str, index: int, size: tuple[int, int] | None = None) -> Tensor:
         """Picture `index` of a domain, (1, 3, h, w) in [0, 1], at the views' size; cut to cover `size` if it is given.
@@ -192,14 +196,6 @@ class Material:
         if not model.refiner.branches():
             raise ValueError(f"The refiner '{model.experiment.model.refiner}' of {run} has no tokens that attend.")
         return read_tokens(model, self.image(name, index))
-
-
-def _has_tokens(run: Path) -> bool:
-    try:
-        name = load_json(run / "model" / FILES[0])["experiment"]["model"]["refiner"]
-        return bool(build_refiner(name, (1,), 1, 2, 1).branches())
-    except (ValueError, KeyError, TypeError, OSError):  # a damaged run: said when it is chosen
-        return False
 
 
 def _here(folder: str | Path) -> Path:

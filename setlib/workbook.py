@@ -249,6 +249,7 @@ def lab_command(
         "IdentityProvider.token": token,
         "LabApp.default_url": f"/doc/tree/{notebook}" if notebook else "/lab",
         "LabApp.news_url": None,
+        "LabApp.extension_manager": "readonly",  # asks no index
         "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
     }
     command = [sys.executable, "-m", "jupyterlab", *(f"--{name}={value}" for name, value in options.items())]

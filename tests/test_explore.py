@@ -125,6 +125,8 @@ def test_a_problem_is_shown_in_the_view_and_goes_away(studio):
 
 def test_tokens_without_a_run_are_a_sentence_and_start_with_the_strongest(studio, run):
     explorer = TokenExplorer(studio)
+    assert explorer.controls["run"].value == str(run.path)  # its own
+    explorer.controls["run"].value = ""
     assert "Tokens learn: choose a trained run" in explorer.message.value
     explorer.controls["run"].value = str(run.path)
     assert explorer.message.value == ""
@@ -220,7 +222,7 @@ def test_show_is_the_widgets_or_under_papermill_a_picture(studio, monkeypatch):
     monkeypatch.setenv(explore.STATIC, "1")
     explorer.show()
     assert shown[1].png() == explorer.board().png()
-    TokenExplorer(studio).show()
+    TokenExplorer(studio, run="").show()
     assert "choose a trained run" in str(getattr(shown[2], "data", shown[2]))
 
 
