@@ -143,17 +143,19 @@ def say_movement(rows: Sequence[Mapping]) -> str:
     )
 
 
-def feature_pictures(features: Sequence[Tensor]) -> list[np.ndarray]:
-    """Feature maps as pictures in common colours: their first three principal components, fitted on all of them.
+def feature_pictures(features: Sequence[Tensor], fitted: int | None = None) -> list[np.ndarray]:
+    """Feature maps as pictures in common colours: their first three principal components.
 
-    features: (1, H, W, C) each. Returns (H, W, 3) floats in [0, 1] each; the sign of a component is fixed.
+    features: (1, H, W, C) each. fitted: components and colours are those of the first so many; None: of all.
+    Returns (H, W, 3) floats in [0, 1] each; the sign of a component is fixed.
     """
     flat = torch.cat([f.flatten(0, 2) for f in features]).double()
-    flat = flat - flat.mean(0)
-    axes = torch.linalg.eigh(flat.T @ flat)[1][:, -3:].flip(1)  # (C, 3), the strongest first
+    known = sum(f.shape[1] * f.shape[2] for f in features[:fitted])
+    flat = flat - flat[:known].mean(0)
+    axes = torch.linalg.eigh(flat[:known].T @ flat[:known])[1][:, -3:].flip(1)  # (C, 3), the strongest first
     axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
     values = flat @ axes
-    low, high = values.quantile(0.01, dim=0), values.quantile(0.99, dim=0)
+    low, high = values[:known].quantile(0.01, dim=0), values[:known].quantile(0.99, dim=0)
     values = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float()
     sizes = [f.shape[1] * f.shape[2] for f in features]
     return [v.view(*f.shape[1:3], 3).numpy() for v, f in zip(values.split(sizes), features, strict=True)]

@@ -27,7 +27,7 @@ MARK = np.array((230, 159, 0))  # orange of Okabe and Ito: pixels that are point
 
 
 class Panel(NamedTuple):
-    """One picture, (h, w, 3) uint8, under its title. band: radii of rings around its middle, 1 = half its side."""
+    """One picture, (h, w, 3) uint8, under its title. band: radii of rings around zero frequency, 1 = half its side."""
 
     picture: np.ndarray
     title: str = ""
@@ -137,7 +137,10 @@ def _drawn(panel: Panel, width: int) -> Image.Image:
     for radius in panel.band or ():
         if 0 < radius < math.sqrt(2):
             for grow, colour in ((1, RING[0]), (0, RING[1])):
-                (x, a), (y, b) = ((side / 2, radius * side / 2 + grow) for side in size)
+                (x, a), (y, b) = (
+                    ((bins // 2 + 0.5) / bins * side, radius * side / 2 + grow)  # zero frequency is a bin wide
+                    for side, bins in zip(size, panel.picture.shape[1::-1], strict=True)
+                )
                 pen.ellipse((x - a, y - b, x + a, y + b), outline=colour)
     return picture
 
@@ -167,11 +170,11 @@ def in_colour(values: np.ndarray, colours: str, low: float, high: float) -> np.n
     return matplotlib.colormaps[colours](scaled.clip(0, 1), bytes=True)[..., :3]
 
 
-def over_grey(picture: np.ndarray, values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """(H, W) values from `low` to `high` in colour over the greyed picture (h, w, 3) uint8."""
-    size = picture.shape[1::-1]
-    colours = Image.fromarray(in_colour(values, "viridis", low, high)).resize(size, Image.Resampling.NEAREST)
-    return (0.4 * picture.mean(-1, keepdims=True) + 0.6 * np.asarray(colours)).astype(np.uint8)
+def over_grey(picture: np.ndarray, values: np.ndarray, low: float, high: float, patch: int = 1) -> np.ndarray:
+    """(H, W) values from `low` to `high` in colour over the greyed picture (h, w, 3) uint8, in squares of `patch`."""
+    height, width = picture.shape[:2]
+    colours = in_colour(values, "viridis", low, high).repeat(patch, 0).repeat(patch, 1)[:height, :width]
+    return (0.4 * picture.mean(-1, keepdims=True) + 0.6 * colours).astype(np.uint8)
 
 
 def marked(picture: np.ndarray, where: np.ndarray) -> np.ndarray:

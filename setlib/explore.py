@@ -5,10 +5,11 @@ Under papermill, where nobody moves a slider, the same cells show the chosen sta
 
 from __future__ import annotations
 
+import contextlib
 import html
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import anywidget
@@ -18,35 +19,43 @@ from IPython.display import HTML, display
 
 from setlib.analysis import PARTS
 from setlib.boards import WIDTH, Board
-from setlib.files import write_atomic
-from setlib.material import shown
+from setlib.files import STATIC, write_atomic
+from setlib.material import find_folder, shown
 from setlib.views import ALL, HIGHEST, Studio
 
-STATIC = "SETLIB_STATIC"  # environment variable: show pictures, no widgets
 MOST_BYTES, CHUNK = 200_000_000, 4_000_000  # of an uploaded file, and of a message: servers refuse long ones
 NOTES = {  # what each control means
     "content": "The picture whose spectrum is changed: a domain, then one of its pictures.",
     "style": "The picture that lends a part of its spectrum; it is cut to the content's size.",
     "part": "A Fourier transform writes a picture as a sum of waves: amplitude is how strong each wave is, phase where "
-    "its crests lie. The method rests on the idea that the first carries style and the second content.",
-    "space": "Where the swap happens: in the pixels, or in what the backbone has made of them after one of its layers. "
+    "its crests lie. The method rests on the idea that the first carries style and the second content. The phase "
+    "shown is that of one channel.",
+    "space": "Where the swap happens: in the pixels, or in the features, what the backbone (the frozen vision model) has "
+    "made of each patch (a square of pixels) after one of its layers; with a trained run, after its tokens too. "
     "Features are shown by their three strongest components, as red, green and blue: equal colours, similar features.",
     "band": "Which waves move. 0 is the mean of the picture, 1 the finest stripes along an axis, 1.5 everything. The "
-    "rings in the spectra show the band; zero frequency is in their middle.",
+    "rings in the spectra show the band; zero frequency is in their middle. Spectra show log(1 + amplitude): "
+    "each step in brightness is a factor.",
     "weight": "How far the content goes towards the style: 0 changes nothing, 1 takes the style's part as it is.",
-    "run": "The folder of a trained run, such as runs/quick: its model says what it sees before and after. mIoU is the "
-    "overlap of prediction and label, 100 % = equal, averaged over the classes. Empty: no model.",
+    "run": "The folder of a trained run, such as runs/quick: its model says what it sees before and after; ground truth "
+    "is the label. mIoU is the overlap of the two, 100 % = equal, averaged over the classes that occur in this "
+    "picture, at the size shown and in one piece; notebook 04 scores whole domains. Empty: no model.",
+    "features": "The folder of a trained run: the features are then those that its tokens leave. Empty: the frozen "
+    "backbone's.",
     "upload": "A picture of yours: press the button, or drag a file onto it. It stays in the run folder.",
     "first": "A domain and one of its pictures. Rendered streets have the same number in every style.",
     "second": "What it is compared with: the same number of another style changes style alone, another number content.",
-    "layer": "What is looked at: the pixels, or the features after one of the backbone's layers.",
+    "layer": "What is looked at: the pixels, or the features, what the backbone (the frozen vision model) has made of "
+    "each patch (a square of pixels) after one of its layers. Lengths are those of a patch's features as a vector.",
     "domain": "A set of pictures of one kind, such as night or fog; then one of its pictures.",
-    "place": "The refiner stands behind some layers; here is where its tokens are read.",
+    "other": "Any domain by its name, such as acdc:night-val@FOLDER or folder@FOLDER; it then is a choice in every view.",
+    "place": "Tokens stand behind some layers of the backbone; here is where they are read.",
     "branch": "The part that these tokens refine: amplitude, phase, or the patches themselves.",
     "token": "A learned vector that features attend to; sorted by influence: mean share of the attention times what it "
-    "adds.",
+    "adds. Without it: its value is zero after this layer (a query made of it for a mask head stays).",
     "opacity": "How strongly the label's colours cover the picture.",
     "only": "Colours one class alone; next, previous and random then stop at pictures that hold it.",
+    "steps": "The picture before, the one behind, or one by chance (the same ones after every start).",
     "code": "This line makes the same picture without widgets: copy it into a script or a cell.",
 }
 WIDE = {"style": {"description_width": "92px"}, "layout": ipywidgets.Layout(width="410px")}
@@ -65,11 +74,17 @@ class Upload(anywidget.AnyWidget):
         const file = input.files[0];
         if (!file) return;
         const most = model.get("most"), size = model.get("chunk");
-        if (file.size > most) { model.send({ name: file.name, refused: file.size }); return; }
-        for (let at = 0; at === 0 || at < file.size; at += size) {
-          const part = await file.slice(at, at + size).arrayBuffer();
-          model.send({ name: file.name, first: at === 0, last: at + size >= file.size }, undefined, [part]);
+        input.disabled = true;
+        try {
+          if (file.size > most) throw `has ${Math.round(file.size / 1e6)} MB: choose a file of under ${most / 1e6} MB`;
+          for (let at = 0; at === 0 || at < file.size; at += size) {
+            const part = await file.slice(at, at + size).arrayBuffer();
+            model.send({ name: file.name, first: at === 0, last: at + size >= file.size }, undefined, [part]);
+          }
+        } catch (problem) {
+          model.send({ name: file.name, refused: typeof problem === "string" ? problem : "cannot be read" });
         }
+        input.disabled = false;
         input.value = "";
       });
       el.appendChild(input);
@@ -86,10 +101,7 @@ class Upload(anywidget.AnyWidget):
 
     def _take(self, _: Any, content: dict, buffers: list) -> None:
         if "refused" in content:
-            megabytes = content["refused"] / 1e6
-            self.refuse(
-                f"'{content['name']}' has {megabytes:.0f} MB: choose a file of under {MOST_BYTES / 1e6:.0f} MB."
-            )
+            self.refuse(f"'{content['name']}' {content['refused']}.")
             return
         self.parts = (b"" if content["first"] else self.parts) + bytes(buffers[0])
         if content["last"]:
@@ -131,7 +143,6 @@ class Explorer:
 
     def __init__(self, studio: Studio, **state: Any) -> None:
         self.studio, self.controls, self.rows = studio, {}, []
-        self.options = {name: name for name in studio.names}  # of domains: as shown -> name
         exact = ipywidgets.Layout(width=f"{WIDTH}px", max_width="100%")
         self.picture, self.message = ipywidgets.Image(format="jpeg", layout=exact), ipywidgets.HTML()
         self.words, self.note = ipywidgets.HTML(), ipywidgets.HTML()
@@ -140,7 +151,7 @@ class Explorer:
         )
         self.save = ipywidgets.Button(description="save", tooltip="Saves the picture as PNG, and this line of Python")
         self.save.on_click(lambda _: self._guarded(self._save))
-        self._busy, self._noted, self.lasting = True, "", ""  # lasting: a problem that stays
+        self._busy, self._noted, self._said, self._missing = True, "", "", ""
         self.build()
         self._busy = False
         for widget in self.controls.values():
@@ -160,15 +171,24 @@ class Explorer:
         raise NotImplementedError
 
     def follow(self) -> None:
-        """Fits the controls' choices to each other's values, before a drawing."""
+        """Fits the controls' choices to each other's values and to what is known by now, before a drawing."""
         for name in ("content", "style", "first", "second", "domain"):
             if name in self.controls:
+                _offer(self.controls[name], self.studio.choices)
                 index = self.controls["index" if name == "domain" else f"{name}_index"]
                 index.max = len(self.studio.domain(self.controls[name].value)) - 1
+        if "space" in self.controls:
+            _offer(self.controls["space"], {self.named(space): space for space in self._spaces()})
+
+    def named(self, space: str) -> str:
+        """How a layer is called among the choices."""
+        return space
 
     def arguments(self) -> dict[str, Any]:
         """What the controls say, as the view's arguments."""
-        return {name: widget.value for name, widget in self.controls.items()}
+        given = {name: widget.value for name, widget in self.controls.items()}
+        run = given.get("run", "").strip().strip("'\"")
+        return given | ({"run": run and shown(find_folder(run))} if "run" in given else {})
 
     # What all share
 
@@ -181,14 +201,16 @@ class Explorer:
         return self.render(**self.arguments())
 
     def set(self, **state: Any) -> None:
-        """Sets controls by name, and draws. Raises ValueError for an unknown one."""
+        """Sets controls by name, and draws. Raises ValueError for an unknown one, or a value that is no choice."""
         if unknown := set(state) - set(self.controls):
             raise ValueError(f"Unknown {unknown.pop()}: the controls are {', '.join(self.controls)}.")
-        self._busy = True
-        for name in (name for name in self.controls if name in state):
-            self._guarded(self.follow)
-            self.controls[name].value = state[name]
-        self._busy = False
+        with self._quietly():
+            for name in (name for name in self.controls if name in state):
+                self._guarded(self.follow)
+                try:
+                    self.controls[name].value = state[name]
+                except traitlets.TraitError as error:
+                    raise ValueError(f"The control {name} cannot be {state[name]!r} ({error}).") from None
         self.update()
 
     def line(self) -> str:
@@ -199,17 +221,26 @@ class Explorer:
     def update(self, _: Any = None) -> None:
         """Draws what the controls say."""
         if not self._busy:
-            self._busy = True
-            self._guarded(self._draw)
+            with self._quietly():
+                self._guarded(self._draw)
+
+    @contextlib.contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """Controls that change meanwhile draw nothing."""
+        self._busy = True
+        try:
+            yield
+        finally:
             self._busy = False
 
     def show(self) -> None:
         """Displays the widgets; the picture alone where SETLIB_STATIC is set (under papermill)."""
         if not os.environ.get(STATIC):
             display(self.box)
-        elif self.message.value:
+            return
+        if self.message.value:
             display(HTML(self.message.value))
-        else:
+        if self.picture.value:
             display(self.board())
 
     def _draw(self) -> None:
@@ -220,22 +251,35 @@ class Explorer:
 
     def _save(self) -> None:
         folder, board = self.studio.run.path / "saved", self.board()
-        number = 1 + max((int(p.stem.rpartition("-")[2]) for p in folder.glob(f"{self.view}-*.png")), default=0)
-        path = write_atomic(folder / f"{self.view}-{number}.png", board.png(self.line()))
+        if not self.studio.run.path.is_dir():
+            raise ValueError(f"The run folder {self.studio.run.path} is gone: open the explorer anew.")
+        ends = [path.stem.removeprefix(f"{self.view}-") for path in folder.glob(f"{self.view}-*.png")]
+        number = 1 + max((int(end) for end in ends if end.isdecimal()), default=0)
+        path = folder / f"{self.view}-{number}.png"
         write_atomic(path.with_suffix(".py"), f"{self.line()}.savefig({path.name!r})\n")
+        try:
+            write_atomic(path, board.png(self.line()))
+        except ValueError:
+            path.with_suffix(".py").unlink()
+            raise
         self.say(f"Saved {shown(path)}, and the line of Python that makes it beside it.")
 
     def _guarded(self, action: Callable[[], object]) -> None:
         """Does it; a problem becomes the message, since a widget's callback has nowhere else to say it."""
+        self._said = ""
         try:
-            self.message.value = _sentence(self.lasting, bold=True)
             action()
         except Exception as problem:
             self.say(f"{type(problem).__name__ * (not isinstance(problem, ValueError))} {problem}".strip(), True)
+        if not self._said:
+            self.message.value = ""
+            if self._missing and self.controls["space"].options[1:] == ():
+                self.say(self._missing, True)
 
     def say(self, text: str, is_problem: bool = False) -> None:
         """A sentence above the picture."""
-        self.message.value = _sentence(("⚠ " if is_problem else "") + text, bold=True)
+        self._said = ("⚠ " if is_problem else "") + text
+        self.message.value = _sentence(self._said, bold=True)
 
     def add(self, name: str, widget: Any, note: str = "", title: str = "") -> None:
         """A control of the view's argument `name`, with a "?" that shows its note; title: where it has none itself."""
@@ -245,47 +289,51 @@ class Explorer:
 
     def add_picture(self, name: str, title: str = "", index: str = "", value: str | None = None) -> None:
         """A domain and a picture's number."""
-        choice = ipywidgets.Dropdown(
-            options=dict(self.options), value=value or self.studio.names[0], description=title or name, **WIDE
-        )
+        options = tuple(self.studio.choices.items())
+        choice = ipywidgets.Dropdown(options=options, value=value or options[0][1], description=title or name, **WIDE)
         self.add(name, choice)
         slider = ipywidgets.IntSlider(0, 0, 0, description="picture", **WIDE)
         self.add(index or f"{name}_index", slider, name)
 
-    def known_spaces(self) -> list[str]:
-        """The pixels and the layers; the pixels alone, with a sentence, where the backbone is missing."""
+    def _spaces(self) -> list[str]:
+        """The pixels and the layers of the chosen run; the pixels alone where the backbone is missing."""
+        run = Explorer.arguments(self)["run"] if "run" in self.controls else ""
+        if self._missing and not run:
+            return ["pixels"]
         try:
-            return self.studio.spaces()
+            return self.studio.spaces(run)
         except (ValueError, OSError) as problem:
-            self.lasting = f"Only pixels can be looked at: {problem}"
+            if run:
+                raise
+            self._missing = f"Only pixels can be looked at: {problem}"
             return ["pixels"]
 
-    def add_run(self, value: str = "") -> None:
+    def add_run(self, value: str = "", note: str = "run") -> None:
         """The folder of a trained run."""
         options = {"options": self.studio.runs(), "placeholder": "none; for example runs/quick"}
         widget = ipywidgets.Combobox(value=value, description="trained run", continuous_update=False, **options, **WIDE)
-        self.add("run", widget)
+        self.add("run", widget, note)
 
-    def add_upload(self, *names: str) -> None:
-        """A button that brings a picture into the choices of the domains `names`; the first one then shows it."""
+    def add_upload(self, control: str) -> None:
+        """A button that brings a picture into the choices of every view; the control of this name then shows it."""
 
         def receive(content: bytes, name: str) -> None:
             self._guarded(lambda: take(content, name))
 
         def take(content: bytes, name: str) -> None:
             domain, done = self.studio.add_upload(content, name)
-            self.options[f"uploaded: {name}"] = domain
-            self._busy = True
-            for control in names:
-                kept = self.controls[control].value
-                self.controls[control].options = dict(self.options)
-                self.controls[control].value = domain if control == names[0] else kept
-            self._busy = False
-            self._draw()
-            self.say(f"Uploaded '{name}'{f' ({done})' if done else ''} as {names[0]}.")
+            self._choose(control, domain)
+            self.say(f"Uploaded '{name}'{f' ({done})' if done else ''} as {control}.")
 
         self.upload = Upload(receive, lambda text: self.say(text, True))
         self.rows.append(ipywidgets.HBox([_title("upload"), self.upload, self._help("upload")]))
+
+    def _choose(self, control: str, domain: str) -> None:
+        """Shows a domain that has just become a choice."""
+        with self._quietly():
+            self.follow()
+            self.controls[control].value = domain
+            self._draw()
 
     def _help(self, name: str) -> ipywidgets.Button:
         """The "?" that shows a note and hides it again."""
@@ -309,14 +357,14 @@ class SwapExplorer(Explorer):
         self.add_picture("content")
         self.add_picture("style", value=self.studio.names[-1])
         self.add("part", _buttons(PARTS, "100px"), title="what moves")
-        self.add("space", ipywidgets.Dropdown(options=self.known_spaces(), description="where", **WIDE))
+        self.add("space", ipywidgets.Dropdown(options=["pixels"], description="where", **WIDE))
         band = ipywidgets.FloatRangeSlider(
             value=(0, HIGHEST), min=0, max=HIGHEST, step=0.01, description="frequencies", **WIDE
         )
         self.add("band", band)
         self.add("weight", ipywidgets.FloatSlider(1, min=0, max=1, step=0.05, description="weight", **WIDE))
         self.add_run()
-        self.add_upload("content", "style")
+        self.add_upload("content")
 
     def arguments(self) -> dict[str, Any]:
         """The band as its two ends."""
@@ -334,10 +382,13 @@ class LayerExplorer(Explorer):
         """Makes the controls."""
         self.add_picture("first")
         self.add_picture("second", value=self.studio.names[-1])
-        self.add_run()
-        self.add_upload("second", "first")
-        layers = {name.removeprefix("layer "): name for name in self.known_spaces()}
-        self.add("space", _buttons(layers, "56px"), "layer", "layer")
+        self.add_run(note="features")
+        self.add_upload("second")
+        self.add("space", _buttons({"pixels": "pixels"}, "56px"), "layer", "layer")
+
+    def named(self, space: str) -> str:
+        """The number alone: there are many."""
+        return space.removeprefix("layer ")
 
 
 class TokenExplorer(Explorer):
@@ -358,7 +409,8 @@ class TokenExplorer(Explorer):
     def follow(self) -> None:
         """The choices of layer, branch and token are those of the run; tokens are sorted by influence."""
         super().follow()
-        run, domain, index = (self.controls[name].value for name in ("run", "domain", "index"))
+        given = self.arguments()
+        run, domain, index = (given[name] for name in ("run", "domain", "index"))
         known = self.studio.places(run, domain, index)
         layer = _offer(self.controls["layer"], {f"layer {n}": n for n in known}, last=True)
         branch = _offer(self.controls["branch"], {name: name for name in known[layer]})
@@ -384,8 +436,24 @@ class DomainBrowser(Explorer):
         self.steps = {name: ipywidgets.Button(description=name) for name in steps}
         for name, step in steps.items():
             self.steps[name].on_click(lambda _, step=step: self._guarded(lambda: self._go(step())))
-        self.rows.append(ipywidgets.HBox(list(self.steps.values()), layout=ipywidgets.Layout(min_width="475px")))
+        buttons = [*self.steps.values(), self._help("steps")]
+        self.rows.append(ipywidgets.HBox(buttons, layout=ipywidgets.Layout(min_width="475px")))
         self.add_upload("domain")
+        self.other = ipywidgets.Text(
+            placeholder="acdc:night-val@FOLDER", description="other", continuous_update=False, **WIDE
+        )
+        self.other.observe(lambda change: self._guarded(lambda: self._add(change.new.strip())), names="value")
+        self.rows.append(ipywidgets.HBox([self.other, self._help("other")]).add_class("setlib-control"))
+
+    def arguments(self) -> dict[str, Any]:
+        """The opacity to two digits."""
+        given = super().arguments()
+        return given | {"opacity": round(given["opacity"], 2)}
+
+    def _add(self, domain: str) -> None:
+        if domain:
+            self.studio.add_domain(domain)
+            self._choose("domain", domain)
 
     def follow(self) -> None:
         """The classes to choose from are the domain's."""
@@ -446,7 +514,7 @@ def _buttons(options: Any, width: str) -> Any:
     return made
 
 
-def _offer(widget: Any, options: dict[str, Any], last: bool = False) -> Any:
+def _offer(widget: Any, options: Mapping[str, Any], last: bool = False) -> Any:
     """Gives a choice these options, keeping its value where it is among them; returns its value."""
     if widget.options != tuple(options.items()):
         kept = widget.value

@@ -10,6 +10,7 @@ import typing
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
+STATIC = "SETLIB_STATIC"  # environment variable: nobody moves a slider, explorers show a picture
 
 
 def peak_bytes() -> int:

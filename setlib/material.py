@@ -5,8 +5,10 @@ The views of it are in `views.py`.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
@@ -21,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from setlib import domains
-from setlib.analysis import as_picture, as_tensor
+from setlib.analysis import as_tensor
 from setlib.attention import Reading, read_tokens
 from setlib.backbone import FrozenBackbone
 from setlib.evaluate import iou_per_class, mean_iou, pixel_counts
@@ -34,6 +36,8 @@ from setlib.refiners import Intervened, build_refiner
 from setlib.transforms import fit, resize
 
 LONG_EDGE, KEPT_EDGE = 448, 1024  # pixels, at most: of a picture in the views, and of an uploaded file
+MOST_PIXELS, NARROWEST = 60_000_000, 16  # of a picture: decoded whole it needs 10 bytes a pixel; long by short side
+UNNAMED = ("scenes:game", "scenes:night")  # where a run names no domains
 KEPT = {"domain": 64, "model": 3, "image": 64, "label": 64}  # how many answers of a method are kept
 KEPT |= {"maps": 6, "segmented": 16, "reading": 4, "distances": 16}
 
@@ -55,18 +59,11 @@ class Material:
         self.run, self.experiment = run, run.experiment
         data = run.experiment.data
         self.long_edge = min(data.long_edge, LONG_EDGE)
-        self.names = list(dict.fromkeys([data.source, *data.targets, *more]))
+        self.names = [n for n in dict.fromkeys([data.source, *data.targets, *more]) if n] or list(UNNAMED)
+        self.choices = {name: name for name in self.names}  # of every view: as shown -> name
         self._trained: dict[str, int] = {}  # when a run's model was written
         for name, size in KEPT.items():
             setattr(self, name, lru_cache(size)(getattr(self, name)))
-
-    @classmethod
-    def open(cls, folder: str | Path, *more: str) -> Material:
-        """Of a run folder, here or in the project. more: names of domains beside those of the run.
-
-        Raises ValueError as `Run.load` does.
-        """
-        return cls(Run.load(_here(folder)), more)
 
     def domain(self, name: str) -> domains.Domain:
         """A domain by its name; rendered streets are the targets', so that one number is one street in every style."""
@@ -77,12 +74,13 @@ class Material:
         if not run:
             config = self.experiment.model
             return FrozenBackbone.load(config.backbone, patch_size=config.patch_size)
-        return Segmenter.load(_here(run))
+        return Segmenter.load(find_folder(run))
 
     def renew(self, run: str) -> None:
         """Lets go of what was computed with a run's model if it has been trained anew."""
-        weights = _here(run) / "model" / FILES[-1]
-        written = weights.stat().st_mtime_ns if run and weights.is_file() else 0
+        folder = find_folder(run)
+        weights = (folder / "model" if os.path.isdir(folder / "model") else folder) / FILES[-1]
+        written = os.stat(weights).st_mtime_ns if run and os.path.isfile(weights) else 0
         if self._trained.setdefault(run, written) != written:
             self._trained[run] = written
             for name in ("model", "maps", "segmented", "reading", "distances"):
@@ -91,7 +89,7 @@ class Material:
     def runs(self) -> list[str]:
         """The trained runs in this run's folder and beside it, its own first."""
         paths = [self.run.path, *sorted(self.run.path.glob("*/")), *sorted(self.run.path.parent.glob("*/"))]
-        return [shown(p) for p in dict.fromkeys(paths) if all((p / "model" / name).is_file() for name in FILES)]
+        return [shown(p) for p in dict.fromkeys(paths) if all(os.path.isfile(p / "model" / name) for name in FILES)]
 
     def own(self) -> str:
         """This run itself, if it is trained and has tokens that attend; else ""."""
@@ -104,6 +102,9 @@ class Material:
         Raises ValueError if there is no such picture.
         """
         image = as_tensor(self.sample(name, index).image)
+        h, w = image.shape[-2:]
+        if max(h, w) > NARROWEST * min(h, w):
+            raise ValueError(f"Picture {index} of {name} is {w} x {h}: it is too narrow to be compared.")
         return resize(image, fit(image, self.long_edge)) if size is None else _cover(image, size)
 
     def label(self, name: str, index: int) -> np.ndarray | None:
@@ -116,40 +117,66 @@ class Material:
         model = self.model(run)
         return ["pixels", *(f"layer {n}" for n in range(1, getattr(model, "backbone", model).num_layers + 1))]
 
+    def add_domain(self, name: str, label: str = "") -> None:
+        """Adds a domain to the choices of every view. Raises ValueError if it cannot be used."""
+        self.domain(name)
+        label = label or name
+        taken = [known for known, other in self.choices.items() if known.split(" (")[0] == label and other != name]
+        self.choices[f"{label} ({len(taken) + 1})" if taken else label] = name
+
     def add_upload(self, content: bytes, name: str) -> tuple[str, str]:
         """Keeps an uploaded picture in the run folder; returns the domain that it is and what was done to it.
 
-        Raises ValueError if it is no picture.
+        Raises ValueError if it is no picture, or is too large or too narrow.
         """
         try:
-            with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as opened:
-                mode, frames = opened.mode, getattr(opened, "n_frames", 1)
-                pixels = read_picture(opened, KEPT_EDGE)
+            with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as opened:
+                warnings.simplefilter("ignore")  # of many pixels: they are counted below
+                frames, bands = getattr(opened, "n_frames", 1), opened.getbands()
+                clear, (width, height) = "A" in bands or "transparency" in opened.info, opened.size
+                pixels = None
+                if width * height <= MOST_PIXELS:
+                    pixels = read_picture(opened, KEPT_EDGE)
         except Exception:  # a damaged file may raise anything
+            raise ValueError(f"'{name}' is no picture that can be read: choose a PNG, JPEG, WebP or TIFF.") from None
+        if pixels is None or min(width, height) < 8 or max(width, height) > NARROWEST * min(width, height):
             raise ValueError(
-                f"'{name}' is no picture that can be read: choose a PNG, JPEG, WebP or TIFF of under 180 megapixels."
-            ) from None
+                f"'{name}' is {width} x {height} pixels: choose a picture of at most {MOST_PIXELS / 1e6:.0f} million "
+                f"pixels, both sides at least 8 and neither more than {NARROWEST} times the other."
+            )
         height, width = pixels.shape[:2]
-        if min(height, width) < 8 or max(height, width) > 16 * min(height, width):
-            raise ValueError(f"'{name}' is {width} x {height} pixels: choose a larger or less narrow picture.")
-        image = as_tensor(pixels)
-        size = fit(image, min(KEPT_EDGE, max(height, width)))
-        kept = io.BytesIO()
-        Image.fromarray(as_picture(resize(image, size))).save(kept, "PNG")
-        folder = self.run.path / "uploads" / sha256(kept.getvalue()).hexdigest()[:8]
+        picture, kept = Image.fromarray(pixels), io.BytesIO()
+        picture.thumbnail((KEPT_EDGE, KEPT_EDGE), reducing_gap=2.0)
+        picture.save(kept, "PNG")
         stem = "".join(c if c.isalnum() or c in "-_ " else "-" for c in Path(name).stem)[:40].strip() or "picture"
-        write_atomic(folder / "images" / f"{stem}.png", kept.getvalue())
-        notes = [f"kept at {size[1]} x {size[0]}"] * (max(height, width) > KEPT_EDGE)
-        notes += [f"the first of its {frames} frames"] * (frames > 1) + ["grey"] * (mode[0] in "L1IF")
-        notes += ["transparent parts are white"] * ("A" in mode)
-        return f"folder@{folder.absolute()}", ", ".join(notes)
+        if not self.run.path.is_dir():
+            raise ValueError(f"The run folder {self.run.path} is gone: open the explorer anew.")
+        folder = self.run.path / "uploads" / f"{stem}-{sha256(kept.getvalue()).hexdigest()[:8]}"
+        try:
+            write_atomic(folder / "images" / f"{stem}.png", kept.getvalue())
+        except ValueError:
+            for empty in (folder / "images", folder, folder.parent):
+                with contextlib.suppress(OSError):
+                    empty.rmdir()
+            raise
+        notes = [f"kept at {picture.width} x {picture.height}"] * (max(height, width) > KEPT_EDGE)
+        notes += [f"the first of its {frames} frames"] * (frames > 1)
+        notes += ["grey"] * (bands[0] in "L1IF" and bands[-1] in "L1IFA") + ["transparent parts are white"] * clear
+        domain = f"folder@{folder.absolute()}"
+        self.add_domain(domain, f"uploaded: {name}")
+        return domain, ", ".join(notes)
 
     def sample(self, name: str, index: int) -> domains.Sample:
         """Picture `index` of a domain as it is. Raises ValueError if there is none."""
         domain = self.domain(name)
-        if not 0 <= index < len(domain):
+        if not isinstance(index, int) or not 0 <= index < len(domain):
             raise ValueError(f"{name} has the pictures 0 to {len(domain) - 1}, not {index}.")
         return domain.sample(index)
+
+    def patch_size(self, run: str = "") -> int:
+        """Pixels of a patch's side."""
+        model = self.model(run)
+        return getattr(model, "backbone", model).patch_size
 
     def layer_of(self, space: str, run: str) -> int:
         """The number of a layer; 0 for the pixels."""
@@ -198,10 +225,13 @@ class Material:
         return read_tokens(model, self.image(name, index))
 
 
-def _here(folder: str | Path) -> Path:
-    """A folder as given or, if there is none, below the project's."""
-    path = Path(folder).expanduser()
-    return path if path.is_dir() else PROJECT / path
+def find_folder(folder: str | Path) -> Path:
+    """A folder as given or, if there is none, below the project's. Raises ValueError for what names no folder."""
+    try:
+        path = Path(str(folder).strip()).expanduser()
+        return path if path.is_dir() else PROJECT / path
+    except (RuntimeError, OSError):
+        raise ValueError(f"There is no folder {str(folder)[:80]}.") from None
 
 
 def shown(path: Path) -> str:

@@ -7,7 +7,9 @@ tokens: where a token attends and what it changes; browse: a domain with its lab
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,8 +19,9 @@ from setlib import plots, spectral
 from setlib.analysis import PARTS, as_picture, compare, feature_pictures
 from setlib.attention import Attention
 from setlib.boards import Board, Panel, in_colour, marked, over_grey
+from setlib.experiment import Run
 from setlib.labels import IGNORE, ClassSet
-from setlib.material import Material, Segmented
+from setlib.material import Material, Segmented, find_folder
 from setlib.plots import short_name
 from setlib.refiners import Intervened
 
@@ -44,6 +47,14 @@ class Studio(Material):
     a trained run, "" for none: then there is no segmentation, and features are the frozen backbone's.
     """
 
+    @classmethod
+    def open(cls, folder: str | Path, *more: str) -> Studio:
+        """Of a run folder, here or in the project. more: names of domains beside those of the run.
+
+        Raises ValueError as `Run.load` does.
+        """
+        return cls(Run.load(find_folder(folder)), more)
+
     @torch.no_grad()
     def swap(
         self,
@@ -60,54 +71,51 @@ class Studio(Material):
     ) -> Board:
         """The content picture with one part of its spectrum moved towards the style's.
 
-        part: "amplitude" or "phase"; space: "pixels", or "layer 9" for the features after a layer; low, high: the band
-        of frequencies that moves, 1 = the highest along an axis; weight: how far, 0 to 1. With a run: what its model
-        says of content and mixture, against the label. Raises ValueError for what does not exist.
+        part: "amplitude" or "phase"; space: "pixels", or "layer 9" for the features after a layer (after the refiner,
+        where the run has one there); low, high: the band of frequencies that moves, 1 = the highest along an axis;
+        weight: how far, 0 to 1. With a run: what its model says of content and mixture, at the views' size and in one
+        piece, against the label. Raises ValueError for what does not exist.
         """
+        if not (0 <= weight <= 1 and 0 <= low <= high):
+            raise ValueError(
+                f"Expected a weight from 0 to 1 and a band from low to high, got {weight}, {low} to {high}."
+            )
         self.renew(run)
         layer = self.layer_of(space, run)
         here = self.image(content, content_index)
         size = tuple(here.shape[-2:])
         there = self.image(style, style_index, size)
-        names = ("content", "style", "mixture")
-        titles = [f"content: {short_name(content)} {content_index}", f"style: {short_name(style)} {style_index}"]
-        titles.append(f"mixture: {100 * weight:.0f} % of the style's {part}")
+        x, y, axes = here, there, spectral.PIXELS
         if layer:
-            pair = [self.maps(run, *chosen, size)[layer] for chosen in ((content, content_index), (style, style_index))]
-            maps = [*pair, swap(*pair, part, low, high, weight, spectral.GRID)]
-            colours = [np.uint8(255 * picture) for picture in feature_pictures(maps)]
-            rows = [[*(Panel(as_picture(i), t) for i, t in zip((here, there), titles, strict=False)), None]]
-            rows.append([Panel(p, f"features after {space}, {n}") for p, n in zip(colours, names, strict=True)])
-            amplitudes = [spectral.log_amplitude_picture(m, spectral.GRID)[0] for m in maps]
-            phases = [_phase(torch.from_numpy(picture[..., 0]).float()) for picture in colours]
-        else:
-            shown = [here, there, swap(here, there, part, low, high, weight, spectral.PIXELS)]
-            rows = [[Panel(as_picture(i), t) for i, t in zip(shown, titles, strict=True)]]
-            amplitudes = [spectral.log_amplitude_picture(255 * x)[0] for x in shown]
-            phases = [_phase(x[0].mean(0)) for x in shown]
-        limits = float(min(a.min() for a in amplitudes)), float(max(a.max() for a in amplitudes))
+            x, y = (self.maps(run, *c, size)[layer] for c in ((content, content_index), (style, style_index)))
+            axes = spectral.GRID
+        mixed = swap(x, y, part, low, high, weight, axes)
+        names, share = ("content", "style", "mixture"), f"{100 * weight:.0f} % of the style's {part}"
+        titles = [f"content: {short_name(content)} {content_index}", f"style: {short_name(style)} {style_index}"]
+        rows: list[list[Panel | None]] = [[Panel(as_picture(here), titles[0]), Panel(as_picture(there), titles[1])]]
+        rows[0].append(None if layer else Panel(as_picture(mixed), f"mixture: {share}"))
+        if layer:
+            rows.append(_features((x, y, mixed), [f"features after {space}, {name}" for name in names]))
         band = None if low <= 0 and high >= math.sqrt(2) else (low, high)
-        pictures = [in_colour(a.numpy(), "magma", *limits) for a in amplitudes]
-        rows.append([Panel(p, f"log amplitude, {n}", band) for p, n in zip(pictures, names, strict=True)])
-        pictures = [in_colour(p.numpy(), "twilight", -math.pi, math.pi) for p in phases]
-        rows.append([Panel(p, f"phase, {n}", band) for p, n in zip(pictures, names, strict=True)])
-        words = (
-            f"The mixture keeps the content's {PARTS[part == PARTS[0]]} and takes {100 * weight:.0f} % of the style's "
-        )
-        words += f"{part} " + (f"at frequencies from {low:.2f} to {high:.2f}." if band else "at all frequencies.")
+        rows += _spectra((x, y, mixed), axes, names, band)
+        words = f"The mixture keeps the content's {PARTS[part == PARTS[0]]} and takes {share} "
+        words += f"at frequencies from {low:.2f} to {high:.2f}." if band else "at all frequencies."
         if not run:
             return Board(rows, words)
-        refiner = Intervened(self.model(run).refiner, layer, lambda f, n: f) if layer else None
+        refiner = None
         if layer:
-            refiner.change = lambda f, n: swap(
-                refiner.own(f, n), pair[1].to(f), part, low, high, weight, spectral.GRID
-            ).to(f.dtype)
-        scores = self.scores(run, here if layer else shown[2].clamp(0, 1), refiner)
-        before, after = self.segmented(run, content, content_index), self.judge(scores, content, content_index)
-        pictures = [as_picture(here), rows[0][0 if layer else 2].picture]
-        more, said, legend = self._compared(
-            content, content_index, (before, after), pictures, (" of the content", " of the mixture")
-        )
+
+            def change(features: Tensor, at: int) -> Tensor:
+                """The features as the run's refiner leaves them, swapped."""
+                own = refiner.own(features, at)
+                return swap(own, y.to(own), part, low, high, weight, axes).to(features.dtype)
+
+            refiner = Intervened(self.model(run).refiner, layer, change)
+        scores = self.scores(run, here if layer else mixed.clamp(0, 1), refiner)
+        pair = self.segmented(run, content, content_index), self.judge(scores, content, content_index)
+        pictures = as_picture(here), as_picture(here if layer else mixed)
+        answers = (" of the content", " of the mixture")
+        more, said, legend = self._compared(content, content_index, pair, pictures, answers)
         if layer:
             rows[0][-1] = more.pop()[0]  # where the features' mixture has no picture of its own
         return Board([*rows, *more], f"{words} {said}", legend)
@@ -123,7 +131,8 @@ class Studio(Material):
     ) -> Board:
         """How far two pictures lie apart in amplitude and in phase, layer by layer, and where, after one of them.
 
-        A rendered street in two styles is one number in two domains. space: "pixels" or "layer 9".
+        A rendered street in two styles is one number in two domains. space: "pixels" or "layer 9". run: features as
+        its refiner leaves them, in place of the frozen ones.
         """
         self.renew(run)
         layer = self.layer_of(space, run)
@@ -131,58 +140,50 @@ class Studio(Material):
         one = self.image(first, first_index)
         size = tuple(one.shape[-2:])
         other = self.image(second, second_index, size)
-        axes = spectral.GRID if layer else spectral.PIXELS
-        x, y = one, other
+        x, y, axes, what = one, other, spectral.PIXELS, "pixel"
         if layer:
             x, y = (self.maps(run, *c, size)[layer] for c in ((first, first_index), (second, second_index)))
+            axes, what = spectral.GRID, "patch"
         titles = [f"{short_name(first)} {first_index}", f"{short_name(second)} {second_index}"]
-        rows = [[Panel(as_picture(one), titles[0]), Panel(as_picture(other), titles[1]), None, None]]
-        if layer:
-            colours = [np.uint8(255 * picture) for picture in feature_pictures([x, y])]
-            rows[0][2:] = [Panel(p, f"features after {space}, {t}") for p, t in zip(colours, titles, strict=True)]
-        chart = plots.distances(table, chosen=space).figure
+        rows: list[list[Panel | None]] = [[Panel(as_picture(z), t) for z, t in zip((one, other), titles, strict=True)]]
+        rows[0] += _features((x, y), [f"features after {space}, {t}" for t in titles]) if layer else [None, None]
+        chart = plots.distances(table, chosen=space).figure.pixels()
+        rows.append([Panel(chart, "distance by layer (0: equal; amplitude 0.69: a factor of two; phase 1: unrelated)")])
+        moves = [_moved(x, y, part, axes) for part in PARTS]
+        high, grey = max(float(m.max()) for m in moves), as_picture(one)
+        patch = self.patch_size(run) if layer else 1
         rows.append(
             [
-                Panel(
-                    chart.pixels(),
-                    "distance by layer (0 = equal; amplitude: 0.69 = a factor of two; phase: 1 = unrelated)",
-                )
+                Panel(over_grey(grey, m, 0, high, patch), f"where the other's {part} changes {space}")
+                for part, m in zip(PARTS, moves, strict=True)
             ]
         )
-        moves = [_moved(x, y, part, axes) for part in PARTS]
-        high = max(float(m.max()) for m in moves)
-        grey = as_picture(one)
-        where = [
-            Panel(over_grey(grey, m, 0, high), f"where the other's {p} changes {space}")
-            for p, m in zip(PARTS, moves, strict=True)
-        ]
-        scale = 1 if layer else 255
-        amplitudes = [spectral.log_amplitude_picture(scale * z, axes)[0].numpy() for z in (x, y)]
-        limits = min(a.min() for a in amplitudes), max(a.max() for a in amplitudes)
-        spectra = [
-            Panel(in_colour(a, "magma", *limits), f"log amplitude of {space}, {t}")
-            for a, t in zip(amplitudes, titles, strict=True)
-        ]
-        rows.append([*where, *spectra])
+        rows[-1] += _spectra((x, y), axes, [f"{t}, {space}" for t in titles])[0]
         row = next(row for row in table if row["layer"] == space)
         words = f"After {space}" if layer else "In the pixels"
         words += f" the two lie {row['amplitude']:.2f} apart in amplitude and {row['phase']:.2f} in phase. "
         shares = [f"{100 * float(m.mean()):.0f} %" for m in moves]
-        what = "a patch" if layer else "a pixel"
-        words += f"Taking the other's amplitude changes {what} by {shares[0]} of the mean length, taking its phase by "
-        words += f"{shares[1]} (bright: more)."
-        return Board(rows, words)
+        words += (
+            f"Taking the other's amplitude changes a {what}, on average, by {shares[0]} of a {what}'s mean length, "
+        )
+        return Board(rows, f"{words}taking its phase by {shares[1]} (bright: more).")
 
     def distances(self, run: str, first: str, first_index: int, second: str, second_index: int) -> list[dict]:
-        """Rows of `analysis.compare` for the pixels and every layer."""
+        """Rows of `analysis.compare` for the pixels and every layer; for the pixels alone where no backbone is."""
         one = self.image(first, first_index)
         size = tuple(one.shape[-2:])
-        x, y = (self.maps(run, *c, size) for c in ((first, first_index), (second, second_index)))
         table = [{"layer": "pixels", **compare(one, self.image(second, second_index, size), spectral.PIXELS)}]
+        try:
+            x, y = (self.maps(run, *c, size) for c in ((first, first_index), (second, second_index)))
+        except ValueError:
+            if run:
+                raise
+            return table
         return table + [{"layer": f"layer {k}", **compare(x[k], y[k])} for k in x]
 
     def places(self, run: str, domain: str, index: int) -> dict[int, list[str]]:
         """The layers with tokens that attend, and the branches of each."""
+        self.renew(run)
         found: dict[int, list[str]] = {}
         for one in self.reading(run, domain, index).attention:
             found.setdefault(one.layer, []).append(one.branch)
@@ -197,11 +198,10 @@ class Studio(Material):
         known = self.places(run, domain, index)
         if branch not in known.get(layer, []):
             there = "; ".join(f"layer {n}: {', '.join(names)}" for n, names in known.items())
-            raise ValueError(f"There are no tokens of {branch} after layer {layer}: {there}.")
+            raise ValueError(f"There are no tokens{branch and f' of {branch}'} after layer {layer}: {there}.")
         reading = self.reading(run, domain, index)
         return next(one for one in reading.attention if (one.layer, one.branch) == (layer, branch))
 
-    @torch.no_grad()
     def tokens(
         self,
         domain: str,
@@ -214,74 +214,66 @@ class Studio(Material):
         """Where a token attends, over the spectrum and over the picture, and what changes without it.
 
         layer, branch, token: by default the last layer, its first branch, its most influential token. Without: the
-        token's value is set to zero after that layer, and everything behind runs again.
+        token's value is set to zero after that layer, and everything behind runs again; a query that a mask head makes
+        of it stays.
         """
-        self.renew(run)
         known = self.places(run, domain, index)
-        layer = layer or max(known)
+        layer = max(known) if layer is None else layer
         branch = branch or known.get(layer, [""])[0]
-        one, ranking = (
-            self._attention(run, domain, index, layer, branch),
-            self.ranking(run, domain, index, layer, branch),
+        one = self._attention(run, domain, index, layer, branch)
+        ranking = self.ranking(run, domain, index, layer, branch)
+        token, count = ranking[0][0] if token is None else token, len(one.influence)
+        if not 0 <= token < count:
+            raise ValueError(f"The tokens of {branch} after layer {layer} are 0 to {count - 1}, not {token}.")
+        grey, patch = as_picture(self.image(domain, index)), self.patch_size(run)
+        change, after = self._without(run, domain, index, layer, branch, token)
+        pair, titles = (self.segmented(run, domain, index), after), (", all tokens", ", without the token")
+        more, said, legend = self._compared(domain, index, pair, (grey, grey), titles)
+        most, mean = float(change.max()), _percent(float(change.mean()))
+        title = f"what it changes after layer {layer}: up to {_percent(most)}"
+        more[1][1:] = [Panel(over_grey(grey, change, 0, most, patch), title), None]
+        chart = plots.influences(ranking, token).figure.pixels()
+        rows = [[Panel(grey, f"{short_name(domain)} {index}"), *_attended(one, token, grey, patch)], *more]
+        place = [m for m, _ in ranking].index(token) + 1 if token else count
+        words = (
+            f"Token {token} of {branch} after layer {layer}: number {place} of {count} by influence, the mean of its "
         )
-        token = ranking[0][0] if token is None else token
-        if not 0 <= token < len(one.influence):
-            raise ValueError(
-                f"The tokens of {branch} after layer {layer} are 0 to {len(one.influence) - 1}, not {token}."
-            )
-        image, model = self.image(domain, index), self.model(run)
-        grey, share = as_picture(image), one.picture[..., token]
-        kind = "share of the attention" if one.spectrum is None else "part of the feature at its frequencies"
-        rows = [[Panel(grey, f"{short_name(domain)} {index}")]]
-        rows[0].append(
-            Panel(
-                over_grey(grey, share, share.min(), share.max()),
-                f"over the picture: {kind}, {100 * share.min():.2f} to {100 * share.max():.2f} %",
-            )
+        words += (
+            f"share times what it adds ({one.influence[token]:.3g}). Without it the features after the layer change "
         )
-        if one.spectrum is not None:
-            half = torch.from_numpy(one.spectrum[None, ..., token : token + 1])
-            full = torch.fft.fftshift(spectral.full_spectrum(half, share.shape[1])[0, ..., 0], dim=(0, 1)).numpy()
-            title = f"over the spectrum: share of the attention, {100 * full.min():.2f} to {100 * full.max():.2f} %"
-            rows[0].append(Panel(in_colour(full, "viridis", full.min(), full.max()), title))
-        change = torch.zeros(share.shape)
-        tokens = model.refiner.branches()[branch]
+        words += f"by {mean} on average. {said}"
+        return Board([*rows, [Panel(chart, "influence of the strongest tokens")]], words, legend)
+
+    @torch.no_grad()
+    def _without(
+        self, run: str, domain: str, index: int, layer: int, branch: str, token: int
+    ) -> tuple[np.ndarray, Segmented]:
+        """How far a patch's features change behind a layer, (H, W) in units of their length, and what is seen then."""
+        refiner, changes = self.model(run).refiner, []
 
         def without(features: Tensor, at: int) -> Tensor:
             """The refiner's answer without the token."""
-            own = model.refiner(features, at)
-            hook = tokens.token_map.register_forward_hook(partial(_silence, token))
+            own = refiner(features, at)
+            hook = refiner.branches()[branch].token_map.register_forward_hook(partial(_silence, token))
             try:
-                silent = model.refiner(features, at)
+                silent = refiner(features, at)
             finally:
                 hook.remove()
-            change.copy_(((own - silent).norm(dim=-1) / own.norm(dim=-1).clamp(min=1e-12))[0].float().cpu())
+            changes.append(((own - silent).norm(dim=-1) / own.norm(dim=-1).clamp(min=1e-12))[0].float().cpu().numpy())
             return silent
 
-        after = self.judge(self.scores(run, image, Intervened(model.refiner, layer, without)), domain, index)
-        before = self.segmented(run, domain, index)
-        most = float(change.max())
-        wide = Panel(
-            over_grey(grey, change.numpy(), 0, most), f"what it changes after layer {layer}: up to {_percent(most)}"
-        )
-        more, said, legend = self._compared(
-            domain, index, (before, after), [grey, grey], (", all tokens", ", without the token")
-        )
-        more[1][1:] = [wide, None]
-        place = [m for m, _ in ranking].index(token) + 1 if token else len(one.influence)
-        words = f"Token {token} of {branch} after layer {layer}: number {place} of {len(one.influence)} by influence, "
-        words += f"the mean of its share times what it adds ({one.influence[token]:.3g}). "
-        words += (
-            f"Without it the features after the layer change by {_percent(float(change.mean()))} on average. {said}"
-        )
-        chart = plots.influences(ranking, token).figure
-        return Board([*rows, *more, [Panel(chart.pixels(), "influence of the strongest tokens")]], words, legend)
+        scores = self.scores(run, self.image(domain, index), Intervened(refiner, layer, without))
+        return changes[0], self.judge(scores, domain, index)
 
     def browse(self, domain: str, index: int = 0, opacity: float = 0.6, only: str = ALL) -> Board:
         """A picture and its label in the colours of the classes. opacity: 0 to 1; only: the one class to colour."""
+        if not 0 <= opacity <= 1:
+            raise ValueError(f"Expected an opacity from 0 to 1, got {opacity}.")
         image, label = as_picture(self.image(domain, index)), self.label(domain, index)
         one = self.domain(domain)
-        words = f"{domain}: picture {index} of 0 to {len(one) - 1}, '{self.sample(domain, index).name}'."
+        words = (
+            f"{domain}: picture {index} of 0 to {len(one) - 1}, '{one.dataset.select_columns('name')[index]['name']}'."
+        )
         if label is None:
             return Board([[Panel(image, f"{short_name(domain)} {index}"), None]], f"{words} This domain has no labels.")
         classes = one.class_set
@@ -305,15 +297,23 @@ class Studio(Material):
         """
         one = self.domain(domain)
         count, place = len(one), None if only == ALL else _place(one.class_set, only)
+        damaged = 0
         for away in range(1, count + 1):
             found = (index + step * away) % count
-            label = None if place is None else self.label(domain, found)
-            if place is None or (label is not None and (label == place).any()):
+            if place is None:
                 return found
-        raise ValueError(f"No picture of {domain} holds the class {only}: choose another, or '{ALL}'.")
+            try:
+                label = self.label(domain, found)
+            except ValueError:
+                damaged += 1
+                continue
+            if label is not None and (label == place).any():
+                return found
+        unread = f" ({damaged} cannot be read)" * bool(damaged)
+        raise ValueError(f"No picture of {domain} holds the class {only}{unread}: choose another, or '{ALL}'.")
 
     def _compared(
-        self, name: str, index: int, pair: tuple[Segmented, Segmented], pictures: list[np.ndarray], titles: tuple
+        self, name: str, index: int, pair: tuple[Segmented, Segmented], pictures: Sequence[np.ndarray], titles: tuple
     ) -> tuple[list[list[Panel | None]], str, tuple[ClassSet, dict[int, str]]]:
         """Rows, words and legend of two segmentations of one scene against its label."""
         classes, label = self.domain(name).class_set, self.label(name, index)
@@ -332,7 +332,7 @@ class Studio(Material):
         elif math.isnan(pair[0].miou):
             said = "No pixel of this picture has a label, so there is no mIoU."
         else:
-            said = f"mIoU of this picture: {pair[0].miou:.1f} % before, {pair[1].miou:.1f} % after."
+            said = f"mIoU of this picture, at the size shown: {pair[0].miou:.1f} % before, {pair[1].miou:.1f} % after."
         said += f" {share} of the pixels change their class."
         seen = sorted(
             {*np.unique(pair[0].places), *np.unique(pair[1].places), *(() if label is None else np.unique(label))}
@@ -340,9 +340,37 @@ class Studio(Material):
         return [row, flips], said, (classes, {int(i): "" for i in seen if i != IGNORE})
 
 
-def _phase(x: Tensor) -> Tensor:
-    """Phase (h, w) of a picture's full spectrum, zero frequency in the middle."""
-    return torch.fft.fftshift(torch.fft.fft2(x - x.mean())).angle()
+def _features(maps: Sequence[Tensor], titles: Sequence[str]) -> list[Panel]:
+    """Feature maps (1, H, W, C) in common colours, those of the first two."""
+    pictures = feature_pictures(maps, 2)
+    return [Panel(np.uint8(255 * picture), title) for picture, title in zip(pictures, titles, strict=True)]
+
+
+def _spectra(
+    maps: Sequence[Tensor], axes: tuple[int, int], titles: Sequence[str], band: tuple[float, float] | None = None
+) -> list[list[Panel]]:
+    """A row of log amplitudes (mean over the channels, one scale), and one of phases.
+
+    A mean over channels has a phase of its own: shown is that of the channel in which the first map varies most.
+    """
+    channel_axis = 6 - sum(axes)
+    scale = 255 if axes == spectral.PIXELS else 1
+    amplitudes = [spectral.log_amplitude_picture(scale * z, axes)[0].numpy() for z in maps]
+    limits = min(float(a.min()) for a in amplitudes), max(float(a.max()) for a in amplitudes)
+    strongest = int(maps[0].var(axes).argmax())
+    channels = [z.select(channel_axis, strongest)[0] for z in maps]
+    phases = [torch.fft.fftshift(torch.fft.fft2(c - c.mean())).angle().numpy() for c in channels]
+    name = ("red", "green", "blue")[strongest] if axes == spectral.PIXELS else f"channel {strongest}"
+    return [
+        [
+            Panel(in_colour(a, "magma", *limits), f"log amplitude, {t}", band)
+            for a, t in zip(amplitudes, titles, strict=True)
+        ],
+        [
+            Panel(in_colour(p, "twilight", -math.pi, math.pi), f"phase ({name}), {t}", band)
+            for p, t in zip(phases, titles, strict=True)
+        ],
+    ]
 
 
 def _moved(x: Tensor, y: Tensor, part: str, axes: tuple[int, int]) -> np.ndarray:
@@ -350,6 +378,20 @@ def _moved(x: Tensor, y: Tensor, part: str, axes: tuple[int, int]) -> np.ndarray
     channel = 6 - sum(axes)
     moved = (swap(x, y, part, 0.0, HIGHEST, 1.0, axes) - x).norm(dim=channel)[0]
     return (moved / x.norm(dim=channel).mean().clamp(min=1e-12)).numpy()
+
+
+def _attended(one: Attention, token: int, grey: np.ndarray, patch: int) -> list[Panel]:
+    """Where a token attends: over the picture, and over the spectrum for a branch that reads one."""
+    share = one.picture[..., token]
+    kind = "share of the attention" if one.spectrum is None else "part of the feature at its frequencies"
+    title = f"over the picture: {kind}, {100 * share.min():.2f} to {100 * share.max():.2f} %"
+    panels = [Panel(over_grey(grey, share, share.min(), share.max(), patch), title)]
+    if one.spectrum is not None:
+        half = torch.from_numpy(one.spectrum[None, ..., token : token + 1])
+        full = torch.fft.fftshift(spectral.full_spectrum(half, share.shape[1])[0, ..., 0], dim=(0, 1)).numpy()
+        title = f"over the spectrum: share of the attention, {100 * full.min():.2f} to {100 * full.max():.2f} %"
+        panels.append(Panel(in_colour(full, "viridis", full.min(), full.max()), title))
+    return panels
 
 
 def _silence(token: int, _: object, __: object, values: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from setlib.experiment import PROFILES, Experiment, Run, nearest
-from setlib.files import PROJECT, write_atomic
+from setlib.files import PROJECT, STATIC, write_atomic
 
 NOTEBOOKS = PROJECT / "notebooks"
 TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
@@ -211,7 +211,7 @@ def this_python(headless: bool = False) -> Iterator[dict[str, str]]:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")])),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else the debugger warns at every start
         "TQDM_MININTERVAL": "0.5" if sys.stderr.isatty() else "10",  # seconds; a log needs fewer lines than an eye
-        "SETLIB_STATIC": "1" if headless else "",
+        STATIC: "1" if headless else "",
     }
     spec = get_kernel_dict() | {"env": environment}
     if headless:
@@ -233,8 +233,13 @@ def lab_command(
 
     notebook: is opened, in JupyterLab's simple mode, with nothing around it.
     """
+    if not 0 <= port < 65536:
+        raise ValueError(f"There is no port {port}: give one from 1 to 65535, or leave it out.")
     with socket.socket() as free:
-        free.bind(("127.0.0.1", port))
+        try:
+            free.bind(("127.0.0.1", port))
+        except OSError:
+            raise ValueError(f"Port {port} is in use or not allowed: give another, or leave it out.") from None
         port = free.getsockname()[1]
     token = secrets.token_hex(16)
     options = {
@@ -257,9 +262,12 @@ def lab_command(
 
 
 EXPLORER = """# Press Shift + Enter.
+import os
+
 from setlib.explore import Tabs
 from setlib.views import Studio
 
+os.chdir({here!r})
 Tabs(Studio.open({names}))"""
 
 
@@ -267,7 +275,8 @@ def write_explorer(run: Run, domains: Sequence[str] = (), code: str = EXPLORER) 
     """RUN/explore.ipynb: one cell that shows the four views, of the run's domains and some more."""
     import nbformat
 
-    source = code.format(names=", ".join(map(repr, [str(run.path.absolute()), *domains])))
+    names = ", ".join(map(repr, [str(run.path.absolute()), *domains]))
+    source = code.format(names=names, here=os.getcwd())
     cells = [nbformat.v4.new_code_cell(source, id="explorer")]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
