@@ -15,7 +15,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from setlib.experiment import Data, Experiment, Run, nearest
+from setlib.experiment import Data, Experiment, Run, default_run_folder, nearest
 from setlib.files import write_atomic
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     prepare.add_argument("--short-edge", metavar="N", type=int, required=True, help="pixels; smaller ones stay")
 
     explore = add("explore", "Open the explorer in the browser: JupyterLab, on this machine alone.", profile, target)
-    explore.add_argument("run", metavar="RUN", nargs="?", default="", help="run folder; default: runs/<profile>")
+    explore.add_argument("run", metavar="RUN", nargs="?", help="run folder; default: runs/<profile>")
     explore.add_argument("--port", metavar="N", type=int, default=0, help="default: a free one")
     explore.add_argument("--no-browser", action="store_true", help="print the address only")
     add("backbones", "List the backbones that are known by name, and whether their weights are on this machine.")
@@ -320,26 +320,31 @@ def prepare_command(args: argparse.Namespace) -> int:
 
 def explore_command(args: argparse.Namespace) -> int:
     """explore: a notebook of one cell, served until it is interrupted."""
+    import signal
     import subprocess
 
-    from setlib import workbook
+    from setlib import domains, workbook
 
-    run = Run.load(args.run) if args.run else Run.open("", Experiment.build(args.profile))
-    if args.target:
-        from setlib import domains
-
-        args.target = [domains.parse(name).text for name in args.target]
-    notebook = workbook.write_explorer(run, args.target or ())
+    if args.run is None:
+        experiment = Experiment.build(args.profile)
+        folder = default_run_folder(experiment)
+        run = Run.load(folder) if (folder / "experiment.json").is_file() else Run.open(folder, experiment)
+    else:
+        run = Run.load(args.run)
+    names = [domains.parse(name).text for name in args.target or ()]
     with workbook.this_python():
-        command, address, token = workbook.lab_command(run.path, not args.no_browser, args.port, notebook.name)
-        print(f"{address}/doc/tree/{notebook.name}?token={token}\nPress Ctrl-C to stop.", flush=True)
+        command, address, token = workbook.lab_command(run.path, not args.no_browser, args.port, "explore.ipynb")
+        workbook.write_explorer(run, names)
+        print(f"{address}/doc/tree/explore.ipynb?token={token}\nPress Ctrl-C to stop.", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended in any way, it ends the server
         server = subprocess.Popen(command)
         try:
             return server.wait()
         except KeyboardInterrupt:
+            return 0
+        finally:
             server.terminate()
             server.wait()
-            return 0
 
 
 def backbones_command(args: argparse.Namespace) -> int:
@@ -400,7 +405,8 @@ def bench_command(args: argparse.Namespace) -> int:
     for row in rows:
         base = first.setdefault((row["bench"], row["size"]), row)
         ratios = [row[key] / base[key] if base[key] else 0 for key in ("seconds", "peak_bytes")]
-        measured = [f"{row['seconds']:.4f}", f"{ratios[0]:.2f}", f"{row['peak_bytes'] / 1e6:.1f}", f"{ratios[1]:.2f}"]
+        measured = [f"{row['seconds']:.4f}", f"{ratios[0]:.2f}"]
+        measured += [f"{row['peak_bytes'] / 1e6:.1f}", f"{ratios[1]:.2f}"] if row["peak_bytes"] else ["-", "-"]
         shown.append([row["bench"], row["variant"], row["size"], *measured])
     print(text_table(shown))
     if not any(row["bench"] == "gpu" for row in rows) and (not args.only or "gpu" in args.only):

@@ -27,6 +27,8 @@ from setlib.workbook import lab_command, this_python, write_explorer
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SIZE = {"width": 1280, "height": 1000}  # of the window, pixels
+ALONE = {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1,localhost"}  # a kernel that asks elsewhere fails
+ALONE |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
 PATIENCE = 240  # seconds that a notebook may take to run
 WATCH = """(picture) => {
   window.drawn = []; window.moved = 0;
@@ -169,7 +171,9 @@ def open_lab(folder: Path, log: Path) -> Iterator[Lab]:
 
     with this_python() as environment, open(log, "wb") as output:
         command, address, token = lab_command(folder, open_browser=False)
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment)
+        server = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment | ALONE
+        )
         try:
             _wait_for(f"{address}/api/status?token={token}", server)
             with sync_playwright() as playwright:
@@ -196,13 +200,13 @@ from setlib.views import Studio
 SwapExplorer(Studio.open({names}), **STATE).show()"""
 
 
-def swap_step(profile: str, overrides: Sequence[str], space: str, with_model: bool) -> Callable[[], object]:
-    """From a key on the slider "weight" to the changed picture, in the browser; the model's head is untrained.
+def swap_step(profile: str, overrides: Sequence[str], space: str, with_model: bool) -> Callable[[], float]:
+    """From a key on the slider "weight" to the changed picture, milliseconds; the model's head is untrained.
 
     The browser is closed when the process ends.
     """
     stack = contextlib.ExitStack()
-    finalizer = Finalize(None, stack.close, exitpriority=1)
+    Finalize(None, stack.close, exitpriority=1)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="setlib-bench-")))
     run = Run.open(folder / "run", Experiment.build(profile, overrides=list(overrides)))
     if with_model:
@@ -216,10 +220,7 @@ def swap_step(profile: str, overrides: Sequence[str], space: str, with_model: bo
     lab.control("swap", "weight").first.focus()
     keys = cycle(["ArrowLeft"] * 19 + ["ArrowRight"] * 19)
 
-    def step(_: object = finalizer) -> float:
-        return lab.press(next(keys))
-
-    return step
+    return lambda: lab.press(next(keys))
 
 
 def _get(address: str, method: str = "GET") -> Any:

@@ -6,129 +6,21 @@ Under papermill, where nobody moves a slider, the same cells show the chosen sta
 from __future__ import annotations
 
 import contextlib
-import html
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import anywidget
 import ipywidgets
 import traitlets
 from IPython.display import HTML, display
 
 from setlib.analysis import PARTS
 from setlib.boards import WIDTH, Board
+from setlib.controls import NOTES, WIDE, Upload, buttons, offer, sentence, titled, with_own_keys
 from setlib.files import STATIC, write_atomic
 from setlib.material import find_folder, shown
 from setlib.views import ALL, HIGHEST, Studio
-
-MOST_BYTES, CHUNK = 200_000_000, 4_000_000  # of an uploaded file, and of a message: servers refuse long ones
-NOTES = {  # what each control means
-    "content": "The picture whose spectrum is changed: a domain, then one of its pictures.",
-    "style": "The picture that lends a part of its spectrum; it is cut to the content's size.",
-    "part": "A Fourier transform writes a picture as a sum of waves: amplitude is how strong each wave is, phase where "
-    "its crests lie. The method rests on the idea that the first carries style and the second content. The phase "
-    "shown is that of one channel.",
-    "space": "Where the swap happens: in the pixels, or in the features, what the backbone (the frozen vision model) has "
-    "made of each patch (a square of pixels) after one of its layers; with a trained run, after its tokens too. "
-    "Features are shown by their three strongest components, as red, green and blue: equal colours, similar features.",
-    "band": "Which waves move. 0 is the mean of the picture, 1 the finest stripes along an axis, 1.5 everything. The "
-    "rings in the spectra show the band; zero frequency is in their middle. Spectra show log(1 + amplitude): "
-    "each step in brightness is a factor.",
-    "weight": "How far the content goes towards the style: 0 changes nothing, 1 takes the style's part as it is.",
-    "run": "The folder of a trained run, such as runs/quick: its model says what it sees before and after; ground truth "
-    "is the label. mIoU is the overlap of the two, 100 % = equal, averaged over the classes that occur in this "
-    "picture, at the size shown and in one piece; notebook 04 scores whole domains. Empty: no model.",
-    "features": "The folder of a trained run: the features are then those that its tokens leave. Empty: the frozen "
-    "backbone's.",
-    "upload": "A picture of yours: press the button, or drag a file onto it. It stays in the run folder.",
-    "first": "A domain and one of its pictures. Rendered streets have the same number in every style.",
-    "second": "What it is compared with: the same number of another style changes style alone, another number content.",
-    "layer": "What is looked at: the pixels, or the features, what the backbone (the frozen vision model) has made of "
-    "each patch (a square of pixels) after one of its layers. Lengths are those of a patch's features as a vector.",
-    "domain": "A set of pictures of one kind, such as night or fog; then one of its pictures.",
-    "other": "Any domain by its name, such as acdc:night-val@FOLDER or folder@FOLDER; it then is a choice in every view.",
-    "place": "Tokens stand behind some layers of the backbone; here is where they are read.",
-    "branch": "The part that these tokens refine: amplitude, phase, or the patches themselves.",
-    "token": "A learned vector that features attend to; sorted by influence: mean share of the attention times what it "
-    "adds. Without it: its value is zero after this layer (a query made of it for a mask head stays).",
-    "opacity": "How strongly the label's colours cover the picture.",
-    "only": "Colours one class alone; next, previous and random then stop at pictures that hold it.",
-    "steps": "The picture before, the one behind, or one by chance (the same ones after every start).",
-    "code": "This line makes the same picture without widgets: copy it into a script or a cell.",
-}
-WIDE = {"style": {"description_width": "92px"}, "layout": ipywidgets.Layout(width="410px")}
-
-
-class Upload(anywidget.AnyWidget):
-    """A button for a picture file that also takes a dropped one. The file comes in pieces; `receive(bytes, name)`."""
-
-    _esm = """
-    export default { render({ model, el }) {
-      const input = document.createElement("input");
-      Object.assign(input, { type: "file", accept: "image/*", title: model.get("note") });
-      input.setAttribute("aria-label", "picture of yours");
-      input.style.width = "100%";
-      input.addEventListener("change", async () => {
-        const file = input.files[0];
-        if (!file) return;
-        const most = model.get("most"), size = model.get("chunk");
-        input.disabled = true;
-        try {
-          if (file.size > most) throw `has ${Math.round(file.size / 1e6)} MB: choose a file of under ${most / 1e6} MB`;
-          for (let at = 0; at === 0 || at < file.size; at += size) {
-            const part = await file.slice(at, at + size).arrayBuffer();
-            model.send({ name: file.name, first: at === 0, last: at + size >= file.size }, undefined, [part]);
-          }
-        } catch (problem) {
-          model.send({ name: file.name, refused: typeof problem === "string" ? problem : "cannot be read" });
-        }
-        input.disabled = false;
-        input.value = "";
-      });
-      el.appendChild(input);
-    } };
-    """
-    note = traitlets.Unicode(NOTES["upload"]).tag(sync=True)
-    most = traitlets.Int(MOST_BYTES).tag(sync=True)
-    chunk = traitlets.Int(CHUNK).tag(sync=True)
-
-    def __init__(self, receive: Callable[[bytes, str], None], refuse: Callable[[str], None]) -> None:
-        super().__init__(layout=ipywidgets.Layout(width="310px"))
-        self.receive, self.refuse, self.parts = receive, refuse, b""
-        self.on_msg(self._take)
-
-    def _take(self, _: Any, content: dict, buffers: list) -> None:
-        if "refused" in content:
-            self.refuse(f"'{content['name']}' {content['refused']}.")
-            return
-        self.parts = (b"" if content["first"] else self.parts) + bytes(buffers[0])
-        if content["last"]:
-            whole, self.parts = self.parts, b""
-            self.receive(whole, content["name"])
-
-
-class OwnKeys(anywidget.AnyWidget):
-    """Keeps JupyterLab's one-letter commands and arrows away from whatever has the focus in the box around it."""
-
-    _esm = """
-    export default { render({ el }) {
-      const own = (event) => event.target.setAttribute("data-lm-suppress-shortcuts", "true");
-      const attach = () => {
-        const box = el.closest(".setlib-keys");
-        if (box) box.addEventListener("focusin", own); else setTimeout(attach, 50);
-      };
-      attach();
-    } };
-    """
-
-
-def with_own_keys(*children: Any) -> ipywidgets.VBox:
-    """A box whose widgets get every key that is pressed in them."""
-    box = ipywidgets.VBox([*children, OwnKeys(layout=ipywidgets.Layout(display="none"))])
-    box.add_class("setlib-keys")
-    return box
 
 
 class Explorer:
@@ -174,11 +66,11 @@ class Explorer:
         """Fits the controls' choices to each other's values and to what is known by now, before a drawing."""
         for name in ("content", "style", "first", "second", "domain"):
             if name in self.controls:
-                _offer(self.controls[name], self.studio.choices)
+                offer(self.controls[name], self.studio.choices)
                 index = self.controls["index" if name == "domain" else f"{name}_index"]
                 index.max = len(self.studio.domain(self.controls[name].value)) - 1
         if "space" in self.controls:
-            _offer(self.controls["space"], {self.named(space): space for space in self._spaces()})
+            offer(self.controls["space"], {self.named(space): space for space in self._spaces()})
 
     def named(self, space: str) -> str:
         """How a layer is called among the choices."""
@@ -246,7 +138,7 @@ class Explorer:
     def _draw(self) -> None:
         self.follow()
         board = self.board()
-        self.picture.value, self.words.value = board.jpeg(), _sentence(board.words)
+        self.picture.value, self.words.value = board.jpeg(), sentence(board.words)
         self.code.value = self.line()
 
     def _save(self) -> None:
@@ -279,12 +171,12 @@ class Explorer:
     def say(self, text: str, is_problem: bool = False) -> None:
         """A sentence above the picture."""
         self._said = ("⚠ " if is_problem else "") + text
-        self.message.value = _sentence(self._said, bold=True)
+        self.message.value = sentence(self._said, bold=True)
 
     def add(self, name: str, widget: Any, note: str = "", title: str = "") -> None:
         """A control of the view's argument `name`, with a "?" that shows its note; title: where it has none itself."""
         self.controls[name] = widget
-        row = [*([_title(title)] if title else []), widget, self._help(note or name)]
+        row = [*([titled(title)] if title else []), widget, self._help(note or name)]
         self.rows.append(ipywidgets.HBox(row, layout=ipywidgets.Layout(min_width="475px")).add_class("setlib-control"))
 
     def add_picture(self, name: str, title: str = "", index: str = "", value: str | None = None) -> None:
@@ -326,7 +218,7 @@ class Explorer:
             self.say(f"Uploaded '{name}'{f' ({done})' if done else ''} as {control}.")
 
         self.upload = Upload(receive, lambda text: self.say(text, True))
-        self.rows.append(ipywidgets.HBox([_title("upload"), self.upload, self._help("upload")]))
+        self.rows.append(ipywidgets.HBox([titled("upload"), self.upload, self._help("upload")]))
 
     def _choose(self, control: str, domain: str) -> None:
         """Shows a domain that has just become a choice."""
@@ -341,7 +233,7 @@ class Explorer:
 
         def toggle(_: Any) -> None:
             self._noted = "" if self._noted == name else name
-            self.note.value = _sentence(NOTES[name]) if self._noted else ""
+            self.note.value = sentence(NOTES[name]) if self._noted else ""
 
         button.on_click(toggle)
         return button
@@ -356,7 +248,7 @@ class SwapExplorer(Explorer):
         """Makes the controls."""
         self.add_picture("content")
         self.add_picture("style", value=self.studio.names[-1])
-        self.add("part", _buttons(PARTS, "100px"), title="what moves")
+        self.add("part", buttons(PARTS, "100px"), title="what moves")
         self.add("space", ipywidgets.Dropdown(options=["pixels"], description="where", **WIDE))
         band = ipywidgets.FloatRangeSlider(
             value=(0, HIGHEST), min=0, max=HIGHEST, step=0.01, description="frequencies", **WIDE
@@ -384,7 +276,7 @@ class LayerExplorer(Explorer):
         self.add_picture("second", value=self.studio.names[-1])
         self.add_run(note="features")
         self.add_upload("second")
-        self.add("space", _buttons({"pixels": "pixels"}, "56px"), "layer", "layer")
+        self.add("space", buttons({"pixels": "pixels"}, "56px"), "layer", "layer")
 
     def named(self, space: str) -> str:
         """The number alone: there are many."""
@@ -412,10 +304,10 @@ class TokenExplorer(Explorer):
         given = self.arguments()
         run, domain, index = (given[name] for name in ("run", "domain", "index"))
         known = self.studio.places(run, domain, index)
-        layer = _offer(self.controls["layer"], {f"layer {n}": n for n in known}, last=True)
-        branch = _offer(self.controls["branch"], {name: name for name in known[layer]})
+        layer = offer(self.controls["layer"], {f"layer {n}": n for n in known}, last=True)
+        branch = offer(self.controls["branch"], {name: name for name in known[layer]})
         ranking = self.studio.ranking(run, domain, index, layer, branch)
-        _offer(self.controls["token"], {f"token {m} (influence {value:.3g})": m for m, value in ranking})
+        offer(self.controls["token"], {f"token {m} (influence {value:.3g})": m for m, value in ranking})
         if self.place != (run, layer, branch):  # other tokens: the strongest of them
             self.place = run, layer, branch
             self.controls["token"].value = ranking[0][0]
@@ -460,7 +352,7 @@ class DomainBrowser(Explorer):
         super().follow()
         domain = self.studio.domain(self.controls["domain"].value)
         names = (ALL, *domain.class_set.classes) if domain.has_labels else (ALL,)
-        _offer(self.controls["only"], {name: name for name in names})
+        offer(self.controls["only"], {name: name for name in names})
 
     def _far(self) -> int:
         """Some way ahead, before the next picture that fits is looked for."""
@@ -499,31 +391,3 @@ class Tabs:
 
     def _ipython_display_(self) -> None:
         display(self.box)
-
-
-def _title(text: str) -> Any:
-    """The name of a control, as wide as the others'."""
-    width = WIDE["style"]["description_width"]
-    return ipywidgets.Label(text, layout=ipywidgets.Layout(width=width, display="flex", justify_content="flex-end"))
-
-
-def _buttons(options: Any, width: str) -> Any:
-    """A choice of which all options are seen at once."""
-    made = ipywidgets.ToggleButtons(options=options, layout=ipywidgets.Layout(width="auto"))
-    made.style.button_width = width
-    return made
-
-
-def _offer(widget: Any, options: Mapping[str, Any], last: bool = False) -> Any:
-    """Gives a choice these options, keeping its value where it is among them; returns its value."""
-    if widget.options != tuple(options.items()):
-        kept = widget.value
-        widget.options = tuple(options.items())
-        values = list(options.values())
-        widget.value = kept if kept in values else values[-1 if last else 0]
-    return widget.value
-
-
-def _sentence(text: str, bold: bool = False) -> str:
-    style = "line-height:1.4;white-space:normal" + ";font-weight:600" * bold
-    return f'<div role="status" style="{style}">{html.escape(text, quote=False)}</div>' if text else ""

@@ -123,7 +123,10 @@ def test_swap_by_keyboard_and_mouse(lab, run):
     lab.control("swap", "trained run").first.fill(TRAINED or str(run.path))
     page.keyboard.press("Enter")
     lab.wait_for_another_picture("swap", last[0])
-    miou = re.search(r"([\d.]+) % before, ([\d.]+) % after", lab.wait_for_words("swap", r"mIoU of this picture.*after"))
+    miou = re.search(
+        r"([\d.]+) % before, ([\d.]+) % after",
+        lab.wait_for_words("swap", r"mIoU of this picture, at the size shown.*after"),
+    )
     assert all(0 <= float(value) <= 100 for value in miou.groups())
     moved()
     lab.control("swap", "where").first.select_option("layer 2" if not TRAINED else "layer 9")
@@ -163,25 +166,6 @@ def test_every_control_is_reached_by_tab_and_no_key_reaches_the_notebook(lab):
             lab.page.keyboard.press(key)
     lab.page.wait_for_timeout(500)
     assert lab.page.locator(".jp-Cell").count() == lab.page.locator(".jp-CodeCell").count() == 1
-    lab.check()
-
-
-def test_a_drag_over_20_positions_ends_within_one_update(lab):
-    handle = lab.control("swap", "weight").first
-    box = handle.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    lab.page.mouse.move(x, y)
-    lab.page.mouse.down()
-    for step in range(1, 21):
-        lab.page.mouse.move(x - 9 * step, y)
-        lab.page.wait_for_timeout(15)
-    at_the_end = len(lab.drawn())
-    lab.page.mouse.up()
-    lab.settle()
-    shown = re.search(r"takes (\d+) % of", lab.words("swap"))
-    value = float(handle.get_attribute("aria-valuetext") or handle.get_attribute("aria-valuenow"))
-    assert abs(float(shown[1]) - 100 * value) < 1  # the last position is what is shown
-    assert len(lab.drawn()) - at_the_end <= 2  # what was being drawn, and the last position
     lab.check()
 
 

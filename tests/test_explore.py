@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from setlib import explore, workbook
+from setlib.controls import NOTES
 from setlib.experiment import Experiment, Run
-from setlib.explore import NOTES, VIEWS, DomainBrowser, LayerExplorer, SwapExplorer, TokenExplorer
+from setlib.explore import VIEWS, DomainBrowser, LayerExplorer, SwapExplorer, TokenExplorer
 from setlib.model import Segmenter
 from setlib.views import Studio
 
@@ -145,7 +146,7 @@ def test_tokens_without_a_run_are_a_sentence_and_start_with_the_strongest(studio
 def test_a_missing_backbone_is_said_and_the_pixels_remain(run, tmp_path):
     gone = Run.open(tmp_path / "run", run.experiment.override(f"model.backbone={tmp_path / 'gone'}"))
     explorer = SwapExplorer(Studio(gone))
-    assert explorer.controls["space"].options == ("pixels",)
+    assert explorer.controls["space"].options == (("pixels", "pixels"),)
     assert "Only pixels can be looked at" in explorer.message.value and explorer.picture.value
     explorer.controls["weight"].value = 0.5
     assert "Only pixels can be looked at" in explorer.message.value
@@ -196,7 +197,7 @@ def test_an_upload_becomes_a_choice(studio):
     for words, buffers in message("bad.png", b"no picture"):
         explorer.upload._take(None, words, buffers)
     assert "'bad.png' is no picture" in explorer.message.value
-    explorer.upload._take(None, {"name": "film.mov", "refused": 3 * 10**9}, [])
+    explorer.upload._take(None, {"name": "film.mov", "refused": "has 3000 MB: choose another"}, [])
     assert "'film.mov' has 3000 MB" in explorer.message.value
     explorer.controls["weight"].value = 0.5
     assert explorer.message.value == ""

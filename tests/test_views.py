@@ -106,7 +106,7 @@ def test_the_miou_of_the_content_is_that_of_an_evaluation(studio, trained):
     for index, _, miou in score.pictures:
         assert studio.segmented(trained, NIGHT, index).miou == pytest.approx(miou, abs=1e-6)
         words = studio.swap(**BASE | {"content": NIGHT, "content_index": index, "run": trained}).words
-        assert f"mIoU of this picture: {miou:.1f} % before" in words
+        assert f"mIoU of this picture, at the size shown: {miou:.1f} % before" in words
 
 
 def test_flipped_pixels_are_counted_and_marked(studio, trained):

@@ -1,0 +1,147 @@
+"""The explorer's parts: what each control means, a file button, a box that keeps its keys, choices and sentences."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import anywidget
+import ipywidgets
+import traitlets
+
+MOST_BYTES, CHUNK = 200_000_000, 4_000_000  # of an uploaded file, and of a message: servers refuse long ones
+NOTES = {  # what each control means
+    "content": "The picture whose spectrum is changed: a domain, then one of its pictures.",
+    "style": "The picture that lends a part of its spectrum; it is cut to the content's size.",
+    "part": "A Fourier transform writes a picture as a sum of waves: amplitude is how strong each wave is, phase where "
+    "its crests lie. The method rests on the idea that the first carries style and the second content. The phase "
+    "shown is that of one channel.",
+    "space": "Where the swap happens: in the pixels, or in the features, what the backbone (the frozen vision model) "
+    "has made of each patch (a square of pixels) after one of its layers; with a trained run, after its tokens too. "
+    "Features are shown by their three strongest components, as red, green and blue: equal colours, similar features.",
+    "band": "Which waves move. 0 is the mean of the picture, 1 the finest stripes along an axis, 1.5 everything. The "
+    "rings in the spectra show the band; zero frequency is in their middle. Spectra show log(1 + amplitude): "
+    "each step in brightness is a factor.",
+    "weight": "How far the content goes towards the style: 0 changes nothing, 1 takes the style's part as it is.",
+    "run": "The folder of a trained run, such as runs/quick: its model says what it sees before and after; ground "
+    "truth is the label. mIoU is the overlap of the two, 100 % = equal, averaged over the classes that occur in this "
+    "picture, at the size shown and in one piece; notebook 04 scores whole domains. Empty: no model.",
+    "features": "The folder of a trained run: the features are then those that its tokens leave. Empty: the frozen "
+    "backbone's.",
+    "upload": "A picture of yours: press the button, or drag a file onto it. It stays in the run folder.",
+    "first": "A domain and one of its pictures. Rendered streets have the same number in every style.",
+    "second": "What it is compared with: the same number of another style changes style alone, another number content.",
+    "layer": "What is looked at: the pixels, or the features, what the backbone (the frozen vision model) has made of "
+    "each patch (a square of pixels) after one of its layers. Lengths are those of a patch's features as a vector.",
+    "domain": "A set of pictures of one kind, such as night or fog; then one of its pictures.",
+    "other": "Any domain by its name, such as acdc:night-val@FOLDER or folder@FOLDER; it then is a choice everywhere.",
+    "place": "Tokens stand behind some layers of the backbone; here is where they are read.",
+    "branch": "The part that these tokens refine: amplitude, phase, or the patches themselves.",
+    "token": "A learned vector that features attend to; sorted by influence: mean share of the attention times what it "
+    "adds. Without it: its value is zero after this layer (a query made of it for a mask head stays).",
+    "opacity": "How strongly the label's colours cover the picture.",
+    "only": "Colours one class alone; next, previous and random then stop at pictures that hold it.",
+    "steps": "The picture before, the one behind, or one by chance (the same ones after every start).",
+    "code": "This line makes the same picture without widgets: copy it into a script or a cell.",
+}
+WIDE = {"style": {"description_width": "92px"}, "layout": ipywidgets.Layout(width="410px")}
+
+
+class Upload(anywidget.AnyWidget):
+    """A button for a picture file that also takes a dropped one. The file comes in pieces; `receive(bytes, name)`."""
+
+    _esm = """
+    export default { render({ model, el }) {
+      const input = document.createElement("input");
+      Object.assign(input, { type: "file", accept: "image/*", title: model.get("note") });
+      input.setAttribute("aria-label", "picture of yours");
+      input.style.width = "100%";
+      input.addEventListener("change", async () => {
+        const file = input.files[0];
+        if (!file) return;
+        const most = model.get("most"), size = model.get("chunk");
+        input.disabled = true;
+        try {
+          if (file.size > most) throw `has ${Math.round(file.size / 1e6)} MB: choose a file of under ${most / 1e6} MB`;
+          for (let at = 0; at === 0 || at < file.size; at += size) {
+            const part = await file.slice(at, at + size).arrayBuffer();
+            model.send({ name: file.name, first: at === 0, last: at + size >= file.size }, undefined, [part]);
+          }
+        } catch (problem) {
+          model.send({ name: file.name, refused: typeof problem === "string" ? problem : "cannot be read" });
+        }
+        input.disabled = false;
+        input.value = "";
+      });
+      el.appendChild(input);
+    } };
+    """
+    note = traitlets.Unicode(NOTES["upload"]).tag(sync=True)
+    most = traitlets.Int(MOST_BYTES).tag(sync=True)
+    chunk = traitlets.Int(CHUNK).tag(sync=True)
+
+    def __init__(self, receive: Callable[[bytes, str], None], refuse: Callable[[str], None]) -> None:
+        super().__init__(layout=ipywidgets.Layout(width="310px"))
+        self.receive, self.refuse, self.parts = receive, refuse, b""
+        self.on_msg(self._take)
+
+    def _take(self, _: Any, content: dict, buffers: list) -> None:
+        if "refused" in content:
+            self.refuse(f"'{content['name']}' {content['refused']}.")
+            return
+        self.parts = (b"" if content["first"] else self.parts) + bytes(buffers[0])
+        if content["last"]:
+            whole, self.parts = self.parts, b""
+            self.receive(whole, content["name"])
+
+
+class OwnKeys(anywidget.AnyWidget):
+    """Keeps JupyterLab's one-letter commands and arrows away from whatever has the focus in the box around it."""
+
+    _esm = """
+    export default { render({ el }) {
+      const own = (event) => event.target.setAttribute("data-lm-suppress-shortcuts", "true");
+      const attach = () => {
+        const box = el.closest(".setlib-keys");
+        if (box) box.addEventListener("focusin", own); else setTimeout(attach, 50);
+      };
+      attach();
+    } };
+    """
+
+
+def with_own_keys(*children: Any) -> ipywidgets.VBox:
+    """A box whose widgets get every key that is pressed in them."""
+    box = ipywidgets.VBox([*children, OwnKeys(layout=ipywidgets.Layout(display="none"))])
+    box.add_class("setlib-keys")
+    return box
+
+
+def titled(text: str) -> Any:
+    """The name of a control, as wide as the others'."""
+    width = WIDE["style"]["description_width"]
+    return ipywidgets.Label(text, layout=ipywidgets.Layout(width=width, display="flex", justify_content="flex-end"))
+
+
+def buttons(options: Any, width: str) -> Any:
+    """A choice of which all options are seen at once."""
+    made = ipywidgets.ToggleButtons(options=options, layout=ipywidgets.Layout(width="auto"))
+    made.style.button_width = width
+    return made
+
+
+def offer(widget: Any, options: Mapping[str, Any], last: bool = False) -> Any:
+    """Gives a choice these options, keeping its value where it is among them; returns its value."""
+    if widget.options != tuple(options.items()):
+        kept = widget.value
+        widget.options = tuple(options.items())
+        values = list(options.values())
+        widget.value = kept if kept in values else values[-1 if last else 0]
+    return widget.value
+
+
+def sentence(text: str, bold: bool = False) -> str:
+    """Text as HTML that a screen reader reads out when it changes."""
+    style = "line-height:1.4;white-space:normal" + ";font-weight:600" * bold
+    return f'<div role="status" style="{style}">{html.escape(text, quote=False)}</div>' if text else ""
