@@ -246,3 +246,113 @@ def test_the_explorers_own_notebook_runs(run, tmp_path, monkeypatch):
     assert names["tabs"].studio.names[-1] == "scenes:fog"
     names["tabs"]._ipython_display_()
     assert shown == [names["tabs"].box]
+
+
+def upload(explorer, name: str, picture: Image.Image) -> str:
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    for words, buffers in message(name, content.getvalue(), 1000):
+        explorer.upload._take(None, words, buffers)
+    return explorer.controls["content"].value
+
+
+def test_two_uploads_of_one_name_are_two_choices_everywhere(studio):
+    explorer = SwapExplorer(studio)
+    first = upload(explorer, "image.png", Image.new("RGB", (40, 30), "red"))
+    explorer.controls["style"].value = first
+    second = upload(explorer, "image.png", Image.new("RGB", (40, 30), "blue"))
+    assert first != second and explorer.controls["style"].value == first
+    labels = dict(explorer.controls["content"].options)
+    assert labels["uploaded: image.png"] == first and labels["uploaded: image.png (2)"] == second
+    assert upload(explorer, "image.png", Image.new("RGB", (40, 30), "red")) == first  # the same one once more
+    explorer.controls["weight"].value = 0.5
+    assert explorer.message.value == ""
+    assert "uploaded: image.png (2)" in dict(DomainBrowser(studio).controls["domain"].options)
+
+
+def test_another_domain_is_a_choice_in_every_view(studio, tmp_path):
+    swap, browser = SwapExplorer(studio), DomainBrowser(studio)
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "images" / "a.png")
+    browser.other.value = f" folder@{tmp_path} "
+    assert browser.controls["domain"].value == f"folder@{tmp_path}" and "no labels" in browser.words.value
+    swap.controls["content"].value = "scenes:night"
+    assert f"folder@{tmp_path}" in dict(swap.controls["style"].options)
+    browser.other.value = "scenes:dawn"
+    assert "Unknown style 'dawn'" in browser.message.value
+    browser.controls["opacity"].value = 0.1
+    assert browser.message.value == ""
+
+
+@pytest.mark.parametrize(
+    "state", [{"content": "scenes:dawn"}, {"space": "layer 99"}, {"band": (0.9, 0.2)}, {"part": "colour"}]
+)
+def test_a_value_that_is_no_choice_is_a_sentence_and_the_explorer_lives(studio, state):
+    explorer = SwapExplorer(studio)
+    with pytest.raises(ValueError, match=f"The control {next(iter(state))} cannot be "):
+        explorer.set(**state)
+    before = explorer.picture.value
+    explorer.controls["weight"].value = 0.3
+    assert explorer.picture.value != before
+
+
+def test_an_interrupt_leaves_the_explorer_alive(studio):
+    explorer = SwapExplorer(studio)
+
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    explorer.render = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        explorer.controls["weight"].value = 0.5
+    del explorer.render
+    before = explorer.picture.value
+    explorer.controls["weight"].value = 0.3
+    assert explorer.picture.value != before
+
+
+def test_layers_to_choose_are_those_of_the_run(studio, run, tmp_path):
+    gone = Run.open(tmp_path / "gone", run.experiment.override(f"model.backbone={tmp_path / 'no-weights'}"))
+    explorer = SwapExplorer(Studio(gone))
+    assert len(explorer.controls["space"].options) == 1
+    explorer.controls["run"].value = f"  '{run.path}' "  # as it is pasted
+    assert len(explorer.controls["space"].options) == 5 and explorer.message.value == ""
+    explorer.controls["space"].value = "layer 2"
+    assert explorer.message.value == "" and f"run={str(run.path)!r}" in explorer.code.value
+
+
+def test_tokens_of_a_run_that_is_trained_anew_are_ranked_anew(run, tmp_path):
+    again = Run.open(tmp_path / "run", run.experiment)
+    model = Segmenter(again.experiment)
+    torch.nn.init.normal_(model.refiner.amplitude.delta_map.weight, std=0.3)
+    model.save(again.path / "model")
+    explorer = TokenExplorer(Studio(again))
+    before = explorer.controls["token"].options
+    torch.nn.init.normal_(model.refiner.amplitude.token_map.weight, std=2)
+    model.save(again.path / "model")
+    explorer.update()
+    assert explorer.controls["token"].options != before and explorer.message.value == ""
+
+
+def test_a_file_of_somebody_else_does_not_stop_save(studio):
+    explorer = DomainBrowser(studio)
+    (studio.run.path / "saved").mkdir(exist_ok=True)
+    (studio.run.path / "saved" / "browse-mine.png").write_bytes(b"")
+    explorer.save.click()
+    assert "browse-1.png" in explorer.message.value
+
+
+def test_nothing_is_saved_by_halves(studio, monkeypatch):
+    explorer = SwapExplorer(studio)
+    folder = studio.run.path / "saved"
+    before = sorted(folder.glob("swap-*"))
+    write = explore.write_atomic
+
+    def full(path, content):
+        if path.suffix == ".png":
+            raise ValueError("Cannot write it: No space left on device.")
+        return write(path, content)
+
+    monkeypatch.setattr(explore, "write_atomic", full)
+    explorer.save.click()
+    assert "No space left" in explorer.message.value and sorted(folder.glob("swap-*")) == before

@@ -45,6 +45,11 @@ def trained(studio) -> str:
     return str(studio.run.path)
 
 
+def is_coloured(picture: np.ndarray) -> np.ndarray:
+    """Which pixels of a grey picture are in colour, (h, w)."""
+    return picture.max(-1) > picture.min(-1)
+
+
 def equal(one: boards.Board, other: boards.Board) -> bool:
     return one.words == other.words and one.png() == other.png()
 
@@ -90,6 +95,25 @@ def test_the_mixture_is_the_swap_of_pixels(studio, part):
 
 
 @pytest.mark.parametrize("space", ["pixels", "layer 2"])
+def test_spectra_are_those_of_content_style_and_mixture(studio, space):
+    """A swap of amplitudes leaves the content's phase and has the style's amplitude, exactly; a swap of phases not."""
+    whole = {"content": GAME, "style": NIGHT, "space": space}
+    board = studio.swap(**whole)
+    titles = [panel.title for row in board.rows for panel in row if panel and panel.title.startswith("phase")]
+    content, style, mixture = (board.panel(title).astype(int) for title in titles)
+    assert np.abs(mixture - content).mean() < 1 < np.abs(mixture - style).mean()
+    amplitudes = [board.panel(f"log amplitude, {name}").astype(int) for name in ("content", "style", "mixture")]
+    assert np.abs(amplitudes[2] - amplitudes[1]).mean() < 1 < np.abs(amplitudes[0] - amplitudes[1]).mean()
+    turned = studio.swap(**whole, part="phase")
+    content, style, mixture = (turned.panel(title).astype(int) for title in titles)
+    assert np.abs(mixture - style).mean() < 25 < np.abs(mixture - content).mean()
+    if space != "pixels":  # colours and phases of the content do not follow the mixture
+        np.testing.assert_array_equal(content, board.panel(titles[0]))
+        features = f"features after {space}, content"
+        np.testing.assert_array_equal(turned.panel(features), board.panel(features))
+
+
+@pytest.mark.parametrize("space", ["pixels", "layer 2"])
 @pytest.mark.parametrize("part", analysis.PARTS)
 def test_weight_0_and_the_same_picture_change_nothing(studio, trained, space, part):
     for same in ({"weight": 0.0}, {"style": GAME}):
@@ -115,9 +139,7 @@ def test_flipped_pixels_are_counted_and_marked(studio, trained):
     mixed = swap(studio.image(GAME, 0), studio.image(NIGHT, 0), "phase", 0, 0.8, 1, spectral.PIXELS).clamp(0, 1)
     flipped = before != studio.judge(studio.scores(trained, mixed), GAME, 0).places
     assert f"{100 * flipped.mean():.1f} % of the pixels change" in board.words
-    picture = board.panel("pixels that flipped").astype(int)
-    coloured = picture.max(-1) > picture.min(-1)
-    np.testing.assert_array_equal(coloured, flipped)
+    np.testing.assert_array_equal(is_coloured(board.panel("pixels that flipped")), flipped)
 
 
 def test_a_swap_of_features_reaches_the_layers_behind_it(studio, trained):
@@ -127,8 +149,15 @@ def test_a_swap_of_features_reaches_the_layers_behind_it(studio, trained):
     mixed = spectral.mix_amplitude(*pair)
     changed = Intervened(model.refiner, 2, lambda features, layer: mixed)
     expected = studio.judge(studio.scores(trained, image, changed), GAME, 0)
-    words = studio.swap(**BASE | {"space": "layer 2", "run": trained, "high": 1.5, "weight": 1.0}).words
-    assert f"{expected.miou:.1f} % after" in words
+    board = studio.swap(**BASE | {"space": "layer 2", "run": trained, "high": 1.5, "weight": 1.0})
+    flipped = studio.segmented(trained, GAME, 0).places != expected.places
+    assert flipped.any() and f"{expected.miou:.1f} % after" in board.words
+    np.testing.assert_array_equal(is_coloured(board.panel("pixels that flipped")), flipped)
+    # the refiner before the swap, not in its place: at weight 0 the model is as it was, without the refiner it is not
+    bare = Intervened(model.refiner, 3, lambda features, layer: features)
+    assert not torch.equal(studio.scores(trained, image, bare), studio.scores(trained, image))
+    still = studio.swap(**BASE | {"space": "layer 3", "run": trained, "weight": 0.0})
+    assert not is_coloured(still.panel("pixels that flipped")).any()
 
 
 @pytest.mark.parametrize("name", REFINERS)
@@ -164,6 +193,13 @@ def test_distances_are_those_of_the_analysis(studio):
         row = next(row for row in table if row["layer"] == space)
         assert f"{row['amplitude']:.2f} apart in amplitude and {row['phase']:.2f} in phase" in board.words
         assert equal(board, studio.layers(first=GAME, second=NIGHT, space=space))
+    x, y = (studio.maps("", name, 0, size)[3] for name in (GAME, NIGHT))
+    moved = [(swap(x, y, part, 0, 1.5, 1, spectral.GRID) - x).norm(dim=-1)[0].numpy() for part in analysis.PARTS]
+    high, grey = max(m.max() for m in moved), analysis.as_picture(studio.image(GAME, 0))
+    for part, m in zip(analysis.PARTS, moved, strict=True):
+        expected = boards.over_grey(grey, m, 0, high, studio.patch_size())
+        drawn = board.panel(f"where the other's {part}").astype(int)
+        assert drawn.shape == grey.shape and np.abs(drawn - expected).max() <= 1
     same = studio.layers(first=GAME, second=GAME, space="layer 3")
     assert "0.00 apart in amplitude and 0.00 in phase" in same.words
     assert same.panel("where the other's phase").shape == board.panel("where the other's phase").shape
@@ -182,6 +218,14 @@ def test_tokens_are_sorted_by_influence_and_silenced(studio, trained):
     nothing = studio.tokens(domain=NIGHT, run=trained, layer=layer, branch="phase", token=0)
     assert "change by 0.0 % on average" in nothing.words and " 0.0 % of the pixels change" in nothing.words
     assert "change by 0.0 % on average" not in board.words
+    attention = next(a for a in studio.reading(trained, NIGHT, 0).attention if (a.layer, a.branch) == (layer, "phase"))
+    share, grey = attention.picture[..., ranking[0][0]], analysis.as_picture(studio.image(NIGHT, 0))
+    expected = boards.over_grey(grey, share, share.min(), share.max(), studio.patch_size())
+    np.testing.assert_array_equal(board.panel("over the picture"), expected)
+    half, full = attention.spectrum[..., ranking[0][0]], board.panel("over the spectrum")
+    assert full.shape[:2] == share.shape and len(np.unique(full.reshape(-1, 3), axis=0)) > half.size // 4
+    centre = boards.in_colour(half[:1, :1], "viridis", half.min(), half.max())[0, 0]
+    np.testing.assert_array_equal(full[share.shape[0] // 2, share.shape[1] // 2], centre)  # zero frequency
     # by hand: the token's value taken out of the branch's own sum
     model = studio.model(trained)
     branch, index, token = model.refiner.phase, model.refiner.layers.index(layer), ranking[0][0]
@@ -197,6 +241,26 @@ def test_tokens_are_sorted_by_influence_and_silenced(studio, trained):
         hook.remove()
     torch.testing.assert_close(silent, expected)
     assert not torch.allclose(branch(phase, index), expected)
+
+
+def test_a_silenced_token_is_missing_in_all_that_follows(studio, trained):
+    """The one token of a branch that adds anything is silenced: the model is as if its tokens were zero."""
+    model, layer, image = studio.model(trained), studio.experiment.model.refined_layers[-1], studio.image(NIGHT, 0)
+    branch, kept = model.refiner.amplitude, {k: v.clone() for k, v in model.refiner.state_dict().items()}
+    try:
+        with torch.no_grad():
+            branch.token_map.bias.zero_()
+            branch.tokens.a[-1, 2:] = 0
+            branch.tokens.a[-1, 1] *= 1000
+        change, silent = studio._without(trained, NIGHT, 0, layer, "amplitude", 1)
+        whole = studio.judge(studio.scores(trained, image), NIGHT, 0)
+        with torch.no_grad():
+            branch.tokens.a[-1, 1] = 0
+        expected = studio.judge(studio.scores(trained, image), NIGHT, 0)
+    finally:
+        model.refiner.load_state_dict(kept)
+    np.testing.assert_array_equal(silent.places, expected.places)
+    assert change.max() > 0.01 and not np.array_equal(silent.places, whole.places)
 
 
 def test_browse_covers_by_opacity_and_class(studio):
@@ -242,9 +306,20 @@ def test_find_goes_round_and_stops_at_a_class(studio):
         ("layers", {"first": GAME, "second": NIGHT, "space": "layer 0"}, "Unknown space 'layer 0'"),
         ("tokens", {"domain": GAME, "run": ""}, "Tokens learn: choose a trained run"),
         ("browse", {"domain": GAME, "only": "unicorn"}, "Unknown class 'unicorn'"),
+        ("browse", {"domain": GAME, "opacity": 5}, "Expected an opacity from 0 to 1, got 5"),
+        ("browse", {"domain": GAME, "index": 1.5}, "has the pictures 0 to 3, not 1.5"),
+        ("swap", {"content": GAME, "style": NIGHT, "weight": float("nan")}, "Expected a weight from 0 to 1 .* got nan"),
+        (
+            "swap",
+            {"content": GAME, "style": NIGHT, "low": 0.9, "high": 0.2},
+            "a band from low to high, got .* 0.9 to 0.2",
+        ),
+        ("swap", {"content": GAME, "style": NIGHT, "run": "~nobody-here/x"}, "There is no folder ~nobody-here/x"),
+        ("tokens", {"domain": GAME, "run": "the trained run", "layer": 99}, "There are no tokens after layer 99"),
     ],
 )
-def test_what_does_not_exist_is_a_sentence(studio, view, arguments, sentence):
+def test_what_does_not_exist_is_a_sentence(studio, trained, view, arguments, sentence):
+    arguments = {key: trained if value == "the trained run" else value for key, value in arguments.items()}
     with pytest.raises(ValueError, match=sentence):
         getattr(studio, view)(**arguments)
 
@@ -266,6 +341,27 @@ def test_a_missing_backbone_leaves_the_pixels(studio, tmp_path):
     assert equal(bare.swap(GAME, NIGHT), studio.swap(GAME, NIGHT))
     with pytest.raises(ValueError, match="gone"):
         bare.swap(GAME, NIGHT, space="layer 1")
+    assert "In the pixels the two lie" in bare.layers(GAME, NIGHT).words
+
+
+def test_a_narrow_or_a_damaged_picture_is_a_sentence(studio, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    for i, size in enumerate(((30, 20), (30, 20), (2000, 3))):
+        noise("RGB", size).save(tmp_path / "images" / f"{i}.png")
+        Image.new("L", size, i).save(tmp_path / "labels" / f"{i}.png")
+    name = f"folder@{tmp_path}"
+    assert studio.find(name, 2, 1, "sidewalk") == 1
+    with pytest.raises(ValueError, match="Picture 2 of folder@.* is 2000 x 3: it is too narrow"):
+        studio.swap(content=GAME, style=name, style_index=2)
+    content = (tmp_path / "images" / "0.png").read_bytes()
+    (tmp_path / "images" / "0.png").write_bytes(content[: len(content) // 2])
+    fresh = Studio(studio.run, [name])
+    with pytest.raises(ValueError, match="'0' cannot be decoded"):
+        fresh.browse(name, 0)
+    assert fresh.find(name, 2, 1, "sidewalk") == 1  # past the damaged one
+    with pytest.raises(ValueError, match=r"holds the class sky \(2 cannot be read\)"):  # the narrow one as well
+        fresh.find(name, 1, 1, "sky")
 
 
 def test_a_model_that_is_trained_anew_is_read_anew(studio, tmp_path):
@@ -318,6 +414,14 @@ def test_uploads_of_every_kind(studio, content, said):
     board = studio.swap(content=name, style=NIGHT)
     assert board.panel("content").ndim == 3 and board.panel("content").dtype == np.uint8
     assert studio.add_upload(content, "my street (1).png")[0] == name  # kept once
+
+
+def test_too_many_pixels_are_refused_before_they_are_decoded(studio, monkeypatch):
+    from setlib import material
+
+    monkeypatch.setattr(material, "MOST_PIXELS", 2000)
+    with pytest.raises(ValueError, match="'it.png' is 60 x 40 pixels: choose a picture of at most 0 million"):
+        studio.add_upload(encoded(noise("RGB"), "PNG"), "it.png")
 
 
 @pytest.mark.parametrize(
