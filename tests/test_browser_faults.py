@@ -54,7 +54,7 @@ def test_a_drag_over_20_positions_ends_within_one_update(tmp_path):
     [
         ("explorer.render = lambda **_: 1 / 0; explorer.controls['weight'].value = 0.5", "a view says: ⚠ ZeroDivision"),
         ("explorer.controls['weight'].observe(lambda change: 1 / 0, names='value')", "from the kernel: Traceback"),
-        ("1 / 0", "error in the notebook"),
+        ("1 / 0", "(?s)in the notebook: .*ZeroDivisionError"),
         ("explorer.words.value = '<img src=\"https://example.org/a.png\">'", "request to https://example.org/a.png"),
     ],
     ids=["view", "callback", "cell", "request"],

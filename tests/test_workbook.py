@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shlex
+import signal
+import socket
+import subprocess
 import sys
+import time
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import nbformat
@@ -294,3 +301,61 @@ def test_domains_of_several_class_sets_and_without_labels(tmp_path, capsys):
     assert cli.main(rendered) == 0, capsys.readouterr().err
     numbers = json.loads((folder / "results" / "04_cross_domain.json").read_text())
     assert numbers["hardest"] == camvid and numbers["rows"][1]["drop set"] is None
+
+
+# The explorer's notebook, served
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--port", "99999"], "There is no port 99999"),
+        (["--port", "-1"], "There is no port -1"),
+        (["nope"], "nope is no run folder"),
+        ([""], "is no run folder"),
+        (["--target", "scenes:dawn"], "Unknown style 'dawn'"),
+        (["--target", "folder@nowhere"], "folder nowhere does not exist"),
+    ],
+)
+def test_explore_refuses_in_a_sentence(words, sentence, capsys, tmp_path, monkeypatch):
+    run = Run.open(tmp_path / "run", Experiment.build("smoke"))
+    monkeypatch.chdir(tmp_path)
+    words = words if words[0] in ("nope", "") else [str(run.path), *words]
+    assert cli.main(["explore", "--no-browser", *words]) == 2
+    assert sentence in capsys.readouterr().err and not (run.path / "explore.ipynb").exists()
+
+
+def test_explore_names_a_port_that_is_taken(capsys, tmp_path):
+    run = Run.open(tmp_path / "run", Experiment.build("smoke"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert cli.main(["explore", str(run.path), "--no-browser", "--port", str(port)]) == 2
+    assert f"Port {port} is in use" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_explore_serves_this_machine_until_it_is_stopped(kind, tmp_path):
+    run = Run.open(tmp_path / "run", Experiment.build("smoke"))
+    command = [sys.executable, "-m", "setlib", "explore", str(run.path), "--no-browser"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as started:
+        try:
+            address = started.stdout.readline().strip()
+            host, port = urllib.parse.urlsplit(address).netloc.split(":")
+            assert host == "127.0.0.1" and address.endswith(tuple("0123456789abcdef")) and "token=" in address
+            end = time.monotonic() + 60
+            while time.monotonic() < end:
+                with contextlib.suppress(OSError):
+                    page = urllib.request.urlopen(address, timeout=5).read().decode()
+                    break
+                time.sleep(0.2)
+            assert "jupyter-config-data" in page
+        finally:
+            started.send_signal(kind)
+            assert started.wait(30) == 0
+    with socket.socket() as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        free.bind(("127.0.0.1", int(port)))  # the server is gone
+    (cell,) = nbformat.read(run.path / "explore.ipynb", as_version=4).cells
+    assert repr(str(run.path)) in cell.source and repr(os.getcwd()) in cell.source
