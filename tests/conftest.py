@@ -22,7 +22,12 @@ hypothesis.settings.load_profile("setlib")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Point setlib's cache at a folder that lives as long as the session, before any test module is imported."""
+    """Point setlib's cache at a folder that lives as long as the session, before any test module is imported.
+
+    Not where the browser check shows a run of the user's (SETLIB_RUN), whose backbone lies in his own cache.
+    """
+    if os.environ.get("SETLIB_RUN"):
+        return
     folder = tempfile.TemporaryDirectory(prefix="setlib-cache-")
     os.environ["SETLIB_CACHE"] = folder.name
     config.add_cleanup(folder.cleanup)
