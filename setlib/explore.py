@@ -276,7 +276,7 @@ class LayerExplorer(Explorer):
         self.add_picture("second", value=self.studio.names[-1])
         self.add_run(note="features")
         self.add_upload("second")
-        self.add("space", buttons({"pixels": "pixels"}, "56px"), "layer", "layer")
+        self.add("space", buttons({"pixels": "pixels"}, "59px"), "layer", "layer")
 
     def named(self, space: str) -> str:
         """The number alone: there are many."""

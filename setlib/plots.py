@@ -272,15 +272,13 @@ def token_sheet(picture: np.ndarray, attention: Sequence[Any], num_columns: int 
 
 @quiet
 def distances(table: Sequence[Mapping], ax: Axes | None = None, chosen: str | int | None = None) -> Axes:
-    """How far amplitude and phase lie apart by layer: of two pictures, or before and after the tokens.
-
-    table: rows of `analysis.compare` with a layer. chosen: the layer that is pointed out.
-    """
+    """Distance in amplitude and phase by layer: rows of `analysis.compare` with a layer; chosen: is pointed out."""
     series = {part: [row[part] for row in table] for part in ("amplitude", "phase")}
     layers = [row["layer"] for row in table]
-    ax = _bars(series, [n if isinstance(n, str) else f"layer {n}" for n in layers], _axes(ax, 2.2), True, 3)
+    names = [n if isinstance(n, str) else f"layer {n}" for n in layers]
+    ax = _bars(series, names, _axes(ax, 2.2), True, digits=3 if len(names) < 8 else 2)
     if not table:
-        ax.text(0.5, 0.5, "Nothing stands behind a layer here.", ha="center", va="center", transform=ax.transAxes)
+        ax.text(0.5, 0.5, "Nothing stands behind a layer here.", ha="center", transform=ax.transAxes)
     if chosen in layers:
         ax.axvspan(layers.index(chosen) - 0.5, layers.index(chosen) + 0.5, color="#e4e4e4", zorder=0)
     ax.set_ylabel("distance (as in notebook 02)")
