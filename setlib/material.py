@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import sha256
+from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,9 +121,10 @@ class Material:
     def add_domain(self, name: str, label: str = "") -> None:
         """Adds a domain to the choices of every view. Raises ValueError if it cannot be used."""
         self.domain(name)
-        label = label or name
-        taken = [known for known, other in self.choices.items() if known.split(" (")[0] == label and other != name]
-        self.choices[f"{label} ({len(taken) + 1})" if taken else label] = name
+        if name not in self.choices.values():
+            label = label or name
+            labels = chain([label], (f"{label} ({n})" for n in count(2)))
+            self.choices[next(free for free in labels if free not in self.choices)] = name
 
     def add_upload(self, content: bytes, name: str) -> tuple[str, str]:
         """Keeps an uploaded picture in the run folder; returns the domain that it is and what was done to it.

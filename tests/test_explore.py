@@ -265,6 +265,7 @@ def test_two_uploads_of_one_name_are_two_choices_everywhere(studio):
     labels = dict(explorer.controls["content"].options)
     assert labels["uploaded: image.png"] == first and labels["uploaded: image.png (2)"] == second
     assert upload(explorer, "image.png", Image.new("RGB", (40, 30), "red")) == first  # the same one once more
+    assert dict(explorer.controls["content"].options) == labels
     explorer.controls["weight"].value = 0.5
     assert explorer.message.value == ""
     assert "uploaded: image.png (2)" in dict(DomainBrowser(studio).controls["domain"].options)
