@@ -409,8 +409,9 @@ def bench_command(args: argparse.Namespace) -> int:
         measured += [f"{row['peak_bytes'] / 1e6:.1f}", f"{ratios[1]:.2f}"] if row["peak_bytes"] else ["-", "-"]
         shown.append([row["bench"], row["variant"], row["size"], *measured])
     print(text_table(shown))
-    if not any(row["bench"] == "gpu" for row in rows) and (not args.only or "gpu" in args.only):
-        print("gpu: nothing is measured without a GPU")
+    for name, needed in (("gpu", "GPU"), ("explorer", "browser and the extra browser")):
+        if not any(row["bench"] == name for row in rows) and (not args.only or name in args.only):
+            print(f"{name}: nothing is measured without a {needed}")
     if args.json:
         print(f"Rows: {write_atomic(args.json, json.dumps(rows, indent=1))}")
     return 0
