@@ -328,8 +328,8 @@ class DomainBrowser(Explorer):
         self.steps = {name: ipywidgets.Button(description=name) for name in steps}
         for name, step in steps.items():
             self.steps[name].on_click(lambda _, step=step: self._guarded(lambda: self._go(step())))
-        buttons = [*self.steps.values(), self._help("steps")]
-        self.rows.append(ipywidgets.HBox(buttons, layout=ipywidgets.Layout(min_width="475px")))
+        row = [*self.steps.values(), self._help("steps")]
+        self.rows.append(ipywidgets.HBox(row, layout=ipywidgets.Layout(min_width="475px")))
         self.add_upload("domain")
         self.other = ipywidgets.Text(
             placeholder="acdc:night-val@FOLDER", description="other", continuous_update=False, **WIDE

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from setlib import __main__ as cli
+from setlib import processes
 from setlib.experiment import Run
 from setlib.train import read_history
 
@@ -62,6 +63,15 @@ def test_the_table_is_the_same(trained):
     (run.path / "metrics.json").unlink()
     assert launch(*words).count("scenes:fog") == 1
     assert json.loads((run.path / "metrics.json").read_text()) == expected
+
+
+def test_the_group_is_left_before_the_process_ends(monkeypatch):
+    """A thread of it that still ran would abort the process: one evaluation in ten ended so."""
+    registered = []
+    monkeypatch.setattr(processes.atexit, "register", registered.append)
+    processes.state.cache_clear()
+    left = processes.state()
+    assert processes.state() is left and registered == [left.destroy_process_group]
 
 
 def test_what_is_for_one_process_says_so(monkeypatch, capsys):
