@@ -213,6 +213,7 @@ class Explorer:
             self._guarded(lambda: take(content, name))
 
         def take(content: bytes, name: str) -> None:
+            """Shows it as the control, and says so."""
             domain, done = self.studio.add_upload(content, name)
             self._choose(control, domain)
             self.say(f"Uploaded '{name}'{f' ({done})' if done else ''} as {control}.")

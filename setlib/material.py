@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from setlib import domains
+from setlib import domains, spectral
 from setlib.analysis import as_tensor
 from setlib.attention import Reading, read_tokens
 from setlib.backbone import FrozenBackbone
@@ -39,7 +39,7 @@ from setlib.transforms import fit, resize
 LONG_EDGE, KEPT_EDGE = 448, 1024  # pixels, at most: of a picture in the views, and of an uploaded file
 MOST_PIXELS, NARROWEST = 60_000_000, 16  # of a picture: decoded whole it needs 10 bytes a pixel; long by short side
 UNNAMED = ("scenes:game", "scenes:night")  # where a run names no domains
-KEPT = {"domain": 64, "model": 3, "image": 64, "label": 64}  # how many answers of a method are kept
+KEPT = {"domain": 64, "model": 3, "sample": 4, "image": 64, "label": 64}  # how many answers of a method are kept
 KEPT |= {"maps": 6, "segmented": 16, "reading": 4, "distances": 16}
 
 
@@ -196,6 +196,20 @@ class Material:
         backbone = getattr(model, "backbone", model).to(DEVICE)
         every = range(1, backbone.num_layers + 1)
         return {k: v.cpu().float() for k, v in backbone(image, getattr(model, "refiner", None), layers=every).items()}
+
+    def pair(
+        self, run: str, layer: int, first: tuple[str, int], second: tuple[str, int]
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[int, int]]:
+        """Two pictures, each a domain and an index, at the first one's size; what is compared of them; over which axes.
+
+        Compared are the pictures themselves (layer 0), or their features after a layer.
+        """
+        here = self.image(*first)
+        size = tuple(here.shape[-2:])
+        images = here, self.image(*second, size)
+        if not layer:
+            return images, images, spectral.PIXELS
+        return images, tuple(self.maps(run, *place, size)[layer] for place in (first, second)), spectral.GRID
 
     @torch.no_grad()
     def scores(self, run: str, image: Tensor, refiner: Intervened | None = None) -> Tensor:

@@ -31,13 +31,9 @@ class Intervened(Refiner):
         if refiner.prompts is not None:
             self.prompts = self._prompts
 
-    def own(self, features: Tensor, layer: int) -> Tensor:
-        """What the refiner itself makes of the features."""
-        return self.refiner(features, layer) if layer in self.refiner.layers else features
-
     def forward(self, features: Tensor, layer: int) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        return self.change(features, layer) if layer == self.layer else self.own(features, layer)
+        return (self.change if layer == self.layer else self.refiner)(features, layer)
 
     def _prompts(self, layer: int) -> Tensor:
         known = layer in self.refiner.layers

@@ -82,13 +82,7 @@ class Studio(Material):
             )
         self.renew(run)
         layer = self.layer_of(space, run)
-        here = self.image(content, content_index)
-        size = tuple(here.shape[-2:])
-        there = self.image(style, style_index, size)
-        x, y, axes = here, there, spectral.PIXELS
-        if layer:
-            x, y = (self.maps(run, *c, size)[layer] for c in ((content, content_index), (style, style_index)))
-            axes = spectral.GRID
+        (here, there), (x, y), axes = self.pair(run, layer, (content, content_index), (style, style_index))
         mixed = swap(x, y, part, low, high, weight, axes)
         names, share = ("content", "style", "mixture"), f"{100 * weight:.0f} % of the style's {part}"
         titles = [f"content: {short_name(content)} {content_index}", f"style: {short_name(style)} {style_index}"]
@@ -102,15 +96,7 @@ class Studio(Material):
         words += f"at frequencies from {low:.2f} to {high:.2f}." if band else "at all frequencies."
         if not run:
             return Board(rows, words)
-        refiner = None
-        if layer:
-
-            def change(features: Tensor, at: int) -> Tensor:
-                """The features as the run's refiner leaves them, swapped."""
-                own = refiner.own(features, at)
-                return swap(own, y.to(own), part, low, high, weight, axes).to(features.dtype)
-
-            refiner = Intervened(self.model(run).refiner, layer, change)
+        refiner = Intervened(self.model(run).refiner, layer, lambda features, _: mixed.to(features)) if layer else None
         scores = self.scores(run, here if layer else mixed.clamp(0, 1), refiner)
         pair = self.segmented(run, content, content_index), self.judge(scores, content, content_index)
         pictures = as_picture(here), as_picture(here if layer else mixed)
@@ -137,13 +123,8 @@ class Studio(Material):
         self.renew(run)
         layer = self.layer_of(space, run)
         table = self.distances(run, first, first_index, second, second_index)
-        one = self.image(first, first_index)
-        size = tuple(one.shape[-2:])
-        other = self.image(second, second_index, size)
-        x, y, axes, what = one, other, spectral.PIXELS, "pixel"
-        if layer:
-            x, y = (self.maps(run, *c, size)[layer] for c in ((first, first_index), (second, second_index)))
-            axes, what = spectral.GRID, "patch"
+        (one, other), (x, y), axes = self.pair(run, layer, (first, first_index), (second, second_index))
+        what = "patch" if layer else "pixel"
         titles = [f"{short_name(first)} {first_index}", f"{short_name(second)} {second_index}"]
         rows: list[list[Panel | None]] = [[Panel(as_picture(z), t) for z, t in zip((one, other), titles, strict=True)]]
         rows[0] += _features((x, y), [f"features after {space}, {t}" for t in titles]) if layer else [None, None]
