@@ -41,10 +41,11 @@ def run_ablation(run: Run, progress: bool = True) -> list[dict]:
 def spread(rows: list[dict]) -> list[dict]:
     """Per variant and domain the mean over seeds and the range (lowest and highest seed), percent.
 
+    A domain without a labelled pixel has no cell.
     A range, not a confidence interval: with two or three seeds an interval would promise more than is known.
     """
     cells: dict[tuple[str, str], list[dict]] = {}
-    for row in rows:
+    for row in (row for row in rows if row["miou"] == row["miou"]):
         cells.setdefault((row["variant"], row["domain"]), []).append(row)
     return [
         {
@@ -64,6 +65,8 @@ def verdict(rows: list[dict]) -> str:
     """What the means over the targets show, in words made from the numbers."""
     cells = [cell for cell in spread(rows) if cell["domain"].startswith(MEAN)]
     text = "".join(_compare([c for c in cells if c["domain"] == d]) for d in dict.fromkeys(c["domain"] for c in cells))
+    if empty := dict.fromkeys(row["domain"] for row in rows if row["miou"] != row["miou"]):
+        text += f"Left out, for no pixel of it is labelled: {', '.join(empty)}. "
     return text + "Short trainings on few pictures: a hint where to look, not a ranking."
 
 

@@ -200,8 +200,8 @@ def by_class_set(scores: Sequence[Score]) -> dict[ClassSet, list[Score]]:
 
 
 def unseen(scores: Sequence[Score], source: str) -> dict[ClassSet, list[Score]]:
-    """The scores of all domains but the source, by class set."""
-    return by_class_set([score for score in scores if score.domain != source])
+    """The scores of all domains but the source, by class set; not those in which no pixel is labelled."""
+    return by_class_set([score for score in scores if score.domain != source and score.counts.any()])
 
 
 def target_means(scores: Sequence[Score], source: str) -> dict[str, float]:
@@ -225,8 +225,9 @@ def class_means(table: dict[str, list[Score]], source: str) -> list[tuple[ClassS
 
 
 def hardest(scores: Sequence[Score], source: str) -> Score:
-    """The lowest mIoU among the unseen domains of the first one's class set; the first score if none is unseen."""
-    return min(next(iter(unseen(scores, source).values()), scores[:1]), key=lambda score: score.miou)
+    """The lowest mIoU among the unseen domains of the first one's class set; the source's score if none is unseen."""
+    own = [score for score in scores if score.domain == source] or scores
+    return min(next(iter(unseen(scores, source).values()), own), key=lambda score: score.miou)
 
 
 def extremes(score: Score, count: int = 2) -> list[tuple[int, str, float]]:
@@ -243,6 +244,8 @@ def verdict(table: dict[str, list[Score]], source: str) -> str:
         found = {name: mean[classes] for name, mean in means.items()}
         words = ", ".join(f"{name} {mean:.1f}" for name, mean in found.items())
         text = (text if place else "") + f"Mean over the unseen domains in {classes}: {words} % mIoU. "
+    if empty := [score.domain for score in next(iter(table.values())) if not score.counts.any()]:
+        text += f"Left out, for no pixel of it is labelled: {', '.join(empty)}. "
     best = max(table, key=lambda name: next(iter(means[name].values()), 0.0))
     worst = hardest(table[best], source)
     points = drop(table[best], worst, source)

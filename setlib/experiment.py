@@ -146,17 +146,18 @@ class Experiment:
         cls,
         profile: str = "quick",
         source: str | None = None,
-        targets: typing.Sequence[str] | None = None,
+        targets: typing.Sequence[str] | str | None = None,
         seed: int | None = None,
-        overrides: typing.Sequence[str] = (),
+        overrides: typing.Sequence[str] | str = (),
     ) -> Experiment:
-        """A profile with domains, seed and dotted `key=value` overrides put in.
+        """A profile with domains, seed and dotted `key=value` overrides put in; one text is a list of one.
 
         Raises ValueError for an unknown profile or key (the nearest are named) and for a value of the wrong type.
         """
         if profile not in PROFILES:
             raise ValueError(f"Unknown profile '{profile}': expected one of {', '.join(PROFILES)}.")
         experiment = PROFILES[profile]
+        targets, overrides = ([text] if isinstance(text, str) and text else text for text in (targets, overrides))
         data = replace(
             experiment.data,
             source=source or experiment.data.source,
@@ -325,9 +326,9 @@ NOT_NEGATIVE = (
     *("data.workers", "train.views", "train.weight_decay", "train.clip_norm", "train.power", "ablation.seeds"),
     *("model.patch_size", "train.cache_gb", "train.validate_every", "train.warmup"),
 )
-SAME_NUMBERS = (  # cost time or memory, change no result
+SAME_NUMBERS = (  # cost time, memory or what a damaged file costs; change no number that is already made
     *("train.checkpointing", "train.cache_gb", "train.accumulate", "train.shard", "train.compile", "data.workers"),
-    *("train.validate_every", "train.validate_on", "inference.windows"),
+    *("train.validate_every", "train.validate_on", "inference.windows", "data.on_error", "train.checkpoint_every"),
 )
 CHOICES = {
     "data.on_error": ("stop", "skip"),
@@ -454,7 +455,9 @@ class Run:
         return values
 
     def save_figure(self, figure: typing.Any, name: str) -> typing.Any:
-        """Saves a matplotlib figure as figures/name.png and returns it, for showing."""
+        """Saves a matplotlib figure as figures/name.png and returns it, for showing; None is a figure that is left out."""
+        if figure is None:
+            return (self.path / "figures" / f"{name}.png").unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(dir=self.file("figures/x").parent) as folder:
             made = Path(folder) / "figure.png"
             figure.savefig(made, dpi=100, bbox_inches="tight")

@@ -206,8 +206,11 @@ def class_shares(shares: Mapping[str, np.ndarray], class_set: ClassSet, ax: Axes
 
 @quiet
 def loss_curves(histories: Mapping[str, Sequence[Mapping]], ax: Axes | None = None) -> Axes:
-    """Training loss by step, {name: history}: a running mean over a tenth of the steps on the faint raw values."""
-    ax = _axes(ax, 3.2)
+    """Training loss by step, {name: history}: a running mean over a tenth of the steps on the faint raw values.
+
+    A history that is empty has no curve.
+    """
+    ax, histories = _axes(ax, 3.2), {name: history for name, history in histories.items() if history}
     for i, (name, history) in enumerate(histories.items()):
         losses = pandas.Series([row["loss"] for row in history], [row["step"] for row in history])
         smooth = losses.rolling(max(1, len(losses) // 10), min_periods=1).mean()
@@ -215,7 +218,10 @@ def loss_curves(histories: Mapping[str, Sequence[Mapping]], ax: Axes | None = No
         ax.plot(smooth, color=COLOURS[i % 8], linewidth=1.8, label=f"{name}: {smooth.iloc[-1]:.2f} at the end")
     ax.set(xlabel="step", ylabel="loss on the source", ylim=(0, None))
     ax.grid(True, axis="y")
-    ax.legend()
+    if histories:
+        ax.legend()
+    else:
+        ax.text(0.5, 0.5, "The history of the training is not there.", ha="center", transform=ax.transAxes)
     return ax
 
 
@@ -367,8 +373,13 @@ def class_heatmap(scores: Mapping[str, np.ndarray], class_set: ClassSet, ax: Axe
 
 
 @quiet
-def stacked(draw: Callable[..., Axes], groups: Sequence[tuple[ClassSet, Mapping[str, np.ndarray]]]) -> Figure:
-    """One panel a class set, below each other; draw: `class_heatmap` or `class_bars`, groups: what they take."""
+def stacked(draw: Callable[..., Axes], groups: Sequence[tuple[ClassSet, Mapping[str, np.ndarray]]]) -> Figure | None:
+    """One panel a class set, below each other; draw: `class_heatmap` or `class_bars`, groups: what they take.
+
+    None where there is no group.
+    """
+    if not groups:
+        return None
     heights = [draw(values, class_set).figure.get_figheight() for class_set, values in groups]
     made = Figure((WIDTH, sum(heights)), layout="constrained")
     panels = made.subplots(len(groups), squeeze=False, height_ratios=heights)[:, 0]

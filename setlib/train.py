@@ -383,31 +383,36 @@ def is_finished(run: Run) -> bool:
 
 
 def read_history(run: Run) -> list[dict]:
-    """Entries of the run's history.jsonl: step, loss, lr, grad_norm, seconds."""
+    """Entries of the run's history.jsonl: step, loss, lr, grad_norm, seconds; none if it is missing or damaged."""
     path = run.path / "history.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}): delete it, the model does not need it.") from None
+        entries = [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
+        return [entry for entry in entries if {"step", "loss", "seconds"} <= entry.keys()]
+    except (ValueError, AttributeError):
+        tqdm.write(f"{path} is damaged: its curve is left out; the model does not need it")
+        return []
 
 
 def summary(trained: dict[str, tuple[Segmenter, list[dict]]], window: int = 10) -> list[dict]:
-    """Rows per model: parameters by part, mean loss of the first and last `window` steps, median seconds per step."""
+    """Rows per model: parameters by part, mean loss of the first and last `window` steps, median seconds per step.
+
+    What the history would say is NaN where it is empty.
+    """
     rows = []
     for name, (model, history) in trained.items():
-        losses = [entry["loss"] for entry in history]
+        losses = [entry["loss"] for entry in history] or [math.nan]
         parts = {f"parameters of the {part}": count for part, count in model.num_trainable().items()}
         ends = {"first loss": float(np.mean(losses[:window])), "last loss": float(np.mean(losses[-window:]))}
-        seconds = {"seconds per step": float(np.median([entry["seconds"] for entry in history]))}
-        rows.append({"model": name} | parts | {"steps": len(history)} | ends | seconds)
+        seconds = {"seconds per step": float(np.median([entry["seconds"] for entry in history] or [math.nan]))}
+        rows.append({"model": name} | parts | {"steps": model.experiment.train.steps} | ends | seconds)
     return rows
 
 
 def verdict(rows: list[dict]) -> str:
     """What `summary` shows, in words made from its numbers."""
+    rows = [row for row in rows if row["last loss"] == row["last loss"]]
     parts = [f"{row['model']} from {row['first loss']:.2f} to {row['last loss']:.2f}" for row in rows]
-    text = f"The loss on the source went, over {rows[0]['steps']} steps: {'; '.join(parts)}. "
-    low = min(rows, key=lambda row: row["last loss"])
+    text = f"The loss on the source went, over {rows[0]['steps']} steps: {'; '.join(parts)}. " if rows else ""
     if len(rows) > 1:
-        text += f"Lowest at the end is {low['model']}. "
+        text += f"Lowest at the end is {min(rows, key=lambda row: row['last loss'])['model']}. "
     return text + "A low loss on the source says nothing yet of other domains: that is asked in notebook 04."

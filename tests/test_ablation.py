@@ -24,6 +24,15 @@ def test_words_follow_the_numbers():
     assert "overlap with those of rein" in text
 
 
+def test_a_domain_without_a_labelled_pixel_is_out_of_the_table_and_said_once():
+    empty = [{"variant": "set", "seed": seed, "domain": "folder@x", "miou": float("nan")} for seed in (0, 1)]
+    found = [*empty, *rows({"none": [5.0, 6.0], "set": [12.0, 13.0]})]
+    assert {cell["domain"] for cell in ablation.spread(found)} == {ablation.MEAN}
+    text = ablation.verdict(found)
+    assert "**set** has the highest mean" in text and "nan" not in text and text.count("folder@x") == 1
+    assert "highest" not in ablation.verdict(empty)
+
+
 def test_variants_and_seeds_are_trained_and_scored(tmp_path):
     options = ["ablation.variants=none,set", "ablation.overrides=train.steps=2,data.eval_images=2"]
     run = Run.open(tmp_path, Experiment.build("smoke", targets=["scenes:night"], overrides=options))

@@ -138,6 +138,24 @@ def test_the_source_alone_is_said_to_be_all():
     assert evaluate.target_means([score("s", 50)], "s") == {}
 
 
+@pytest.mark.parametrize("order", ["sie", "sei", "eis"])
+def test_a_domain_without_a_labelled_pixel_is_out_of_everything_and_said_once(order):
+    found = {
+        "s": score("s", 50),
+        "i": evaluate.Score("i", CITYSCAPES, np.zeros((19, 19), np.int64)),
+        "e": score("e", 9),
+    }
+    scores = [found[name] for name in order]
+    assert evaluate.target_means(scores, "s") == {"cityscapes-19": found["e"].miou}
+    assert evaluate.hardest(scores, "s").domain == "e"
+    ((_, means),) = evaluate.class_means({"set": scores}, "s")
+    assert np.array_equal(means["set"], found["e"].iou)
+    text = evaluate.verdict({"none": scores, "set": scores}, "s")
+    assert text.count("no pixel of it is labelled: i.") == 1 and "nan" not in text and "hardest for none is e" in text
+    alone = evaluate.verdict({"set": scores[: order.index("i") + 1] if order[0] == "s" else scores[1:]}, "s")
+    assert "nan" not in alone
+
+
 def test_domains_without_labels_are_left_out(folder, model, tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (128, 64)).save(tmp_path / "images" / "a.png")

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 
+from setlib import plots
 from setlib.experiment import PROFILES, Experiment, Run, default_run_folder
 from setlib.files import write_atomic
 
@@ -188,3 +189,23 @@ def test_what_an_older_file_does_not_say_has_its_default():
 def test_profiles_without_domains_ask_for_them(profile):
     with pytest.raises(ValueError, match=f"Profile {profile} has no domains of its own"):
         Experiment.build(profile, source="gtav@x")
+
+
+@pytest.mark.parametrize("options", [["data.on_error=skip"], ["train.checkpoint_every=1"], ["data.workers=1"]])
+def test_what_changes_no_number_already_made_may_change_when_a_run_goes_on(options, tmp_path):
+    Run.open(tmp_path, Experiment.build("smoke")).write_json("metrics.json", {})
+    again = Experiment.build("smoke", overrides=options)
+    assert Run.load(Run.open(tmp_path, again).path).experiment == again
+
+
+def test_one_text_is_a_list_of_one():
+    texts = Experiment.build("smoke", None, "scenes:night", None, "train.steps=3")
+    assert texts == Experiment.build("smoke", targets=["scenes:night"], overrides=["train.steps=3"])
+    assert Experiment.build("smoke", "", "", 0, "") == Experiment.build("smoke")
+
+
+def test_a_figure_that_is_left_out_leaves_no_file(tmp_path):
+    run = Run.open(tmp_path, Experiment.build("smoke"))
+    figure = plots.Figure()
+    assert run.save_figure(figure, "04_x") is figure and (tmp_path / "figures" / "04_x.png").is_file()
+    assert run.save_figure(None, "04_x") is None and not (tmp_path / "figures" / "04_x.png").exists()

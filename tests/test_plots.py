@@ -109,6 +109,16 @@ def test_loss_is_smoothed_over_a_tenth_of_the_steps():
     assert smooth.get_label() == "set: 0.15 at the end"
 
 
+@pytest.mark.parametrize("histories, lines", [({"none": [], "set": HISTORY}, 2), ({"set": []}, 0)])
+def test_a_history_that_is_not_there_has_no_curve(histories, lines):
+    ax = plots.loss_curves(histories)
+    assert len(ax.lines) == lines and [text.get_text()[:11] for text in ax.texts] == ["The history"] * (not lines)
+
+
+def test_without_groups_there_is_no_figure():
+    assert plots.stacked(plots.class_bars, []) is None
+
+
 def test_spectra_share_a_scale_and_phase_is_cyclic():
     parts = {"log(1 + amplitude)": [np.zeros((4, 8)), np.full((4, 8), 7.0)], "phase (rad)": [np.zeros((4, 8))] * 2}
     made = plots.spectra([IMAGE, IMAGE], parts, ["a", "b"])

@@ -418,3 +418,19 @@ def test_a_finished_run_without_its_weights_is_trained_again(source, tmp_path):
     (run.path / "history.jsonl").write_text('{"step": 1, "lo')
     with pytest.raises(ValueError, match="history.jsonl cannot be read .*: delete it"):
         train.train(run, progress=False)
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"step": 1, "lo', b"\xff\xfe", b"[1]\n", b'"text"\n'])
+def test_a_history_that_is_missing_or_damaged_costs_the_curve_alone(content, source, tmp_path, capsys):
+    run = Run.open(tmp_path, experiment(source, "train.steps=2"))
+    model, _ = train.train(run, progress=False)
+    (tmp_path / "history.jsonl").unlink()
+    if content is not None:
+        (tmp_path / "history.jsonl").write_bytes(content)
+    _, history = train.train(run, progress=False)
+    assert history == [] and ("history.jsonl is damaged" in capsys.readouterr().out) == bool(content)
+    other = [{"step": i, "loss": 2.0, "seconds": 1.0} for i in (1, 2)]
+    rows = train.summary({"none": (model, other), "set": (model, history)})
+    assert rows[0]["last loss"] == 2 and math.isnan(rows[1]["last loss"]) and rows[1]["steps"] == 2
+    assert "none from 2.00 to 2.00" in train.verdict(rows) and "nan" not in train.verdict(rows)
+    assert train.verdict(rows[1:]).startswith("A low loss")
