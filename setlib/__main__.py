@@ -397,23 +397,17 @@ def verify_command(args: argparse.Namespace) -> int:
 
 
 def bench_command(args: argparse.Namespace) -> int:
-    """bench: seconds and peak memory of each case, and their ratios to the first of its group."""
+    """bench: seconds and peak memory of each case, and their ratios to the head alone."""
     from setlib import bench
 
-    rows, first = bench.bench(args.only), {}
-    shown = [["bench", "variant", "size", "seconds", "ratio", "peak MB", "ratio"]]
-    for row in rows:
-        base = first.setdefault((row["bench"], row["size"]), row)
-        ratios = [row[key] / base[key] if base[key] else 0 for key in ("seconds", "peak_bytes")]
-        measured = [f"{row['seconds']:.4f}", f"{ratios[0]:.2f}"]
-        measured += [f"{row['peak_bytes'] / 1e6:.1f}", f"{ratios[1]:.2f}"] if row["peak_bytes"] else ["-", "-"]
-        shown.append([row["bench"], row["variant"], row["size"], *measured])
-    print(text_table(shown))
-    for name, needed in (("gpu", "GPU"), ("explorer", "browser and the extra browser")):
-        if not any(row["bench"] == name for row in rows) and (not args.only or name in args.only):
-            print(f"{name}: nothing is measured without a {needed}")
+    found = bench.bench(args.only)
+    print(", ".join(f"{name} {value}" for name, value in found.items() if value and name != "rows"))
+    if found["rows"]:
+        print(text_table(bench.table(found["rows"])))
+    if not any(row["bench"] == "gpu" for row in found["rows"]) and (not args.only or "gpu" in args.only):
+        print("gpu: nothing is measured without a GPU")
     if args.json:
-        print(f"Rows: {write_atomic(args.json, json.dumps(rows, indent=1))}")
+        print(f"Rows: {write_atomic(args.json, json.dumps(found, indent=1))}")
     return 0
 
 

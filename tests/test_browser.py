@@ -11,18 +11,19 @@ import re
 import shutil
 from pathlib import Path
 
+import headless
 import numpy as np
 import pytest
 from PIL import Image
 
 from setlib import __main__ as cli
-from setlib import browser, workbook
+from setlib import workbook
 from setlib.experiment import Run
 
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(
-        browser.program() is None,
+        headless.program() is None,
         reason="the browser check needs a Chromium or Chrome, and `pip install -e '.[browser]'`",
     ),
 ]
@@ -45,7 +46,7 @@ def run(tmp_path_factory) -> Run:
 @pytest.fixture(scope="module")
 def lab(run, tmp_path_factory):
     """The explorer's own notebook, run, as `python -m setlib explore` serves it."""
-    with browser.open_lab(run.path, tmp_path_factory.mktemp("log") / "lab.log") as lab:
+    with headless.open_lab(run.path, tmp_path_factory.mktemp("log") / "lab.log") as lab:
         lab.run_all(workbook.write_explorer(run).name)
         lab.wait_for_words("swap", "at all frequencies")
         lab.watch("swap")
@@ -68,7 +69,7 @@ def take_screenshot(lab, view: str) -> None:
     lab.page.mouse.move(0, 0)
     lab.page.wait_for_timeout(500)
     shot = Image.open(io.BytesIO(lab.view(view).screenshot())).convert("RGB")
-    lab.page.set_viewport_size(browser.SIZE)
+    lab.page.set_viewport_size(headless.SIZE)
     for share in (1, 0.9, 0.8, 0.7, 0.6, 0.5):
         kept, size = io.BytesIO(), (round(share * shot.width), round(share * shot.height))
         shot.resize(size, Image.Resampling.LANCZOS).quantize(256).save(kept, "PNG", optimize=True)

@@ -1,23 +1,30 @@
-"""Explorers that are slow or broken, in a real browser: positions are dropped, and the check fails on a fault."""
+"""Explorers at work, slow or broken, in a real browser: a key answers soon, positions are dropped, faults are found."""
 
 from __future__ import annotations
 
+import os
 import re
+import statistics
 
+import headless
 import pytest
 
-from setlib import browser, workbook
+from setlib import workbook
 from setlib.experiment import Experiment, Run
+from setlib.model import Segmenter
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(browser.program() is None, reason="no browser: see test_browser.py"),
+    pytest.mark.skipif(headless.program() is None, reason="no browser: see test_browser.py"),
 ]
 NOTEBOOK = """from setlib.explore import SwapExplorer
 from setlib.views import Studio
 explorer = SwapExplorer(Studio.open({names}))
 {{}}
 explorer.show()"""
+SWAP = """from setlib.explore import SwapExplorer
+from setlib.views import Studio
+SwapExplorer(Studio.open({names}), **STATE).show()"""
 SLOW = "import time; draw = explorer.render; explorer.render = lambda **a: (time.sleep(0.25), draw(**a))[1]"
 
 
@@ -25,9 +32,34 @@ def run_notebook(lab, run: Run, line: str) -> None:
     lab.run_all(workbook.write_explorer(run, code=NOTEBOOK.replace("{{}}", line.replace("{", "{{"))).name)
 
 
+@pytest.mark.parametrize(
+    ("space", "with_model", "longest"), [("pixels", False, 1), ("pixels", True, 3), ("layer", True, 3)]
+)
+def test_a_key_on_a_slider_changes_the_picture_soon(tmp_path, capsys, space, with_model, longest):
+    """Median seconds of 9 keys, printed; SETLIB_RUN names a run of another size to measure."""
+    run = Run.load(os.environ["SETLIB_RUN"]) if "SETLIB_RUN" in os.environ else None
+    if run is None:
+        run = Run.open(tmp_path / "run", Experiment.build("smoke"))
+        Segmenter(run.experiment).save(run.path / "model")
+    space = space.replace("layer", f"layer {run.experiment.model.refined_layers[0]}")
+    state = {"space": space, "run": str(run.path) * with_model, "style": run.experiment.data.targets[-1]}
+    notebook = workbook.write_explorer(run, code=SWAP.replace("STATE", "{{" + repr(state)[1:-1] + "}}"))
+    with headless.open_lab(run.path, tmp_path / "lab.log") as lab:
+        lab.run_all(notebook.name)
+        lab.check()
+        lab.watch("swap")
+        lab.control("swap", "weight").first.focus()
+        lab.press("ArrowLeft")
+        seconds = statistics.median(lab.press("ArrowLeft") for _ in range(9)) / 1000
+        lab.check()
+    with capsys.disabled():
+        print(f"\nswap in {space}{' with segmentation' * with_model}: {seconds:.2f} s from key to picture")
+    assert seconds < longest
+
+
 def test_a_drag_over_20_positions_ends_within_one_update(tmp_path):
     run = Run.open(tmp_path / "run", Experiment.build("smoke"))
-    with browser.open_lab(run.path, tmp_path / "lab.log") as lab:
+    with headless.open_lab(run.path, tmp_path / "lab.log") as lab:
         run_notebook(lab, run, SLOW)
         lab.wait_for_words("swap", "at all frequencies")
         lab.watch("swap")
@@ -61,7 +93,7 @@ def test_a_drag_over_20_positions_ends_within_one_update(tmp_path):
 )
 def test_the_check_fails_on_a_fault(tmp_path, fault, said):
     run = Run.open(tmp_path / "run", Experiment.build("smoke"))
-    with browser.open_lab(run.path, tmp_path / "lab.log") as lab:
+    with headless.open_lab(run.path, tmp_path / "lab.log") as lab:
         run_notebook(lab, run, fault)
         if "observe" in fault:
             lab.check()

@@ -29,14 +29,14 @@ USER_VISIBLE = {"torch", "transformers", "jupyterlab", "matplotlib", "ipywidgets
 COMMON = {"experiment", "labels", "files"}
 IMPORTS = {
     "__main__": {"check", "workbook", "release", "bench"},
-    "bench": {"evaluate", "train", "browser"},
-    "browser": {"workbook", "model"},
+    "bench": {"gpu"},
+    "gpu": {"train"},
     "workbook": {"explore", "ablation", "attention", "evaluate", "train", "plots"},
     "explore": {"views", "controls"},
     "controls": set(),
     "views": {"material", "boards", "plots"},
     "material": {"attention", "evaluate", "domains"},
-    "boards": set(),
+    "boards": {"plots"},
     "attention": {"analysis", "refiners"},
     "analysis": {"plots", "spectral", "model", "domains", "scenes", "transforms"},
     "plots": set(),

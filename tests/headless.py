@@ -1,4 +1,4 @@
-"""A notebook in a real JupyterLab in a headless Chromium: what the browser check and the bench of the explorer drive.
+"""A notebook in a real JupyterLab in a headless Chromium: what the browser check drives.
 
 Needs the extra `browser` (playwright) and a Chromium or Chrome of the system; nothing is downloaded.
 """
@@ -12,18 +12,13 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from itertools import cycle
-from multiprocessing.util import Finalize
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from setlib.experiment import Experiment, Run
-from setlib.model import Segmenter
-from setlib.workbook import lab_command, this_python, write_explorer
+from setlib.workbook import lab_command, this_python
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SIZE = {"width": 1280, "height": 1000}  # of the window, pixels
@@ -193,34 +188,6 @@ def open_lab(folder: Path, log: Path) -> Iterator[Lab]:
                 server.wait(10)
             except subprocess.TimeoutExpired:
                 server.kill()
-
-
-SWAP = """from setlib.explore import SwapExplorer
-from setlib.views import Studio
-SwapExplorer(Studio.open({names}), **STATE).show()"""
-
-
-def swap_step(profile: str, overrides: Sequence[str], space: str, with_model: bool) -> Callable[[], float]:
-    """From a key on the slider "weight" to the changed picture, milliseconds; the model's head is untrained.
-
-    The browser is closed when the process ends.
-    """
-    stack = contextlib.ExitStack()
-    Finalize(None, stack.close, exitpriority=1)
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="setlib-bench-")))
-    run = Run.open(folder / "run", Experiment.build(profile, overrides=list(overrides)))
-    if with_model:
-        Segmenter(run.experiment).save(run.path / "model")
-    state = {"space": space, "run": str(run.path) * with_model, "style": run.experiment.data.targets[-1]}
-    notebook = write_explorer(run, code=SWAP.replace("STATE", "{{" + repr(state)[1:-1] + "}}"))
-    lab = stack.enter_context(open_lab(run.path, folder / "log"))
-    lab.run_all(notebook.name)
-    lab.check()
-    lab.watch("swap")
-    lab.control("swap", "weight").first.focus()
-    keys = cycle(["ArrowLeft"] * 19 + ["ArrowRight"] * 19)
-
-    return lambda: lab.press(next(keys))
 
 
 def _get(address: str, method: str = "GET") -> Any:
