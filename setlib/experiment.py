@@ -455,7 +455,7 @@ class Run:
         return values
 
     def save_figure(self, figure: typing.Any, name: str) -> typing.Any:
-        """Saves a matplotlib figure as figures/name.png and returns it, for showing; None is a figure that is left out."""
+        """Saves a matplotlib figure as figures/name.png and returns it, for showing; None is left out."""
         if figure is None:
             return (self.path / "figures" / f"{name}.png").unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(dir=self.file("figures/x").parent) as folder:

@@ -1,6 +1,7 @@
 """The bridge to the public releases of Rein and SET: their parameter names, checkpoints in and out, and parity.
 
-A release's checkpoint holds the tokens (`backbone.reins.*`) and the head (`decode_head.*`), not the frozen backbone.
+A release's checkpoint holds the tokens (`backbone.reins.*`) and the head (`decode_head.*`), not the frozen backbone;
+that of the frozen baseline holds the head alone.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ HEAD_NAMES = {  # of a release, and ours; # is a number
 }
 THEIR_HEAD_NAMES = {ours: theirs for theirs, ours in HEAD_NAMES.items()}  # of query_features: querys2feat, the last
 DINOV2 = {(384, 12): "small", (768, 12): "base", (1024, 24): "large", (1536, 40): "giant"}  # by channels and layers
+LAYERS = dict(DINOV2.keys())  # by channels
 THREE = re.compile(r"(.*self_attn\.attn\.)in_proj_(weight|bias)")  # query, key and value, one below the other
 
 
@@ -130,8 +132,9 @@ def head_from_release(parameters: dict[str, Tensor]) -> tuple[dict[str, Tensor],
 
 
 def head_to_release(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our head, with queries made from tokens, under a release's names."""
-    names, left = rename(parameters, THEIR_HEAD_NAMES)
+    """Our head under a release's names."""
+    learned = {"query_features": "query_feat"} if "query_embed.weight" in parameters else {}  # else made from tokens
+    names, left = rename(parameters, THEIR_HEAD_NAMES | learned)
     if left:
         raise ValueError(f"A release has no place for {', '.join(left)}.")
     parts = {new: parameters[name] for name, new in names.items()}
@@ -245,13 +248,14 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def layers_read(num_layers: int) -> tuple[int, ...]:
-    """Layers whose features the releases' head reads: 8, 12, 16, 24 of ViT-L's, else evenly spaced."""
-    return (8, 12, 16, 24) if num_layers == 24 else even_layers(num_layers)
+    """Layers whose features the releases' head reads: 8, 12, 16, 24 of ViT-L's, else evenly spaced; () if not known."""
+    return (8, 12, 16, 24) if num_layers == 24 else even_layers(num_layers) if num_layers else ()
 
 
 def import_checkpoint(path: Path, out: Path, backbone: str = "") -> Run:
     """A release's checkpoint as a run folder, for evaluate and predict. The backbone itself is not needed.
 
+    A head alone becomes a run with the refiner none, its learned queries with it.
     backbone: that the release was trained on, if it is not the DINOv2 of its size.
     Raises ValueError if the folder is not empty, or with the names that are missing or left over.
     """
@@ -268,12 +272,15 @@ def import_checkpoint(path: Path, out: Path, backbone: str = "") -> Run:
         raise ValueError(f"{path} holds values that are no finite numbers: {', '.join(bad)}.")
     if backbone:
         check_name(backbone)
-    refiner = "set-released" if "learnable_tokens2" in tokens else "rein"
-    if not tokens:
-        raise ValueError(f"{path} holds no tokens (backbone.reins.*): expected a Rein or SET release.")
-    made, mask_head = load_release(refiner, tokens), load_head(head)
-    num_layers, num_tokens, rank = tokens["learnable_tokens_a"].shape
-    channels = tokens["learnable_tokens_b"].shape[-1]
+    if not tokens and not {"query_embed.weight", "query_feat.weight"} <= head.keys():
+        raise ValueError(f"{path} holds no tokens (backbone.reins.*), nor learned queries (query_embed, query_feat).")
+    refiner = "set-released" if "learnable_tokens2" in tokens else "rein" if tokens else "none"
+    made, mask_head = load_release(refiner, tokens) if tokens else None, load_head(head)
+    channels = mask_head.channels
+    num_layers, num_tokens, rank = LAYERS.get(channels, 0), len(mask_head.query_features.weight), Model.rank
+    if made:
+        num_layers, num_tokens, rank = tokens["learnable_tokens_a"].shape
+        channels = tokens["learnable_tokens_b"].shape[-1]
     sizes = head_sizes(mask_head.state_dict())
     hidden, num_classes = mask_head.classify.in_features, mask_head.classify.out_features - 1
     if num_classes != len(CITYSCAPES):
@@ -282,9 +289,9 @@ def import_checkpoint(path: Path, out: Path, backbone: str = "") -> Run:
         )
     if not backbone and (channels, num_layers) not in DINOV2:
         raise ValueError(
-            f"No DINOv2 has {num_layers} layers of {channels} channels: name the backbone with --backbone."
+            f"No DINOv2 has {num_layers or 'any'} layers of {channels} channels: name the backbone with --backbone."
         )
-    if made.query_map is None or mask_head.query_embed is not None or mask_head.channels != channels:
+    if made and (made.query_map is None or mask_head.query_embed is not None or mask_head.channels != channels):
         raise ValueError(f"The head of {path} does not read its tokens: expected a release with linked queries.")
     paper = PROFILES["paper"]
     model = Model(
@@ -303,7 +310,7 @@ def import_checkpoint(path: Path, out: Path, backbone: str = "") -> Run:
     experiment = replace(paper, model=model, inference=Inference(windows=1))  # as released: one window at a time
     experiment.override()
     run = Run(out, experiment)
-    tensors = {f"refiner.{n}": t for n, t in made.state_dict().items()}
+    tensors = {f"refiner.{n}": t for n, t in made.state_dict().items()} if made else {}
     tensors |= {f"head.{n}": t for n, t in mask_head.state_dict().items()}
     run.write_json("experiment.json", experiment.to_dict())
     write_model(out / "model", tensors, experiment, fingerprint="")
@@ -316,10 +323,10 @@ def export_checkpoint(run: Run, path: Path) -> None:
     Raises ValueError if the release has no place for the model.
     """
     config = run.experiment.model
-    if config.refiner not in BRANCHES or config.head != "mask2former":
+    if config.refiner not in (*BRANCHES, "none") or config.head != "mask2former":
         raise ValueError(
             f"{run.path} has the refiner {config.refiner} and the head {config.head}: releases hold "
-            f"{' or '.join(BRANCHES)} with mask2former."
+            f"{' or '.join(BRANCHES)} with mask2former, or none with it."
         )
     folder = run.path / "model"
     if not (folder / "model.safetensors").is_file():
@@ -330,23 +337,25 @@ def export_checkpoint(run: Run, path: Path) -> None:
         raise ValueError(
             f"{folder}/model.safetensors cannot be read ({error}): delete {folder} and train again."
         ) from None
-    num_layers = len(tensors.get(f"refiner.{BRANCHES[config.refiner]}.tokens.a", ()))
+    head, branch = head_to_release(_under(tensors, "head.")), BRANCHES.get(config.refiner)
+    num_layers = LAYERS.get(load_head(head).channels, 0)
+    if branch:
+        num_layers = len(tensors.get(f"refiner.{branch}.tokens.a", ()))
     read = config.feature_layers or even_layers(num_layers)
-    everywhere = config.refined_layers in ((), tuple(range(1, num_layers + 1)))
-    if not everywhere or read != layers_read(num_layers):
+    everywhere = config.refined_layers in ((), tuple(range(1, num_layers + 1))) or not branch
+    if not everywhere or num_layers and read != layers_read(num_layers):
         raise ValueError(
             f"A release refines every layer and reads {layers_read(num_layers)} of {num_layers}: {run.path} refines "
             f"{config.refined_layers or 'all'} and reads {read}."
         )
     tokens = {name: value for name, value in _under(tensors, "refiner.").items() if name != "trained_batch"}
-    names, left = rename(tokens, their_names(config.refiner))
+    names, left = rename(tokens, their_names(config.refiner) if branch else {})
     if left:
         raise ValueError(f"A release has no place for {', '.join(left)}.")
     state = {f"backbone.reins.{new}": tokens[name] for name, new in names.items()}
-    head = head_to_release(_under(tensors, "head."))
     state |= {f"decode_head.{name}": value for name, value in head.items()}
-    load_release(config.refiner, _under(state, "backbone.reins."))  # whole?
-    load_head(head)
+    if branch:
+        load_release(config.refiner, _under(state, "backbone.reins."))  # whole?
     buffer = io.BytesIO()
     torch.save({"meta": {}, "state_dict": state}, buffer)
     write_atomic(path, buffer.getvalue())

@@ -145,6 +145,56 @@ def test_an_imported_model_is_the_release(tmp_path):
     assert model.predict(np.zeros((64, 96, 3), np.uint8)).shape == (64, 96)
 
 
+def write_baseline(path, queries=("query_embed", "query_feat")):
+    """The golden head as that of a frozen backbone: learned queries, no tokens, the nineteen classes."""
+    values = {name: torch.from_numpy(value) for name, value in np.load(HEAD).items() if name.startswith("param/")}
+    state = {name.removeprefix("param/"): value for name, value in values.items() if "querys2feat" not in name}
+    state |= {f"decode_head.{name}.weight": torch.randn(7, 32) for name in queries}
+    state |= {"decode_head.cls_embed.weight": torch.randn(20, 32), "decode_head.cls_embed.bias": torch.randn(20)}
+    torch.save({"meta": {}, "state_dict": state}, path)
+    return state
+
+
+def test_a_head_alone_comes_in_as_none_and_goes_out_again(tmp_path, capsys):
+    state = write_baseline(tmp_path / "head.pth")
+    assert (
+        cli.main(["import", str(tmp_path / "head.pth"), "--backbone", "tiny-random", "--out", f"{tmp_path}/run"]) == 0
+    )
+    assert "none on tiny-random" in capsys.readouterr().out
+    run = Run.load(tmp_path / "run")
+    assert (run.experiment.model.refiner, run.experiment.model.num_tokens) == ("none", 7)
+    config = ViTConfig(hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, patch_size=16)
+    model = Segmenter.load(run.path, FrozenBackbone(ViTModel(config), "tiny"))
+    images = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        maps = list(model.backbone(images, model.refiner, model.feature_layers).values())
+        expected = release.load_head({n.removeprefix("decode_head."): v for n, v in state.items()})(maps)
+        torch.testing.assert_close(model(images).masks[-1], expected.masks[-1])
+        torch.testing.assert_close(model(images).classes[-1], expected.classes[-1])
+    assert cli.main(["export", str(run.path), "--out", f"{tmp_path}/again.pth"]) == 0
+    again = torch.load(tmp_path / "again.pth", weights_only=True)["state_dict"]
+    assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize(
+    "queries, words",
+    [
+        ((), "nor learned queries (query_embed, query_feat)"),
+        (("query_feat",), "nor learned queries"),
+        (("query_embed", "query_feat", "querys2feat"), "left over"),
+    ],
+)
+def test_a_head_alone_without_its_queries_is_one_sentence(queries, words, tmp_path, capsys):
+    write_baseline(tmp_path / "head.pth", queries)
+    assert (
+        cli.main(["import", str(tmp_path / "head.pth"), "--backbone", "tiny-random", "--out", f"{tmp_path}/run"]) == 2
+    )
+    assert words in (error := capsys.readouterr().err) and error.count("\n") == 1, error
+    write_baseline(tmp_path / "head.pth")
+    assert cli.main(["import", str(tmp_path / "head.pth"), "--out", f"{tmp_path}/run"]) == 2
+    assert "No DINOv2 has any layers of 24 channels" in capsys.readouterr().err
+
+
 def drop(state):
     del state["backbone.reins.merge.bias"]
 
