@@ -5,6 +5,7 @@ PYTHON      ?= python3
 CONSTRAINTS ?= constraints.txt
 UV          ?= $(shell command -v uv 2>/dev/null)
 ARGS        ?=
+WORKERS     ?= 2
 
 VENV_PYTHON := .venv/bin/python
 READY       := .venv/.ready
@@ -31,13 +32,14 @@ endif
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo 'Variables: PYTHON=python3.12 (3.10 to 3.13), ARGS="--seed 1" for workbook and lab,'
-	@echo '           UV= to do without uv, CONSTRAINTS= to keep a torch build of your own in .venv'
+	@echo '           WORKERS=4 processes for test (2 unless said), UV= to do without uv,'
+	@echo '           CONSTRAINTS= to keep a torch build of your own in .venv'
 
 workbook: $(READY)  ## the five notebooks in the quick profile; ARGS goes to `python -m setlib run`
 	$(VENV_PYTHON) -m setlib run --profile quick $(ARGS)
 
 test: lint  ## lint and all tests, the notebooks in the smoke profile among them
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest --cov=setlib --cov-report=term
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(WORKERS) --dist worksteal --durations=10 --cov=setlib --cov-report=term
 
 test-browser: $(READY)  ## the explorer in a real JupyterLab in a headless Chromium, if one is installed
 	$(VENV_PYTHON) -m pip install --quiet -e ".[browser]" $(if $(CONSTRAINTS),-c $(CONSTRAINTS))

@@ -31,6 +31,7 @@ def fill(megabytes):
     return bench.Case("memory", f"{megabytes} MB", "once", partial(partial, torch.ones, megabytes * 250_000))
 
 
+@pytest.mark.first
 def test_rows_hold_medians_and_peaks(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "BENCHES", {"memory": lambda: [fill(20), fill(80)]})
     monkeypatch.setattr(bench, "REPEATS", 2)
@@ -72,6 +73,7 @@ def test_every_case_can_be_prepared_and_stepped(name, monkeypatch):
         case.prepare()()
 
 
+@pytest.mark.first
 def test_what_a_gpu_is_asked_runs_on_a_cpu(monkeypatch, tmp_path, capsys):
     """The very command, small: every row is there, has its numbers, and the CPU agrees with itself."""
     monkeypatch.setattr(gpu, "PLAN", SMOKE)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,12 +19,13 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+import matplotlib
 import nbformat
 import numpy as np
 import papermill.iorw
 import pytest
 from matplotlib.figure import Figure
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
 from setlib import __main__ as cli
@@ -159,6 +163,8 @@ def test_a_run_that_stops_keeps_what_it_holds_and_says_why(tmp_path, monkeypatch
     report = (folder / "report.html").read_text(encoding="utf-8")
     assert "What is &lt;01_first&gt;?" in report and 'alt="a &lt;line&gt;"' in report
     assert "Report: " + str(Path("a {run}") / "report.html") in captured.out
+    figure = Path("a {run}") / "figures" / "01_a_<line>.png"
+    assert f"\n01_first, {figure}, about a minute left (an estimate)\n" in captured.out
 
 
 def test_a_killed_kernel_is_one_sentence(run, tmp_path):
@@ -181,6 +187,9 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_earlier_copy(run, tmp_path, m
     assert [path.read_text() for path in (run.path / "notebooks").iterdir()] == ["earlier"]
 
 
+SEEDS = [("none", 0, 20.04), ("none", 3, 22.0), ("rein", 0, 31.5), ("rein", 3, None)]
+
+
 def write_results(run: Run) -> None:
     """Metrics, the models beside the run's own, a figure and an executed copy."""
     results = [
@@ -193,10 +202,13 @@ def write_results(run: Run) -> None:
     run.write_json("results/04_cross_domain.json", {"miou": {"none": other, "set": own}, "peak_bytes": 2_000_000_000})
     code = [new_code_cell(f'run.save_figure(figure, "{name}")') for name in ("04_worst", "04_best")]
     texts = [new_markdown_cell(text) for text in ("Intro", "# Cross & domain", "The *worst* <one>.")]
-    copy = new_notebook(cells=[*texts, *code])
+    last = new_code_cell("verdict", outputs=[new_output("display_data", {"text/markdown": "**What** is <seen>."})])
+    copy = new_notebook(cells=[*texts, *code, last])
+    rows = [{"variant": v, "seed": s, "domain": "scenes:fog", "miou": m} for v, s, m in SEEDS]
+    run.write_json("results/05_ablations.json", {"rows": rows})
     copy.metadata["papermill"] = {"duration": 12.345, "exception": None}
     nbformat.write(copy, run.file("notebooks/04_cross_domain.ipynb"))
-    for name in ("04_best", "04_all_others", "04_worst"):
+    for name in ("04_best", "04_all_others", "04_worst", "04_domains", "02_by_hand"):
         run.save_figure(Figure(), name)
 
 
@@ -219,11 +231,14 @@ def test_the_report_stands_alone(tmp_path):
     run = Run.open(tmp_path / "a<b", Experiment.build("smoke", "scenes:clear", ["camvid@<b>"], 5, options))
     write_results(run)
     page = workbook.write_report(run).read_text(encoding="utf-8")
-    assert re.findall(r'(?:src|href)="(?!data:image/png;base64,)', page) == []
-    assert "http" not in page and "<b>" not in page
-    assert re.findall(r'<img alt="([\w ]+)"', page) == ["worst", "all others", "best"]
-    assert re.findall("<figcaption>(.*?)</figcaption>", page) == ["The worst &lt;one&gt;.", "all others", "best"]
-    assert "<h2>Cross &amp; domain</h2>" in page
+    assert re.findall(r'(?:src|href)="(?!data:image/(?:webp|jpeg);base64,)', page) == []
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "") and "<b>" not in page
+    opening, folded = page.split("<h2>Everything else</h2>")
+    assert "<details" not in opening and "What is &lt;seen&gt;." in opening
+    assert re.findall(r'<img alt="([\w ]+)"', opening) == ["by hand", "domains"]
+    assert re.findall(r'<img alt="([\w ]+)"', folded) == ["worst", "all others", "best"]
+    assert "<figcaption>The worst &lt;one&gt;.</figcaption>" in folded
+    assert "<h2>Cross &amp; domain</h2>" in opening and re.search("beforeprint", page) and "@media print" in page
     assert "--seed 5 -o train.steps=7 ablation.variants=none,set" in page
     differing = page[page.index("What is not as the profile has it") : page.index("All options")]
     assert re.findall(r"<tr><td>([\w.]+)<td>", differing) == ["seed", "data.source", "data.targets", *[
@@ -234,6 +249,49 @@ def test_the_report_stands_alone(tmp_path):
     assert "torch " in page and "transformers " in page
 
 
+def test_the_report_opens_with_every_seed_of_every_model_and_domain(run):
+    write_results(run)
+    page = workbook.write_report(run).read_text(encoding="utf-8")
+    assert "saw only scenes:game hold" in page[: page.index("<svg")]
+    own, short = re.findall("<svg.*?</svg>", page, flags=re.S)
+    words = [re.findall(r"<text[^>]*>\s*([^<]*?)</text>", one) for one in (own, short)]
+    assert words[0] == ["none", "set", "scenes:game", "55.0", "60.0", "scenes:fog", "30.0", "41.3", "camvid:&lt;b&gt;"]
+    assert words[1] == ["none", "rein", "scenes:fog", "21.0", "20.0  22.0", "31.5"]
+    assert re.findall('class="cell best"[^>]*>([^<]*)', own + short) == ["60.0", "41.3", "31.5"]
+    assert "seeds 0, 3" in page
+
+
+@pytest.mark.parametrize("kind", ["chart", "spectrum", "photo"])
+def test_a_figure_is_embedded_small_and_shows_no_loss(kind, tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "01_a.png"
+    if kind == "chart":
+        pixels = np.full((200, 300, 3), 255, np.uint8)
+        pixels[50:150, 20:280:20] = (0, 114, 178)
+    elif kind == "spectrum":  # a colour scale on noise
+        pixels = matplotlib.colormaps["magma"](rng.random((200, 300)), bytes=True)[..., :3]
+    else:
+        smooth = Image.fromarray(rng.integers(0, 256, (10, 15, 3), np.uint8)).resize((300, 200))
+        pixels = np.asarray(smooth) // 2 + rng.integers(0, 30, (200, 300, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    made = workbook.embedded(path)
+    form, _, content = made["source"].partition(";base64,")
+    assert form == f"data:image/{'jpeg' if kind == 'photo' else 'webp'}" and made["size"] == (300, 200)
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB"), float)
+    error = np.square(shown - pixels).mean()
+    assert error == 0 if kind == "chart" else error < 20
+    assert len(content) < path.stat().st_size
+
+
+def test_an_ignored_target_is_a_dash_in_the_report(run):
+    write_results(run)
+    assert "nan" not in workbook.write_report(run).read_text(encoding="utf-8").partition("<style>")[2]
+
+
+def test_the_template_is_packaged():
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert workbook.PAGE.name in project["tool"]["setuptools"]["package-data"]["setlib"] and workbook.PAGE.is_file()
+
+
 def test_the_report_says_what_the_backbone_is_not(run):
     run.experiment = Experiment.build("quick", "folder@a", ["folder@b"])
     page = workbook.write_report(run).read_text(encoding="utf-8")
@@ -241,6 +299,7 @@ def test_the_report_says_what_the_backbone_is_not(run):
     assert "Nothing is scored yet" in page
 
 
+@pytest.mark.first
 @pytest.mark.notebooks
 def test_the_workbook_runs_from_end_to_end(tmp_path, capsys):
     folder = tmp_path / "run"
@@ -271,23 +330,37 @@ def test_the_workbook_runs_from_end_to_end(tmp_path, capsys):
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count("<img ") == len(list((folder / "figures").glob("*.png")))
 
-    assert cli.main([*options, "--only", "03", "04"]) == 0
+    assert cli.main([*options, "--only", "04"]) == 0
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert cli.main([*options, "--seed", "1"]) == 2
     assert "another configuration (seed is 0, not 1)" in capsys.readouterr().err
 
+    camvid = f"camvid@{write_camvid(tmp_path)}"  # the same models on eleven classes
+    other = Run.open(tmp_path / "other", Experiment.build("smoke", targets=[camvid, "scenes:fog"]))
+    for part in ("model", "baseline"):
+        shutil.copytree(folder / part, other.path / part)
+    rendered = ["run", "--profile", "smoke", "--run", str(other.path), "--only", "04", "--target", camvid, "scenes:fog"]
+    assert cli.main(rendered) == 0, capsys.readouterr().err
+    numbers = other.read_json("results/04_cross_domain.json")
+    assert numbers["hardest"] == camvid and numbers["rows"][1]["drop set"] is None
 
+
+def write_camvid(folder: Path, name: str = "camvid", kinds: tuple[str, ...] = ("images", "labels")) -> Path:
+    """Three random pictures with labels of CamVid's eleven classes, or photos without labels."""
+    random = np.random.default_rng(0)
+    for kind in kinds:
+        (folder / name / kind).mkdir(parents=True)
+        for i in range(3):
+            shape, high = ((60, 80, 3), 256) if kind == "images" else ((60, 80), 12)
+            Image.fromarray(random.integers(0, high, shape, np.uint8)).save(folder / name / kind / f"{i}.png")
+    return folder / name
+
+
+@pytest.mark.first
 @pytest.mark.notebooks
 def test_domains_of_several_class_sets_and_without_labels(tmp_path, capsys):
     """CamVid's eleven classes, the nineteen of the scenes and photos without labels, side by side."""
-    random = np.random.default_rng(0)
-    for name, kinds in (("camvid", ("images", "labels")), ("photos", ("images",))):
-        for kind in kinds:
-            (tmp_path / name / kind).mkdir(parents=True)
-            for i in range(3):
-                shape, high = ((60, 80, 3), 256) if kind == "images" else ((60, 80), 12)
-                Image.fromarray(random.integers(0, high, shape, np.uint8)).save(tmp_path / name / kind / f"{i}.png")
-    camvid, photos = f"camvid@{tmp_path}/camvid", f"folder@{tmp_path}/photos"
+    camvid, photos = f"camvid@{write_camvid(tmp_path)}", f"folder@{write_camvid(tmp_path, 'photos', ('images',))}"
     options = ["-o", "train.steps=2", "ablation.variants=none,set", "ablation.overrides=train.steps=1"]
     base = ["run", "--profile", "smoke", *options]
     folder = tmp_path / "a"
@@ -296,11 +369,6 @@ def test_domains_of_several_class_sets_and_without_labels(tmp_path, capsys):
     metrics = json.loads((folder / "metrics.json").read_text())
     scored = {result["domain"]: result["class_set"] for result in metrics["results"]}
     assert scored == {"scenes:night": "cityscapes-19", camvid: "camvid-11"}
-    folder = tmp_path / "b"
-    rendered = [*base, "--run", str(folder), "--only", "03", "04", "--target", camvid, "scenes:fog"]
-    assert cli.main(rendered) == 0, capsys.readouterr().err
-    numbers = json.loads((folder / "results" / "04_cross_domain.json").read_text())
-    assert numbers["hardest"] == camvid and numbers["rows"][1]["drop set"] is None
 
 
 # The explorer's notebook, served
