@@ -11,21 +11,25 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from itertools import chain, count
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from setlib.experiment import Data, Experiment, Run, default_run_folder, nearest
-from setlib.files import write_atomic
+from setlib.files import PROJECT, write_atomic
 
 if TYPE_CHECKING:
     from setlib.check import Check
-    from setlib.model import Segmenter
 
 BAR = 40  # characters of a class that covers everything
-FREE = ("data.eval_images", "data.content_seed", "data.eval_edges", "model.any_batch", "inference.")  # after training
+FREE = (  # after training
+    *("data.eval_images", "data.content_seed", "data.eval_edges", "data.on_error", "data.exif_labels"),
+    *("model.any_batch", "inference."),
+)
 SHARED = ("train", "evaluate")  # by several processes
 LISTED = 10  # problems of a domain that are shown
+PACKAGES = ("torch", "transformers", "datasets", "papermill")  # without which no command works
+ENTER = "enter the environment first, with 'source {}/.venv/bin/activate' or 'conda activate setlib' (README.md, Start)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,6 +40,8 @@ class Parser(argparse.ArgumentParser):
         wrong = re.search(r"invalid choice: '?([^'\s]+)'?", message)
         known = [choice for action in self._actions for choice in action.choices or ()]
         message = f"unknown command '{wrong[1]}' ({nearest(wrong[1], known)})" if wrong else message
+        if re.search("required: (?!COMMAND)[A-Z]", message):
+            message += " (names stand first: -o and --target take all words that follow)"
         raise ValueError(f"{message}; see: {self.prog} --help")
 
 
@@ -71,11 +77,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     predict.add_argument("run", metavar="RUN", help="run folder")
     predict.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
     predict.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for what is made")
+    text = "also a PNG of the label ids of this data set, as test servers take them, and one in its colours: cityscapes"
+    predict.add_argument("--labels", metavar="NAME", default="", help=text)
     check = add("check", "Say what a domain holds, and whether it can be used.", profile, options)
     check.add_argument("domains", metavar="DOMAIN", nargs="+", help="name[:split][@folder]")
     check.add_argument("--deep", action="store_true", help="decode every file and count the pixels of the classes")
     check.add_argument("--json", metavar="FILE", type=Path, help="write what was found to a file too")
-    prepare = add("prepare", "Write a resized copy of a domain, in the same tree; goes on where it was cut short.")
+    text = "Write a resized copy of a domain, in the same tree; goes on where it was cut short."
+    prepare = add("prepare", text, options)
     prepare.add_argument("domain", metavar="DOMAIN", help="name[:split]@folder")
     prepare.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for the copy")
     prepare.add_argument("--short-edge", metavar="N", type=int, required=True, help="pixels; smaller ones stay")
@@ -102,7 +111,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        name = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+        name = next((word for word in unknown if word.startswith("-")), "").partition("=")[0]
+        if not name:
+            parser.error(f"'{unknown[0]}' stands behind an option: {args.command} takes its names first")
         known = [option for action in commands.choices[args.command]._actions for option in action.option_strings]
         parser.error(f"unknown option '{name}' of {args.command} ({nearest(name, known)})")
     return args
@@ -139,6 +150,9 @@ def check_labelled(names: Sequence[str], data: Data, every: bool) -> None:
     bare = [n for n in names if domains.parse(n).name != "scenes" and not domains.load(n, data).has_labels]
     if bare and (every or len(bare) == len(names)):
         raise ValueError(f"Domain '{bare[0]}' has no labels: it can be predicted and looked at, not scored.")
+    for name in names:
+        if number := domains.shared(data.source, name, data):
+            domains.say(f"{name}: scored on {number} pictures that it is trained on; name another split to score")
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -177,14 +191,14 @@ def train_command(args: argparse.Namespace) -> int:
         return 0
     trained = " + ".join(f"{number:,} ({part})" for part, number in model.num_trainable().items())
     loss = f"{history[-1]['loss']:.3f}" if history else "not recorded"
-    print(f"{len(history)} steps, last loss {loss}; trained values: {trained}")
+    print(f"{run.experiment.train.steps} steps, last loss {loss}; trained values: {trained}")
     print(f"Model: {shown(run.path / 'model')}\nScore it with: python -m setlib evaluate {shown(run.path)}")
     return 0
 
 
 def freely(experiment: Experiment, options: Sequence[str]) -> Experiment:
     """A trained model's experiment with options of its use. Raises ValueError for what training settled."""
-    if trained := [option for option in options if not option.startswith(FREE)]:
+    if trained := [option for option in options if "=" in option and not option.startswith(FREE)]:
         raise ValueError(f"Option '{trained[0]}' was settled by training: only {', '.join(FREE)} are free.")
     used = experiment.override(*options)
     from setlib import domains
@@ -219,7 +233,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
 
 def predict_command(args: argparse.Namespace) -> int:
-    """predict: two PNGs for every picture that can be read; the others are named at the end."""
+    """predict: PNGs for every picture that can be read; the others are named at the end."""
     run, images = Run.load(args.run), list(dict.fromkeys(args.images))
     used = freely(run.experiment, args.options)
     for path in images:
@@ -227,10 +241,13 @@ def predict_command(args: argparse.Namespace) -> int:
             raise ValueError(
                 f"{path} is a folder: name its pictures." if path.is_dir() else f"There is no file {path}."
             )
-    outputs = dict(zip(images, output_names(images), strict=True))
-    made = {
-        (args.out / f"{name}_{kind}.png").resolve() for name in outputs.values() for kind in ("overlay", "trainids")
-    }
+    from setlib import predict
+
+    if args.labels:
+        predict.label_ids(args.labels)  # known?
+    outputs = dict(zip(images, predict.output_names(images), strict=True))
+    kinds = predict.ALWAYS + predict.WITH_LABELS * bool(args.labels)
+    made = {(args.out / f"{name}_{kind}.png").resolve() for name in outputs.values() for kind in kinds}
     for path in images:
         if path.resolve() in made:
             raise ValueError(f"{path} would be overwritten by a prediction: name another folder with --out.")
@@ -242,7 +259,7 @@ def predict_command(args: argparse.Namespace) -> int:
     model.use(used)
     for path, name in tqdm(outputs.items(), desc="predict", unit="img"):
         try:
-            for kind, content in predict_picture(model, path).items():
+            for kind, content in predict.predict_picture(model, path, args.labels).items():
                 write_atomic(args.out / f"{name}_{kind}.png", content)
         except ValueError as error:
             problems.append(str(error))
@@ -250,36 +267,6 @@ def predict_command(args: argparse.Namespace) -> int:
     if problems:
         raise ValueError(" ".join(problems))
     return 0
-
-
-def predict_picture(model: Segmenter, path: Path) -> dict[str, bytes]:
-    """Two PNGs at the picture's own size: "overlay", the classes' colours over it, and "trainids"."""
-    from io import BytesIO
-
-    import numpy as np
-    from PIL import Image
-
-    from setlib.labels import CITYSCAPES
-    from setlib.pictures import read_picture
-
-    picture = read_picture(path)
-    labels = model.predict(picture)
-    overlay = picture // 2 + CITYSCAPES.palette[labels] // 2
-    pngs = {"overlay": BytesIO(), "trainids": BytesIO()}
-    for file, pixels in zip(pngs.values(), (overlay.astype(np.uint8), labels), strict=True):
-        Image.fromarray(pixels).save(file, "PNG")
-    return {kind: file.getvalue() for kind, file in pngs.items()}
-
-
-def output_names(images: Sequence[Path]) -> list[str]:
-    """One name per picture: its stem; where that is taken, with folder, suffix and at last a number."""
-    names: list[str] = []
-    for path in images:
-        long = f"{path.absolute().parent.name}_{path.stem}"
-        wider = (path.stem, long, f"{long}_{path.suffix[1:]}")
-        taken = {name.lower() for name in names}  # some file systems do not tell A from a
-        names.append(next(n for n in chain(wider, (f"{long}_{i}" for i in count(2))) if n.lower() not in taken))
-    return names
 
 
 def check_command(args: argparse.Namespace) -> int:
@@ -312,7 +299,8 @@ def prepare_command(args: argparse.Namespace) -> int:
 
     if args.short_edge < 1:
         raise ValueError(f"A short edge of {args.short_edge} pixels is none: expected at least 1.")
-    pairs = check.prepare(args.domain, args.out, args.short_edge, Data())
+    data = Experiment.build(overrides=args.options).data
+    pairs = check.prepare(args.domain, args.out, args.short_edge, data)
     spec, _, _ = args.domain.partition("@")
     print(f"{pairs} pictures in {args.out}; use it as {spec}@{args.out}")
     return 0
@@ -417,11 +405,13 @@ def describe(found: Check) -> str:
     sizes = ", ".join(f"{w} x {h} ({n})" for (w, h), n in found.sizes.most_common(5))
     name = f"{found.domain} {found.split}".rstrip()
     lines = [f"{name}: {found.pairs} {kind}" + (f"; sizes: {sizes}" if sizes else "")]
-    total = sum(found.class_pixels.values())
-    for name, pixels in found.class_pixels.items() if total else ():
+    shares = found.class_pixels | {"(ignored)": found.ignored_pixels}
+    total = sum(shares.values())
+    for name, pixels in shares.items() if total else ():
         lines.append(f"  {name:<14}{100 * pixels / total:5.1f} %  {'#' * round(BAR * pixels / total)}".rstrip())
     lines += [f"  problem: {problem}" for problem in found.problems[:LISTED]]
     lines += [f"  and {len(found.problems) - LISTED} more problems"] if found.problems[LISTED:] else []
+    lines += [f"  note: {note}" for note in found.notes]
     return "\n".join(lines)
 
 
@@ -456,10 +446,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"{args.command} works in one process: start only train and evaluate with accelerate launch."
             )
+        if missing := [name for name in PACKAGES if find_spec(name) is None]:
+            raise ModuleNotFoundError(name=missing[0])
         return globals()[f"{args.command}_command"](args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if "--debug" in argv:
             raise
+        if isinstance(error, ModuleNotFoundError):
+            error = f"This Python ({sys.executable}) has no package {error.name}: {ENTER.format(PROJECT)}"
         return fail(error, 2)
     except KeyboardInterrupt:
         return fail("stopped; what was finished is kept, and the same command goes on from there", 130)

@@ -216,14 +216,8 @@ def _smoke() -> Experiment:
     data = Data(
         targets=("scenes:night", "scenes:fog"), height=64, width=128, long_edge=128, train_images=12, eval_images=4
     )
-    model = Model(
-        backbone="tiny-random",
-        refined_layers=(3, 4),
-        feature_layers=(1, 2, 3, 4),
-        num_tokens=8,
-        rank=4,
-        head_channels=16,
-    )
+    layers = {"refined_layers": (3, 4), "feature_layers": (1, 2, 3, 4)}
+    model = Model(backbone="tiny-random", num_tokens=8, rank=4, head_channels=16, **layers)
     train = Train(steps=12, batch_size=2, views=8, checkpoint_every=6)
     variants = ("none", "full", "vpt", "adaptformer", "rein", "fada", "set")
     ablation = Ablation(variants=variants, overrides=("train.steps=6", "data.eval_images=2"))

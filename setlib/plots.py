@@ -80,13 +80,10 @@ def coloured(image: np.ndarray, label: np.ndarray, class_set: ClassSet, alpha: f
     return np.where((label == IGNORE)[..., None], image, mixed.round()).astype(np.uint8)
 
 
-def _columns(count: int, most: int = 10) -> int:
-    return -(-count // (-(-count // most) or 1)) or 1
-
-
 def _class_patches(class_set: ClassSet, places: Sequence[int]) -> dict[str, Any]:
     patches = [Patch(color=np.divide(class_set.colours[i], 255), label=class_set.classes[i]) for i in places]
-    return {"handles": patches, "ncols": _columns(len(patches)), "handlelength": 1, "columnspacing": 1}
+    num_rows = -(-len(patches) // 10) or 1
+    return {"handles": patches, "ncols": -(-len(patches) // num_rows) or 1, "handlelength": 1, "columnspacing": 1}
 
 
 @quiet
@@ -206,10 +203,7 @@ def class_shares(shares: Mapping[str, np.ndarray], class_set: ClassSet, ax: Axes
 
 @quiet
 def loss_curves(histories: Mapping[str, Sequence[Mapping]], ax: Axes | None = None) -> Axes:
-    """Training loss by step, {name: history}: a running mean over a tenth of the steps on the faint raw values.
-
-    A history that is empty has no curve.
-    """
+    """Training loss by step, {name: history}: a running mean over a tenth of the steps on the faint raw values."""
     ax, histories = _axes(ax, 3.2), {name: history for name, history in histories.items() if history}
     for i, (name, history) in enumerate(histories.items()):
         losses = pandas.Series([row["loss"] for row in history], [row["step"] for row in history])
@@ -218,10 +212,7 @@ def loss_curves(histories: Mapping[str, Sequence[Mapping]], ax: Axes | None = No
         ax.plot(smooth, color=COLOURS[i % 8], linewidth=1.8, label=f"{name}: {smooth.iloc[-1]:.2f} at the end")
     ax.set(xlabel="step", ylabel="loss on the source", ylim=(0, None))
     ax.grid(True, axis="y")
-    if histories:
-        ax.legend()
-    else:
-        ax.text(0.5, 0.5, "The history of the training is not there.", ha="center", transform=ax.transAxes)
+    ax.legend(*ax.get_legend_handles_labels(), title="" if histories else "The history of the training is not there.")
     return ax
 
 
@@ -374,10 +365,7 @@ def class_heatmap(scores: Mapping[str, np.ndarray], class_set: ClassSet, ax: Axe
 
 @quiet
 def stacked(draw: Callable[..., Axes], groups: Sequence[tuple[ClassSet, Mapping[str, np.ndarray]]]) -> Figure | None:
-    """One panel a class set, below each other; draw: `class_heatmap` or `class_bars`, groups: what they take.
-
-    None where there is no group.
-    """
+    """One panel a class set, below each other; draw: `class_heatmap` or `class_bars`; None without groups."""
     if not groups:
         return None
     heights = [draw(values, class_set).figure.get_figheight() for class_set, values in groups]
@@ -450,9 +438,9 @@ def movement(table: Sequence[Mapping], ax: Axes | None = None) -> Axes:
 
 
 class Table:
-    """Rows as an HTML table in notebooks and reports, as aligned text elsewhere; made by `table`."""
+    """Rows as HTML in notebooks, as aligned text elsewhere: floats with `decimals` decimals, None and NaN a dash."""
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], caption: str, decimals: int) -> None:
+    def __init__(self, rows: Sequence[Mapping[str, Any]], caption: str = "", decimals: int = 1) -> None:
         rows = rows or [{"": "nothing to show"}]
         columns = list(dict.fromkeys(key for row in rows for key in row))
         cells = [[_text(row.get(key), decimals) for key in columns] for row in rows]
@@ -476,9 +464,7 @@ def _text(value: Any, decimals: int) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 0.01 * 0.1**decimals else f"{value:.{decimals}f}"
 
 
-def table(rows: Sequence[Mapping[str, Any]], caption: str = "", decimals: int = 1) -> Table:
-    """Rows for a notebook or a report: floats get `decimals` decimals (tiny ones an exponent), None and NaN a dash."""
-    return Table(rows, caption, decimals)
+table = Table  # as notebooks call it
 
 
 def pivot(rows: Sequence[Mapping[str, Any]], index: str, columns: str, values: str) -> list[dict[str, Any]]:

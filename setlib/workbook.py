@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import io
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import shlex
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -27,39 +29,13 @@ from setlib.files import PROJECT, STATIC, write_atomic
 
 NOTEBOOKS = PROJECT / "notebooks"
 TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
-PAGE = """<!doctype html>
-{% macro table(rows, caption) %}
-<div class="wide"><table><caption>{{ caption }}</caption><tr><th>{{ rows[0] | join("<th>" | safe) }}</tr>
-{% for row in rows[1:] %}<tr><td>{{ row | join("<td>" | safe) }}</tr>
-{% endfor %}</table></div>
-{% endmacro %}
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{{ title }}</title><style>
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:auto;padding:1rem;color:#222;background:#fff}
-code{background:#f3f3f3;padding:.1em .3em;overflow-wrap:anywhere}.wide{overflow-x:auto}
-.note,caption,figcaption{color:#555}
-table{border-collapse:collapse}caption,th{text-align:left}th,td{padding:.2rem .7rem;border-bottom:1px solid #ccc}
-td+td{text-align:right}img{max-width:100%;height:auto}figure{margin:1.5rem 0;break-inside:avoid}
-</style></head><body><h1>{{ title }}</h1><p>Made by <code>{{ command }}</code></p>
-{% for note in notes %}<p class="note">{{ note }}</p>
-{% endfor %}
-<h2>Results</h2>
-{% if results %}{{ table(results, "Mean IoU in percent over the classes that occur, from one seed; - is not scored") }}
-{% else %}<p>Nothing is scored yet.</p>
-{% endif %}
-{% for name, rows in classes.items() %}<details><summary>IoU per class, {{ name }}</summary>
-{{ table(rows, "Percent; - where neither labels nor predictions hold the class") }}</details>
-{% endfor %}
-{% for heading, pictures in figures.items() %}<h2>{{ heading }}</h2>
-{% for name, picture, caption in pictures %}
-<figure><img alt="{{ name }}" src="data:image/png;base64,{{ picture }}">
-<figcaption>{{ caption }}</figcaption></figure>
-{% endfor %}{% endfor %}
-<h2>Cost</h2>{{ table(cost, "Wall-clock time and largest resident memory of each notebook's process") }}
-<h2>Configuration</h2>
-{{ table(differing, "What is not as the profile has it" if differing[1:] else "The profile as it is") }}
-<details><summary>All options</summary>{{ table(options, "") }}</details>
-<p>{{ versions }}</p></body></html>"""
+PAGE = Path(__file__).with_name("report.html")  # a template of jinja
+MAIN = ("01_styles", "02_swap", "03_predictions", "04_domains", "05_ablation")  # the figure that shows what each found
+SHARES = {  # of a run's time that its notebooks usually take, percent, by profile
+    "smoke": {"01": 10, "02": 14, "03": 26, "04": 18, "05": 32},
+    "quick": {"01": 3, "02": 4, "03": 41, "04": 11, "05": 41},
+    "paper": {"01": 1, "02": 1, "03": 14, "04": 2, "05": 82},
+}
 
 
 class NotebookStopped(RuntimeError):
@@ -151,9 +127,12 @@ def check_parameters(notebook: Path, values: dict[str, Any]) -> None:
 def run_notebooks(run: Run, only: Sequence[str] = (), folder: Path | None = None, **parameters: Any) -> None:
     """Executes the notebooks in order; the executed copies go to RUN/notebooks. `parameters` adds to the run's own.
 
+    Prints the main figure of each as it ends, and an estimate of the time that is left, from what they usually take.
     Raises ValueError before the first one starts if a notebook or parameter is unknown, NotebookStopped if one fails.
     """
-    notebooks = find_notebooks(only, folder)
+    notebooks, began = find_notebooks(only, folder), time.monotonic()
+    shares = SHARES[run.experiment.profile.partition("-")[0]]
+    shares = [shares.get(notebook.stem[:2], 1) for notebook in notebooks]
     values = notebook_parameters(run) | parameters
     for notebook in notebooks:
         check_parameters(notebook, values)
@@ -165,6 +144,10 @@ def run_notebooks(run: Run, only: Sequence[str] = (), folder: Path | None = None
             except BaseException:
                 print(file=sys.stderr)  # ends the line of a progress bar that was cut short
                 raise
+            left = (time.monotonic() - began) * sum(shares[number:]) / sum(shares[:number]) / 60  # minutes
+            figure = [shown(path) for path in figures(run, notebook.stem)[:1]]
+            about = [f"about {left:.0f} min left (an estimate)" if left > 1 else "about a minute left (an estimate)"]
+            print(", ".join([notebook.stem, *figure, *about * (number < len(notebooks))]), flush=True)
 
 
 def _execute(notebook: Path, copy: Path, values: dict[str, Any]) -> None:
@@ -283,10 +266,18 @@ def write_explorer(run: Run, domains: Sequence[str] = (), code: str = EXPLORER) 
     return write_atomic(run.path / "explore.ipynb", nbformat.writes(notebook) + "\n")
 
 
-def executed(run: Run) -> list[dict]:
-    """Per executed copy: name, title, captions, seconds, peak_bytes (None without results), and whether it has ended.
+def figures(run: Run, stem: str, captions: Sequence[str] = ()) -> list[Path]:
+    """A notebook's figures: first the one that shows what it found, then in the order of captions."""
+    found = sorted((run.path / "figures").glob(f"{stem[:2]}_*.png"))
+    places = {name: place for place, name in enumerate(captions)}
+    return sorted(found, key=lambda path: (path.stem not in MAIN, places.get(path.stem, len(places))))
 
-    captions: the text above each cell that saves a figure, by the figure's name, in the notebook's order.
+
+def executed(run: Run) -> list[dict]:
+    """Per executed copy: name, title, captions, said, seconds, peak_bytes (None without results), and whether it ended.
+
+    captions: the text above each cell that saves a figure, by the figure's name, in the notebook's order. said: the
+    notebook's own last words.
     """
     found = []
     for path in sorted((run.path / "notebooks").glob("[0-9][0-9]_*.ipynb")):
@@ -296,12 +287,18 @@ def executed(run: Run) -> list[dict]:
         pairs = [
             (above, code) for (kind, above), (_, code) in zip(texts, texts[1:], strict=False) if kind == "markdown"
         ]
-        captions = {name: above for above, code in pairs for name in re.findall(r'"(\d\d_\w+)"', code)}
+        captions = {name: _plain(above) for above, code in pairs for name in re.findall(r'"(\d\d_\w+)"', code)}
+        outputs = [output.get("data", {}) for cell in notebook["cells"] for output in cell.get("outputs", ())]
+        said = ["".join(data["text/markdown"]) for data in outputs if "text/markdown" in data]
         peak = run.read_json(results).get("peak_bytes") if (run.path / results).is_file() else None
         notes = notebook["metadata"]["papermill"]
-        entry = {"name": path.stem, "title": title, "captions": captions, "seconds": notes["duration"]}
-        found.append(entry | {"peak_bytes": peak, "ended": not notes["exception"]})
+        entry = {"name": path.stem, "title": title, "captions": captions, "said": _plain(said[-1] if said else "")}
+        found.append(entry | {"seconds": notes["duration"], "peak_bytes": peak, "ended": not notes["exception"]})
     return found
+
+
+def _plain(text: str) -> str:
+    return re.sub("[`*]", "", text)
 
 
 def cost_rows(run: Run) -> list[list[str]]:
@@ -314,55 +311,94 @@ def cost_rows(run: Run) -> list[list[str]]:
     return rows
 
 
-def metric_rows(run: Run) -> list[list[str]]:
-    """Header and rows: mIoU of each scored domain by model, class set, pictures; [] if nothing is scored.
-
-    Targets of the run's own model come from metrics.json, all else from results/04_cross_domain.json.
-    """
-    if not (run.path / "metrics.json").is_file():
-        return []
-    scored = {result["domain"]: result for result in run.read_json("metrics.json")["results"]}
+def _scores(run: Run) -> dict[str, dict[str, float | None]]:
+    """mIoU by model and domain: of the run's own model also what `evaluate` has added to metrics.json."""
     refiner, beside = run.experiment.model.refiner, "results/04_cross_domain.json"
     miou = run.read_json(beside).get("miou", {}) if (run.path / beside).is_file() else {}
-    own = miou.pop(refiner, {})
-    rows = [["domain", *(f"mIoU % {name}" for name in [*miou, refiner]), "class set", "pictures"]]
-    for domain in {**own, **scored}:
-        result = scored.get(domain, {"miou": own.get(domain)})
-        values = [*(values.get(domain) for values in miou.values()), result["miou"]]
-        name = domain if domain in scored else f"{domain} (source)"
-        rows.append([name, *map(_percent, values), result.get("class_set", "-"), str(result.get("images", "-"))])
+    results = run.read_json("metrics.json")["results"] if (run.path / "metrics.json").is_file() else []
+    own = miou.pop(refiner, {}) | {result["domain"]: result["miou"] for result in results}
+    return miou | ({refiner: own} if own else {})
+
+
+def metric_rows(run: Run) -> list[list[str]]:
+    """Header and rows: mIoU of each scored domain by model, class set, pictures; [] if nothing is scored."""
+    if not (run.path / "metrics.json").is_file():
+        return []
+    scored, miou = {result["domain"]: result for result in run.read_json("metrics.json")["results"]}, _scores(run)
+    rows = [["domain", *(f"mIoU % {name}" for name in miou), "class set", "pictures"]]
+    for domain in miou.get(run.experiment.model.refiner, ()):
+        result = scored.get(domain, {})
+        values = [_percent(by_domain.get(domain)) for by_domain in miou.values()]
+        name = domain if result else f"{domain} (source)"
+        rows.append([name, *values, result.get("class_set", "-"), str(result.get("images", "-"))])
     return rows
 
 
+def _panels(run: Run) -> list[dict]:
+    """What was scored, a panel each for notebooks 04 and 05: title, models, rows {domain: {model: [mIoU by seed]}}."""
+    from setlib.plots import short_name
+
+    own = [{"variant": m, "domain": d, "miou": v} for m, values in _scores(run).items() for d, v in values.items()]
+    beside, panels = "results/05_ablations.json", []
+    short = run.read_json(beside).get("rows", []) if (run.path / beside).is_file() else []
+    seeds = ", ".join(str(seed) for seed in dict.fromkeys(row["seed"] for row in short))
+    titles = f"Trained in notebook 03, seed {run.experiment.seed}", f"Trained shorter in notebook 05, seeds {seeds}"
+    for title, found in zip(titles, (own, short), strict=True):
+        rows: dict[str, dict[str, list[float]]] = {}
+        for row in found:
+            if row["miou"] is not None:
+                rows.setdefault(short_name(row["domain"]), {}).setdefault(row["variant"], []).append(row["miou"])
+        models = list(dict.fromkeys(row["variant"] for row in found))
+        panels += [{"title": title, "models": models, "rows": rows}] if rows else []
+    return panels
+
+
+def embedded(path: Path) -> dict[str, Any]:
+    """A figure as a data URI (source) and its size (w, h): as it is, or as a JPEG in all of its colours if smaller."""
+    from PIL import Image
+
+    def pack(**how: Any) -> bytes:
+        picture.save(file := io.BytesIO(), **how)
+        return file.getvalue()
+
+    picture = Image.open(path).convert("RGB")
+    chart, photo = (
+        pack(format="WEBP", lossless=True, quality=50, method=2),
+        pack(format="JPEG", quality=84, subsampling=0),
+    )
+    kind, content = ("webp", chart) if len(chart) <= len(photo) else ("jpeg", photo)
+    return {"source": f"data:image/{kind};base64,{base64.b64encode(content).decode()}", "size": picture.size}
+
+
 def write_report(run: Run) -> Path:
-    """RUN/report.html: one page with command, configuration, tables and figures, readable without any other file."""
+    """RUN/report.html: one page with the answer, the story and the rest, readable without any other file."""
     from jinja2 import Environment
 
-    experiment, entries = run.experiment, executed(run)
-    titles = {entry["name"][:2]: entry["title"] for entry in entries}
-    captions = {name: text for entry in entries for name, text in entry["captions"].items()}
-    places = {name: place for place, name in enumerate(captions)}
-    figures: dict[str, list[tuple[str, str, str]]] = {}
-    paths = sorted((run.path / "figures").glob("*.png"))
-    for path in sorted(paths, key=lambda path: (path.name[:2], places.get(path.stem, len(places)))):
-        name = path.stem.partition("_")[2].replace("_", " ") or path.stem
-        picture = base64.b64encode(path.read_bytes()).decode()
-        group = figures.setdefault(titles.get(path.name[:2], "Figures"), [])
-        group.append((name, picture, re.sub("[`*]", "", captions.get(path.stem, name))))
+    experiment, entries = run.experiment, {entry["name"][:2]: entry for entry in executed(run)}
+    for path in sorted((run.path / "figures").glob("[0-9][0-9]_*.png")):  # those of a notebook run by hand, too
+        number = path.name[:2]
+        entries.setdefault(number, {"name": number, "title": f"Notebook {number}", "captions": {}, "said": ""})
+    for number, entry in entries.items():
+        entry["figures"] = [
+            {"name": path.stem[3:].replace("_", " "), "caption": entry["captions"].get(path.stem, "")} | embedded(path)
+            for path in figures(run, number, entry["captions"])
+        ]
     values = {
         "title": f"Profile {experiment.profile}, refiner {experiment.model.refiner}, seed {experiment.seed}",
+        "question": f"How well does a model that saw only {experiment.data.source} hold on domains it never saw?",
         "command": command(run),
         "notes": list(_notes(experiment)),
+        "panels": _panels(run),
+        "notebooks": [entries[number] for number in sorted(entries)],
         "results": metric_rows(run),
         "classes": _class_tables(run),
-        "figures": figures,
         "cost": cost_rows(run),
         "differing": [["option", "value"], *differing(experiment).items()],
         "options": [["option", "value"], *options(experiment).items()],
         "versions": _versions(),
     }
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE).render(values)
-    return write_atomic(run.path / "report.html", page + "\n")
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE.read_text("utf-8"))
+    return write_atomic(run.path / "report.html", template.render(values) + "\n")
 
 
 def _class_tables(run: Run) -> dict[str, list[list[str]]]:

@@ -12,7 +12,10 @@ import pytest
 from PIL import Image
 
 from setlib import __main__ as cli
+from setlib import predict
 from setlib.experiment import Experiment
+from setlib.labels import CITYSCAPES, id_map
+from setlib.readers import LAYOUTS
 
 TINY = ["-o", "train.steps=2", "train.views=2", "data.height=32", "data.width=32", "data.long_edge=64"]
 HEAVY = {"torch", "transformers", "papermill", "datasets", "matplotlib", "numpy"}
@@ -72,6 +75,9 @@ def read_error(capsys: pytest.CaptureFixture) -> str:
         ("evaluate nowhere", ["nowhere is no run folder"]),
         ("predict nowhere picture.png --out out", ["nowhere is no run folder"]),
         ("predict nowhere picture.png", ["required: --out"]),
+        ("predict nowhere --out out -o inference.flip=true a.png", ["required: IMAGE", "names stand first: -o and"]),
+        ("predict nowhere a.png --out out b.png", ["'b.png' stands behind an option"]),
+        ("evaluate --target scenes:night nowhere", ["required: RUN", "names stand first: -o and --target take all"]),
     ],
 )
 def test_usage_errors_are_one_sentence_that_names_the_cure(argv, words, capsys, tmp_path, monkeypatch):
@@ -88,6 +94,16 @@ def test_help_and_usage_errors_import_nothing_heavy():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.stdout.startswith("2 ")
     assert not HEAVY & set(result.stdout.split())
+
+
+@pytest.mark.parametrize("command", ["run", "train", "evaluate x", "check x", "backbones", "bench", "verify x.npz"])
+def test_outside_the_environment_it_is_said_how_to_enter_it(command):
+    bare = [sys.executable, "-S", "-E", "-m", "setlib"]  # without site-packages
+    root = Path(cli.__file__).parents[1]
+    result = subprocess.run([*bare, *command.split()], capture_output=True, text=True, timeout=60, cwd=root)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "has no package" in result.stderr
+    assert f"source {root}/.venv/bin/activate" in result.stderr and "conda activate setlib" in result.stderr
+    assert subprocess.run([*bare, command.split()[0], "--help"], capture_output=True, cwd=root).returncode == 0
 
 
 def test_debug_shows_the_traceback():
@@ -205,7 +221,7 @@ def test_predict_reads_every_format_and_overwrites_nothing(trained, capsys, tmp_
     images = [str(tmp_path / "in" / name) for name in sizes]
     assert cli.main(["predict", str(trained), *images, "--out", str(tmp_path / "out")]) == 0
     assert f"{len(sizes)} of {len(sizes)}" in capsys.readouterr().out
-    names = cli.output_names([Path(image) for image in images])
+    names = predict.output_names([Path(image) for image in images])
     assert names[:3] == ["a", "in_a", "sub_a"]
     assert len(list((tmp_path / "out").iterdir())) == 2 * len(sizes)
     for name, size in zip(names, sizes.values(), strict=True):
@@ -233,21 +249,65 @@ def test_predict_does_what_it_can_and_names_the_rest(trained, capsys, tmp_path):
         (["missing.png"], "There is no file"),
         (["sub"], "is a folder"),
         (["a.png", "a_overlay.png"], "would be overwritten"),
+        (["a.png", "a_labelids.png"], "would be overwritten"),
     ],
 )
 def test_predict_refuses_before_it_starts(trained, capsys, tmp_path, images, words):
     save_pictures(tmp_path)
     Image.new("RGB", (4, 4)).save(tmp_path / "a_overlay.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a_labelids.png")
     before = (tmp_path / "a_overlay.png").read_bytes()
     images = [str(tmp_path / name) for name in images]
-    assert cli.main(["predict", str(trained), *images, "--out", str(tmp_path)]) == 2
+    assert cli.main(["predict", str(trained), *images, "--out", str(tmp_path), "--labels", "kitti"]) == 2
     assert words in read_error(capsys)
     assert (tmp_path / "a_overlay.png").read_bytes() == before and not list(tmp_path.glob("*_trainids.png"))
 
 
+CANONICAL = {  # train class -> id and colour in the labels of a data set
+    "cityscapes": {"road": (7, (128, 64, 128)), "train": (31, (0, 80, 100)), "bicycle": (33, (119, 11, 32))},
+    "mapillary": {"road": (13, (128, 64, 128)), "traffic sign": (50, (220, 220, 0)), "rider": (20, (255, 0, 0))},
+    "mapillary-v2": {"road": (21, (128, 64, 128)), "traffic sign": (100, (220, 220, 0)), "person": (30, (220, 20, 60))},
+    "wilddash2": {"car": (26, (0, 0, 142)), "pole": (17, (153, 153, 153))},
+    "camvid32": {"person": (16, (64, 64, 0)), "truck": (5, (64, 0, 128)), "traffic sign": (20, (192, 128, 128))},
+    "camvid": {"bus": (8, (64, 0, 128)), "sky": (0, (128, 128, 128))},
+    "bdd100k": {"road": (0, (128, 64, 128)), "bicycle": (18, (119, 11, 32))},
+    "iddlevel3": {"road": (0, (128, 64, 128)), "train": (255, (0, 0, 0))},  # it has none
+}
+
+
+@pytest.mark.parametrize("name", CANONICAL)
+def test_label_ids_are_those_of_the_class_itself(name):
+    to_ids, colours = predict.label_ids(name)
+    places = {word: CITYSCAPES.classes.index(word) for word in CANONICAL[name]}
+    assert {w: (to_ids[i], tuple(colours[to_ids[i]])) for w, i in places.items()} == CANONICAL[name]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_label_ids_of_every_data_set_are_read_as_the_class_that_was_predicted(name):
+    to_ids, _ = predict.label_ids(name)
+    ids = id_map(LAYOUTS[name][0].labels[0][1])
+    assert ids.to_score[to_ids[:19]].tolist() == ids.class_set.to_place[:19].tolist() and (to_ids[19:] == 255).all()
+
+
+def test_predict_writes_label_ids_and_colours_on_demand(trained, capsys, tmp_path):
+    picture = str(trained.parent / "domain" / "images" / "p0.png")
+    words = ["predict", str(trained), picture, "--out", str(tmp_path / "out"), "--labels"]
+    assert cli.main([*words, "cityscapes"]) == 0
+    made = {path.stem.removeprefix("p0_"): Image.open(path) for path in (tmp_path / "out").iterdir()}
+    assert {kind: image.mode for kind, image in made.items()} == {
+        "overlay": "RGB", "trainids": "L", "labelids": "L", "colours": "RGB"}  # fmt: skip
+    found = {kind: np.asarray(image) for kind, image in made.items()}
+    assert np.array_equal(id_map("labelids").to_train[found["labelids"]], found["trainids"])
+    assert np.array_equal(found["colours"], CITYSCAPES.palette[found["trainids"]])
+    assert cli.main([*words, "cityscape"]) == 2
+    assert "Unknown data set 'cityscape' of --labels (nearest: cityscapes" in read_error(capsys)
+    assert cli.main(["predict", str(trained), picture, "--out", "x", "-o", "inference.flip=true", "b.png"]) == 2
+    assert "Option 'b.png' is not KEY=VALUE" in read_error(capsys)
+
+
 def test_output_names_never_meet():
     paths = [Path(name) for name in ("x/A.png", "y/a.png", "z/y/a.png", "z/y/a.jpg", "q/y/a.jpg")]
-    names = cli.output_names(paths)
+    names = predict.output_names(paths)
     assert names[:3] == ["A", "y_a", "y_a_png"]
     assert len({name.lower() for name in names}) == len(paths)
 

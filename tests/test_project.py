@@ -28,7 +28,7 @@ USER_VISIBLE = {"torch", "transformers", "jupyterlab", "matplotlib", "ipywidgets
 # A room stands above all it imports, so the table is also the order of the house, top first.
 COMMON = {"experiment", "labels", "files"}
 IMPORTS = {
-    "__main__": {"check", "workbook", "release", "bench"},
+    "__main__": {"check", "workbook", "release", "bench", "predict"},
     "bench": {"gpu"},
     "gpu": {"train"},
     "workbook": {"explore", "ablation", "attention", "evaluate", "train", "plots"},
@@ -43,6 +43,7 @@ IMPORTS = {
     "ablation": {"train", "evaluate"},
     "train": {"evaluate", "model", "domains", "transforms", "processes"},
     "evaluate": {"model", "domains", "processes", "windows"},
+    "predict": {"model", "readers"},
     "release": {"model"},
     "model": {"features", "refiners", "heads", "transforms", "pictures", "windows"},
     "heads": {"pixels"},
@@ -199,6 +200,11 @@ def test_table_of_imports_has_no_circle():
 )
 def test_every_form_of_import_is_seen(line: str):
     assert find_rooms_imported(ast.parse(line), set(IMPORTS)) == {"train"}
+
+
+def test_what_is_no_module_is_packaged_too():
+    others = {path.name for path in (ROOT / "setlib").iterdir() if path.is_file() and path.suffix != ".py"}
+    assert others == set(read_pyproject()["tool"]["setuptools"]["package-data"]["setlib"])
 
 
 def test_package_stays_compact():
