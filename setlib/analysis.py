@@ -49,9 +49,9 @@ def styled_scenes(data: Data, layouts: int, styles: Sequence[str] = STYLES) -> d
 def spectrum_pictures(x: Tensor) -> dict[str, np.ndarray]:
     """What `plots.spectra` draws of pictures (B, 3, h, w) in [0, 1]: {name: (B, h, w)}, 0 frequency in the middle.
 
-    Log amplitude of grey values of 0 to 255, phase, and the phase minus that of the first picture.
+    Log amplitude of grey values of 0 to 255, phase, and the phase minus that of the first picture; NaN: no phase.
     """
-    phase = torch.fft.fftshift(torch.fft.fft2(x.mean(1)), dim=(1, 2)).angle()
+    phase = spectral.phase_picture(x.mean(1))
     against = torch.remainder(phase - phase[:1] + math.pi, 2 * math.pi) - math.pi
     parts = {"log(1 + amplitude)": spectral.log_amplitude_picture(255 * x), "phase (rad)": phase}
     return {name: part.numpy() for name, part in (parts | {"phase - first's (rad)": against}).items()}
@@ -83,18 +83,19 @@ def compare(x: Tensor, y: Tensor, axes: tuple[int, int] = spectral.GRID) -> dict
     Over all images, channels and frequencies but zero (a mean has no phase), with the weights w = sqrt(A_x A_y):
     amplitude = sum w |ln A_x - ln A_y| / sum w: 0 for equal amplitudes, 0.69 where one is twice the other;
     phase = 1 - sum w cos(rho_x - rho_y) / sum w: 0 for equal phases, 1 for unrelated ones, 2 for opposed ones.
-    The weights silence positions that are empty in x or y, whose phase is noise; their square root lets every octave of
+    The weights silence positions that are empty (`spectral.is_empty`) in x or y, whose phase is rounding; their square root lets every octave of
     a natural picture count twice as much as the one below it. Both are 0 if there is nothing to compare.
     """
     size = (x.shape[axes[0]], x.shape[axes[1]])
     one, other = (spectral.transform(z, axes) for z in (x, y))
     smallest = torch.finfo(one.real.dtype).tiny
+    empty = spectral.is_empty(one.abs(), axes) | spectral.is_empty(other.abs(), axes)
     a, b = (z.abs().clamp(min=smallest) for z in (one, other))
     kept = (spectral.frequency_radius(size) > 0).to(a)
-    weights = (a * b).sqrt() * ((a > smallest) & (b > smallest)) * _counts(size, axes).to(a)
+    weights = (a * b).sqrt() * ~empty * _counts(size, axes).to(a)
     weights = weights * (kept[:, :, None] if axes == spectral.GRID else kept)
     total = weights.sum().clamp(min=smallest)
-    turned = 1 - (spectral.unit_phasor(one) * spectral.unit_phasor(other).conj()).real
+    turned = 1 - (spectral.unit_phasor(one, axes) * spectral.unit_phasor(other, axes).conj()).real
     moved = {"amplitude": (a.log() - b.log()).abs(), "phase": turned}
     return {part: ((weights * value).sum() / total).item() for part, value in moved.items()}
 

@@ -27,6 +27,7 @@ from setlib.labels import IGNORE, ClassSet
 WIDTH = 9.5  # inches at 100 dots an inch: the text width of a notebook
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")  # Okabe and Ito
 MARKERS = "osD^vP*X"
+NO_VALUE = "#808080"  # where there is no phase
 SMALL = dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8)
 STYLE = SMALL | dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9)
 STYLE |= dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False)
@@ -153,7 +154,8 @@ def spectra(
 ) -> Figure:
     """Pictures above their spectra, one column a picture, one row and scale a part; zero frequency in the middle.
 
-    parts: {name with unit: one (h, w) a picture}; a part whose name starts with "phase" is in radians, drawn cyclic.
+    parts: {name with unit: one (h, w) a picture}; a part whose name starts with "phase" is in radians, drawn cyclic,
+    grey where there is none.
     """
     made = sheet([images, *parts.values()], column_titles=column_titles)
     for i, (name, values) in enumerate(parts.items(), start=1):
@@ -161,7 +163,8 @@ def spectra(
         is_phase = name.startswith("phase")
         limits = (-math.pi, math.pi) if is_phase else (np.min(values), np.max(values))
         for ax in row:
-            ax.images[0].set(cmap="twilight" if is_phase else "magma", clim=limits, interpolation="nearest")
+            colours = matplotlib.colormaps["twilight" if is_phase else "magma"].with_extremes(bad=NO_VALUE)
+            ax.images[0].set(cmap=colours, clim=limits, interpolation="nearest")
         inset = row[-1].inset_axes([1.03, 0, 0.04, 1])
         bar = made.colorbar(row[0].images[0], cax=inset)
         bar.set_label(name, fontsize=7)

@@ -3,6 +3,9 @@
 Every transform is two-dimensional, real to half spectrum, and orthonormal (energy is kept). Patch features
 (B, H, W, C) are transformed over the patch grid, axes (1, 2); pictures (B, 3, h, w) over their pixels, axes (2, 3).
 The half spectrum keeps the columns 0 ... W // 2 of the last transformed axis; the rest follows by symmetry.
+
+A phase is a point of the circle: -pi and pi are the same. Where an image's channel has no amplitude but rounding
+(`is_empty`) its phase would be chance, and another on each processor: there it is 0 and passes on no gradient.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from torch.autograd.function import once_differentiable
 GRID = (1, 2)
 PIXELS = (2, 3)
 LARGEST_GRID = 128  # patches along an axis up to which the transform is a product with matrices
+NOTHING = 1e-6  # of a channel's largest amplitude: what float32 rounds; at and below it there is no phase
+OPPOSED = 1e-3  # length below which the mean of two phases has no direction
 
 
 class Spectrum(NamedTuple):
@@ -43,7 +48,7 @@ def invert(spectrum: Tensor, size: tuple[int, int], axes: tuple[int, int] = GRID
 def split_spectrum(x: Tensor, axes: tuple[int, int] = GRID) -> Spectrum:
     """Amplitude and phase; only the two axes are transformed, so images of a batch and channels never mix.
 
-    Where the amplitude vanishes the phase is 0, and so are the gradients through both (0 has no phase).
+    Where the amplitude is nothing (`is_empty`) the phase is 0, and so are the gradients through both.
     x: 4-D, real. Returns two half spectra, float32 for half precision. Raises ValueError if x is not 4-D.
     Source: SET, Sec. 3.1.
     """
@@ -69,6 +74,7 @@ class _Split(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, axes: tuple[int, int]) -> tuple[Tensor, Tensor]:
         real, imaginary = to_parts(x, axes).add_(0.0).unbind(1)  # -0 becomes 0, lest a phase of pi become -pi
         amplitude, phase = real.square().addcmul_(imaginary, imaginary).sqrt_(), torch.atan2(imaginary, real)
+        phase.masked_fill_(is_empty(amplitude, axes), 0)
         ctx.save_for_backward(amplitude, phase)
         ctx.size, ctx.axes = (x.shape[axes[0]], x.shape[axes[1]]), axes
         return amplitude, phase
@@ -76,7 +82,8 @@ class _Split(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return from_parts(_turn_back(*ctx.saved_tensors, *gradients), ctx.size, ctx.axes, transposed=True), None
+        parts = _turn_back(*ctx.saved_tensors, *gradients, is_empty(ctx.saved_tensors[0], ctx.axes))
+        return from_parts(parts, ctx.size, ctx.axes, transposed=True), None
 
 
 class _Join(torch.autograd.Function):
@@ -108,10 +115,10 @@ def _from_polar(amplitude: Tensor, phase: Tensor) -> Tensor:
     return parts
 
 
-def _turn_back(amplitude: Tensor, phase: Tensor, along: Tensor, around: Tensor) -> Tensor:
-    """Gradients along the amplitude and around the phase -> those of real and imaginary part; 0 where there is none."""
-    inverse = amplitude.clamp(min=torch.finfo(amplitude.dtype).tiny ** 0.5).reciprocal_()
-    cos = phase.cos().mul_(amplitude).mul_(inverse)  # 0 without amplitude, as the sine is
+def _turn_back(amplitude: Tensor, phase: Tensor, along: Tensor, around: Tensor, empty: Tensor) -> Tensor:
+    """Gradients along the amplitude and around the phase -> those of real and imaginary part; 0 where it is empty."""
+    inverse = amplitude.reciprocal().masked_fill_(empty, 0)
+    cos = phase.cos().masked_fill_(empty, 0)  # as the sine is
     around = inverse.mul_(around)
     parts = amplitude.new_empty(len(amplitude), 2, *amplitude.shape[1:])
     real, imaginary = parts.unbind(1)
@@ -131,6 +138,8 @@ def to_parts(x: Tensor, axes: tuple[int, int] = GRID, transposed: bool = False) 
     if axes != GRID or max(x.shape[1:3]) > LARGEST_GRID:
         spectrum = transform(x, axes)
         parts = torch.stack([spectrum.real, spectrum.imag], 1)
+        imaginary = parts.movedim([axis + 1 for axis in axes], (2, 3))[:, 1]  # (B, H, V, C)
+        imaginary[:, _own_partners(x.shape[axes[0]]), _own_partners(x.shape[axes[1]])] = 0  # but for rounding
         return parts.mul_(_column_counts(x.shape[axes[1]], axes).to(parts)) if transposed else parts
     b, h, w, c = x.shape
     with torch.autocast(x.device.type, enabled=False):
@@ -182,11 +191,25 @@ def _waves(length: int, count: int) -> tuple[Tensor, Tensor]:
     return cos, sin
 
 
-def unit_phasor(spectrum: Tensor) -> Tensor:
-    """exp(j phase) of a complex tensor; 1 with zero gradient where the amplitude vanishes (0 has no phase)."""
+def is_empty(amplitude: Tensor, axes: tuple[int, int] = GRID) -> Tensor:
+    """Where an amplitude is nothing but rounding: at most NOTHING of the largest of its image and channel."""
+    return amplitude <= NOTHING * amplitude.amax(axes, keepdim=True)
+
+
+def unit_phasor(spectrum: Tensor, axes: tuple[int, int] = GRID) -> Tensor:
+    """exp(j phase) of a complex half spectrum; 1 with zero gradient where the amplitude is nothing (`is_empty`)."""
     amplitude = spectrum.abs()
-    empty = amplitude <= torch.finfo(amplitude.dtype).tiny ** 0.5  # its square is no number
-    return torch.where(empty, torch.ones_like(spectrum), spectrum) / torch.where(empty, 1, amplitude)
+    empty = is_empty(amplitude.detach(), axes)
+    return torch.where(empty, 1, spectrum) / torch.where(empty, 1, amplitude)
+
+
+def phase_picture(x: Tensor) -> Tensor:
+    """Phase (radians, -pi to pi) of the full spectra of (B, h, w), zero frequency in the middle; NaN where `is_empty`.
+
+    To be drawn on cyclic colours, on which -pi and pi look the same.
+    """
+    spectrum = torch.fft.fftshift(torch.fft.fft2(x), dim=(1, 2))
+    return spectrum.angle().masked_fill(is_empty(spectrum.abs(), (1, 2)), math.nan)
 
 
 def mirror_rows(half: Tensor, rows: int = 1) -> Tensor:
@@ -201,7 +224,12 @@ def change_phase(phase: Tensor, change: Tensor, width: int) -> Tensor:
     partners; there the odd part of the change is taken (so nothing turns at the bins that are their own partners).
     phase, change: (B, H, W // 2 + 1, C), radians; width: W. Same shape comes back, not wrapped.
     """
-    return _ChangePhase.apply(phase, change, slice(None, None, width // 2 if width % 2 == 0 else width))
+    return _ChangePhase.apply(phase, change, _own_partners(width))
+
+
+def _own_partners(length: int) -> slice:
+    """The frequencies of an axis that are their own partners: 0 and, for an even length, the highest."""
+    return slice(None, None, length // 2 if length % 2 == 0 else length)
 
 
 class _ChangePhase(torch.autograd.Function):
@@ -264,7 +292,7 @@ def mix_amplitude(
     """
     one, other, mask, size = _pair(content, style, weight, low, high, axes)
     mixed = torch.lerp(one.abs(), other.abs(), mask)
-    return invert(mixed * unit_phasor(one), size, axes).to(content.dtype)
+    return invert(mixed * unit_phasor(one, axes), size, axes).to(content.dtype)
 
 
 def mix_phase(
@@ -277,12 +305,15 @@ def mix_phase(
 ) -> Tensor:
     """Content with its phase turned towards the style's by `weight` within a band; its amplitude is kept.
 
-    The counterpart of `mix_amplitude`. Phases are mixed as points of the unit circle: pi and -pi are neighbours.
+    The counterpart of `mix_amplitude`. Phases are mixed as points of the unit circle: pi and -pi are neighbours; half
+    way between opposed ones there is no direction: the content's stays.
     Source: APR (Chen, ICCV 2021) at weight 1.
     """
     one, other, mask, size = _pair(content, style, weight, low, high, axes)
-    turned = unit_phasor(torch.lerp(unit_phasor(one), unit_phasor(other), mask.to(one)))
-    return invert(one.abs() * turned, size, axes).to(content.dtype)
+    own = unit_phasor(one, axes)
+    mean = torch.lerp(own, unit_phasor(other, axes), mask.to(one))
+    turned = torch.where(mean.abs() < OPPOSED, own, mean)
+    return invert(one.abs() * turned / turned.abs(), size, axes).to(content.dtype)
 
 
 def _pair(

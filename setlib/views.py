@@ -332,15 +332,16 @@ def _spectra(
 ) -> list[list[Panel]]:
     """A row of log amplitudes (mean over the channels, one scale), and one of phases.
 
-    A mean over channels has a phase of its own: shown is that of the channel in which the first map varies most.
+    A mean over channels has a phase of its own: shown is that of the channel in which the first map varies most, grey
+    where it has no amplitude.
     """
     channel_axis = 6 - sum(axes)
     scale = 255 if axes == spectral.PIXELS else 1
     amplitudes = [spectral.log_amplitude_picture(scale * z, axes)[0].numpy() for z in maps]
     limits = min(float(a.min()) for a in amplitudes), max(float(a.max()) for a in amplitudes)
     strongest = int(maps[0].var(axes).argmax())
-    channels = [z.select(channel_axis, strongest)[0] for z in maps]
-    phases = [torch.fft.fftshift(torch.fft.fft2(c - c.mean())).angle().numpy() for c in channels]
+    channels = [z.select(channel_axis, strongest) for z in maps]
+    phases = [spectral.phase_picture(c - c.mean())[0].numpy() for c in channels]
     name = ("red", "green", "blue")[strongest] if axes == spectral.PIXELS else f"channel {strongest}"
     return [
         [
