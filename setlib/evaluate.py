@@ -56,9 +56,6 @@ class MeanIoU(evaluate.Metric):
         iou = iou_per_class(self.counts)
         return {"miou": mean_iou(iou), "iou": iou}
 
-    def _compute(self, **_: Any) -> dict[str, Any]:
-        return self.compute()
-
 
 def pixel_counts(prediction: np.ndarray, reference: np.ndarray, num_classes: int) -> np.ndarray:
     """(K, K) pixels by label (row) and prediction (column) of one picture. Raises ValueError if the shapes differ."""

@@ -1,7 +1,4 @@
-"""Predictions as files: an overlay and train ids of each picture; on demand a data set's label ids, and its colours.
-
-The pictures are predicted by a Segmenter; what stands here is names, ids and colours.
-"""
+"""Predictions as files: an overlay and train ids of each picture; on demand a data set's label ids, and its colours."""
 
 from __future__ import annotations
 
@@ -63,11 +60,11 @@ def predict_picture(model: Segmenter, path: Path, labels: str = "") -> dict[str,
     """
     picture = read_picture(path)
     predicted = model.predict(picture)
-    made = [(picture // 2 + CITYSCAPES.palette[predicted] // 2).astype(np.uint8), predicted]
+    made = {"overlay": picture // 2 + CITYSCAPES.palette[predicted] // 2, "trainids": predicted}
     if labels:
         to_ids, colours = label_ids(labels)
-        made += [to_ids[predicted], colours[to_ids[predicted]]]
-    files = {kind: io.BytesIO() for kind, _ in zip(ALWAYS + WITH_LABELS, made, strict=False)}
-    for file, pixels in zip(files.values(), made, strict=True):
-        Image.fromarray(pixels).save(file, "PNG")
+        made |= {"labelids": to_ids[predicted], "colours": colours[to_ids[predicted]]}
+    files = {kind: io.BytesIO() for kind in made}
+    for kind, pixels in made.items():
+        Image.fromarray(pixels.astype(np.uint8)).save(files[kind], "PNG")
     return {kind: file.getvalue() for kind, file in files.items()}

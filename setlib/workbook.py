@@ -25,17 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from setlib.experiment import PROFILES, Experiment, Run, nearest
-from setlib.files import PROJECT, STATIC, write_atomic
+from setlib.files import PROJECT, STATIC, load_json, write_atomic
 
 NOTEBOOKS = PROJECT / "notebooks"
 TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
 PAGE = Path(__file__).with_name("report.html")  # a template of jinja
 MAIN = ("01_styles", "02_swap", "03_predictions", "04_domains", "05_ablation")  # the figure that shows what each found
-SHARES = {  # of a run's time that its notebooks usually take, percent, by profile
-    "smoke": {"01": 10, "02": 14, "03": 26, "04": 18, "05": 32},
-    "quick": {"01": 3, "02": 4, "03": 41, "04": 11, "05": 41},
-    "paper": {"01": 1, "02": 1, "03": 14, "04": 2, "05": 82},
-}
+SHARES = {"smoke": (10, 14, 26, 18, 32), "quick": (3, 4, 41, 11, 41), "paper": (1, 1, 14, 2, 82)}  # % of a run's time
 
 
 class NotebookStopped(RuntimeError):
@@ -131,8 +127,8 @@ def run_notebooks(run: Run, only: Sequence[str] = (), folder: Path | None = None
     Raises ValueError before the first one starts if a notebook or parameter is unknown, NotebookStopped if one fails.
     """
     notebooks, began = find_notebooks(only, folder), time.monotonic()
-    shares = SHARES[run.experiment.profile.partition("-")[0]]
-    shares = [shares.get(notebook.stem[:2], 1) for notebook in notebooks]
+    usual = dict(enumerate(SHARES[run.experiment.profile.partition("-")[0]], 1))
+    shares = [usual.get(int(notebook.stem[:2]), 1) for notebook in notebooks]
     values = notebook_parameters(run) | parameters
     for notebook in notebooks:
         check_parameters(notebook, values)
@@ -287,18 +283,14 @@ def executed(run: Run) -> list[dict]:
         pairs = [
             (above, code) for (kind, above), (_, code) in zip(texts, texts[1:], strict=False) if kind == "markdown"
         ]
-        captions = {name: _plain(above) for above, code in pairs for name in re.findall(r'"(\d\d_\w+)"', code)}
+        captions = {name: above for above, code in pairs for name in re.findall(r'"(\d\d_\w+)"', code)}
         outputs = [output.get("data", {}) for cell in notebook["cells"] for output in cell.get("outputs", ())]
         said = ["".join(data["text/markdown"]) for data in outputs if "text/markdown" in data]
         peak = run.read_json(results).get("peak_bytes") if (run.path / results).is_file() else None
         notes = notebook["metadata"]["papermill"]
-        entry = {"name": path.stem, "title": title, "captions": captions, "said": _plain(said[-1] if said else "")}
+        entry = {"name": path.stem, "title": title, "captions": captions, "said": said[-1] if said else ""}
         found.append(entry | {"seconds": notes["duration"], "peak_bytes": peak, "ended": not notes["exception"]})
     return found
-
-
-def _plain(text: str) -> str:
-    return re.sub("[`*]", "", text)
 
 
 def cost_rows(run: Run) -> list[list[str]]:
@@ -334,40 +326,16 @@ def metric_rows(run: Run) -> list[list[str]]:
     return rows
 
 
-def _panels(run: Run) -> list[dict]:
-    """What was scored, a panel each for notebooks 04 and 05: title, models, rows {domain: {model: [mIoU by seed]}}."""
-    from setlib.plots import short_name
-
-    own = [{"variant": m, "domain": d, "miou": v} for m, values in _scores(run).items() for d, v in values.items()]
-    beside, panels = "results/05_ablations.json", []
-    short = run.read_json(beside).get("rows", []) if (run.path / beside).is_file() else []
-    seeds = ", ".join(str(seed) for seed in dict.fromkeys(row["seed"] for row in short))
-    titles = f"Trained in notebook 03, seed {run.experiment.seed}", f"Trained shorter in notebook 05, seeds {seeds}"
-    for title, found in zip(titles, (own, short), strict=True):
-        rows: dict[str, dict[str, list[float]]] = {}
-        for row in found:
-            if row["miou"] is not None:
-                rows.setdefault(short_name(row["domain"]), {}).setdefault(row["variant"], []).append(row["miou"])
-        models = list(dict.fromkeys(row["variant"] for row in found))
-        panels += [{"title": title, "models": models, "rows": rows}] if rows else []
-    return panels
-
-
 def embedded(path: Path) -> dict[str, Any]:
     """A figure as a data URI (source) and its size (w, h): as it is, or as a JPEG in all of its colours if smaller."""
     from PIL import Image
 
-    def pack(**how: Any) -> bytes:
-        picture.save(file := io.BytesIO(), **how)
-        return file.getvalue()
-
-    picture = Image.open(path).convert("RGB")
-    chart, photo = (
-        pack(format="WEBP", lossless=True, quality=50, method=2),
-        pack(format="JPEG", quality=84, subsampling=0),
-    )
-    kind, content = ("webp", chart) if len(chart) <= len(photo) else ("jpeg", photo)
-    return {"source": f"data:image/{kind};base64,{base64.b64encode(content).decode()}", "size": picture.size}
+    picture, files = Image.open(path).convert("RGB"), {"webp": io.BytesIO(), "jpeg": io.BytesIO()}
+    picture.save(files["webp"], "WEBP", lossless=True, quality=50, method=2)  # effort alone
+    picture.save(files["jpeg"], "JPEG", quality=84, subsampling=0)
+    kind = min(files, key=lambda kind: files[kind].tell())
+    content = base64.b64encode(files[kind].getvalue()).decode()
+    return {"source": f"data:image/{kind};base64,{content}", "size": picture.size}
 
 
 def write_report(run: Run) -> Path:
@@ -383,15 +351,24 @@ def write_report(run: Run) -> Path:
             {"name": path.stem[3:].replace("_", " "), "caption": entry["captions"].get(path.stem, "")} | embedded(path)
             for path in figures(run, number, entry["captions"])
         ]
+    cells = [
+        {"variant": model, "domain": domain, "values": [value], "seeds": [experiment.seed]}
+        for model, by_domain in _scores(run).items()
+        for domain, value in by_domain.items()
+        if value is not None
+    ]
+    beside, metrics = run.path / "results/05_ablations.json", run.path / "metrics.json"
+    shorter = load_json(beside)["spread"] if beside.is_file() else []
+    shorter = [cell for cell in shorter if None not in cell["values"]]
     values = {
         "title": f"Profile {experiment.profile}, refiner {experiment.model.refiner}, seed {experiment.seed}",
         "question": f"How well does a model that saw only {experiment.data.source} hold on domains it never saw?",
         "command": command(run),
         "notes": list(_notes(experiment)),
-        "panels": _panels(run),
+        "panels": [("Trained in notebook 03", cells), ("Trained shorter, in notebook 05", shorter)],
         "notebooks": [entries[number] for number in sorted(entries)],
         "results": metric_rows(run),
-        "classes": _class_tables(run),
+        "scored": load_json(metrics)["results"] if metrics.is_file() else [],
         "cost": cost_rows(run),
         "differing": [["option", "value"], *differing(experiment).items()],
         "options": [["option", "value"], *options(experiment).items()],
@@ -399,17 +376,6 @@ def write_report(run: Run) -> Path:
     }
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE.read_text("utf-8"))
     return write_atomic(run.path / "report.html", template.render(values) + "\n")
-
-
-def _class_tables(run: Run) -> dict[str, list[list[str]]]:
-    """Class set -> header and rows: IoU per class of each domain that is scored in it."""
-    results = run.read_json("metrics.json")["results"] if (run.path / "metrics.json").is_file() else []
-    tables = {}
-    for name in dict.fromkeys(result.get("class_set", "-") for result in results):
-        group = [result for result in results if result.get("class_set", "-") == name]
-        tables[name] = [["class", *(result["domain"] for result in group)]]
-        tables[name] += [[c, *(_percent(result["per_class"][c]) for result in group)] for c in group[0]["per_class"]]
-    return tables
 
 
 def _notes(experiment: Experiment) -> Iterator[str]:

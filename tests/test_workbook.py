@@ -23,14 +23,16 @@ import nbformat
 import numpy as np
 import papermill.iorw
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
+from traitlets.config import Config
 
 from setlib import __main__ as cli
-from setlib import workbook
+from setlib import ablation, workbook
 from setlib.experiment import Experiment, Run
-from setlib.files import PROJECT
+from setlib.files import PROJECT, STATIC
 
 PARAMETERS = """PROFILE: str = "quick"
 RUN: str = ""
@@ -186,7 +188,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_earlier_copy(run, tmp_path, m
     assert [path.read_text() for path in (run.path / "notebooks").iterdir()] == ["earlier"]
 
 
-SEEDS = [("none", 0, 20.04), ("none", 3, 22.0), ("rein", 0, 31.5), ("rein", 3, None)]
+SEEDS = [("none", 0, 20.04), ("none", 3, 22.0), ("rein", 0, 31.5), ("rein", 3, float("nan"))]
 
 
 def write_results(run: Run) -> None:
@@ -204,7 +206,7 @@ def write_results(run: Run) -> None:
     last = new_code_cell("verdict", outputs=[new_output("display_data", {"text/markdown": "**What** is <seen>."})])
     copy = new_notebook(cells=[*texts, *code, last])
     rows = [{"variant": v, "seed": s, "domain": "scenes:fog", "miou": m} for v, s, m in SEEDS]
-    run.write_json("results/05_ablations.json", {"rows": rows})
+    run.write_json("results/05_ablations.json", {"rows": rows, "spread": ablation.spread(rows)})
     copy.metadata["papermill"] = {"duration": 12.345, "exception": None}
     nbformat.write(copy, run.file("notebooks/04_cross_domain.ipynb"))
     for name in ("04_best", "04_all_others", "04_worst", "04_domains", "02_by_hand"):
@@ -257,7 +259,7 @@ def test_the_report_opens_with_every_seed_of_every_model_and_domain(run):
     assert words[0] == ["none", "set", "scenes:game", "55.0", "60.0", "scenes:fog", "30.0", "41.3"]
     assert words[1] == ["none", "rein", "scenes:fog", "21.0", "20.0  22.0", "31.5"]
     assert re.findall('class="cell best"[^>]*>([^<]*)', own + short) == ["60.0", "41.3", "31.5"]
-    assert "seeds 0, 3" in page
+    assert "notebook 03: seed 0" in page and "notebook 05: seeds 0, 3" in page
 
 
 @pytest.mark.parametrize("kind", ["chart", "photo"])
@@ -292,7 +294,7 @@ def test_the_report_says_what_the_backbone_is_not(run):
 
 @pytest.mark.first
 @pytest.mark.notebooks
-def test_the_workbook_runs_from_end_to_end(tmp_path, capsys):
+def test_the_workbook_runs_from_end_to_end(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     options = ["run", "--profile", "smoke", "--run", str(folder)]
     assert cli.main(options) == 0, capsys.readouterr().err
@@ -321,7 +323,7 @@ def test_the_workbook_runs_from_end_to_end(tmp_path, capsys):
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count("<img ") == len(list((folder / "figures").glob("*.png")))
 
-    assert cli.main([*options, "--only", "04"]) == 0
+    run_here(Run.load(folder), ["04"], monkeypatch)
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert cli.main([*options, "--seed", "1"]) == 2
     assert "another configuration (seed is 0, not 1)" in capsys.readouterr().err
@@ -330,10 +332,22 @@ def test_the_workbook_runs_from_end_to_end(tmp_path, capsys):
     other = Run.open(tmp_path / "other", Experiment.build("smoke", targets=[camvid, "scenes:fog"]))
     for part in ("model", "baseline"):
         shutil.copytree(folder / part, other.path / part)
-    rendered = ["run", "--profile", "smoke", "--run", str(other.path), "--only", "04", "--target", camvid, "scenes:fog"]
-    assert cli.main(rendered) == 0, capsys.readouterr().err
+    run_here(other, ["04"], monkeypatch)
     numbers = other.read_json("results/04_cross_domain.json")
     assert numbers["hardest"] == camvid and numbers["rows"][1]["drop set"] is None
+
+
+def run_here(run: Run, only: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The project's notebooks in this process, cell by cell: no kernel has to start."""
+    monkeypatch.setenv(STATIC, "1")
+    monkeypatch.setenv("IPYTHONDIR", str(run.path.parent / "ipython"))
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # the shell puts its own there
+    for path in workbook.find_notebooks(only):
+        shell = InteractiveShell(config=Config(HistoryManager={"enabled": False}))
+        for cell in nbformat.read(path, 4).cells:
+            if cell.cell_type == "code":
+                shell.run_cell(cell.source).raise_error()
+                shell.push(workbook.notebook_parameters(run) if "parameters" in cell.metadata.get("tags", ()) else {})
 
 
 def write_camvid(folder: Path, name: str = "camvid", kinds: tuple[str, ...] = ("images", "labels")) -> Path:
@@ -349,17 +363,18 @@ def write_camvid(folder: Path, name: str = "camvid", kinds: tuple[str, ...] = ("
 
 @pytest.mark.first
 @pytest.mark.notebooks
-def test_domains_of_several_class_sets_and_without_labels(tmp_path, capsys):
-    """CamVid's eleven classes, the nineteen of the scenes and photos without labels, side by side."""
+def test_domains_of_several_class_sets_and_without_labels(tmp_path, monkeypatch):
+    """CamVid's eleven classes, the nineteen of the scenes and photos without labels, side by side in every notebook."""
     camvid, photos = f"camvid@{write_camvid(tmp_path)}", f"folder@{write_camvid(tmp_path, 'photos', ('images',))}"
-    options = ["-o", "train.steps=2", "ablation.variants=none,set", "ablation.overrides=train.steps=1"]
-    base = ["run", "--profile", "smoke", *options]
-    folder = tmp_path / "a"
-    assert cli.main([*base, "--run", str(folder), "--source", camvid, "--target", "scenes:night", photos, camvid]) == 0
-    assert photos not in (output := capsys.readouterr().out).partition("domain")[2] and "scenes:night" in output
-    metrics = json.loads((folder / "metrics.json").read_text())
-    scored = {result["domain"]: result["class_set"] for result in metrics["results"]}
+    words = ["run", "--profile", "smoke", "--run", str(tmp_path / "a"), "--source", camvid]
+    words += ["--target", "scenes:night", photos, camvid, "-o", "train.steps=2"]
+    run = cli.open_run(cli.parse([*words, "ablation.variants=none,set", "ablation.overrides=train.steps=1"]))
+    run_here(run, [], monkeypatch)
+    scored = {result["domain"]: result["class_set"] for result in run.read_json("metrics.json")["results"]}
     assert scored == {"scenes:night": "cityscapes-19", camvid: "camvid-11"}
+    named = [row[0] for row in workbook.metric_rows(run)[1:]]
+    assert "scenes:night" in named and photos not in named
+    assert "camvid" in workbook.write_report(run).read_text(encoding="utf-8")
 
 
 # The explorer's notebook, served
