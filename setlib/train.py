@@ -394,7 +394,7 @@ def read_history(run: Run) -> list[dict]:
 
 
 def summary(trained: dict[str, tuple[Segmenter, list[dict]]], window: int = 10) -> list[dict]:
-    """Rows per model: parameters by part, mean loss of the first and last `window` steps, median seconds; NaN if lost."""
+    """Rows per model: parameters by part, mean loss of first and last `window` steps, median seconds; NaN if lost."""
     rows = []
     for name, (model, history) in trained.items():
         losses = [entry["loss"] for entry in history] or [math.nan]
