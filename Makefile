@@ -10,6 +10,7 @@ WORKERS     ?= 2
 VENV_PYTHON := .venv/bin/python
 READY       := .venv/.ready
 UNFINISHED  := .venv/.unfinished
+PYTEST      := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(WORKERS) --dist worksteal --durations=10
 NOTEBOOKS    = $(wildcard notebooks/*.ipynb)
 STRIP       := $(VENV_PYTHON) -m nbstripout --keep-id --drop-tagged-cells injected-parameters \
                --extra-keys "metadata.papermill cell.metadata.papermill metadata.language_info.version"
@@ -27,19 +28,22 @@ ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help workbook test test-browser screenshots lab lint format clean
+.PHONY: help workbook test coverage test-browser screenshots lab lint format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo 'Variables: PYTHON=python3.12 (3.10 to 3.13), ARGS="--seed 1" for workbook and lab,'
-	@echo '           WORKERS=4 processes for test (2 unless said), UV= to do without uv,'
+	@echo '           WORKERS=4 processes for tests (2 unless said), UV= to do without uv,'
 	@echo '           CONSTRAINTS= to keep a torch build of your own in .venv'
 
 workbook: $(READY)  ## the five notebooks in the quick profile; ARGS goes to `python -m setlib run`
 	$(VENV_PYTHON) -m setlib run --profile quick $(ARGS)
 
 test: lint  ## lint and all tests, the notebooks in the smoke profile among them
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(WORKERS) --dist worksteal --durations=10 --cov=setlib --cov-report=term
+	$(PYTEST)
+
+coverage: $(READY)  ## all tests, more slowly, with the lines of setlib that they run
+	$(PYTEST) --cov=setlib --cov-report=term
 
 test-browser: $(READY)  ## the explorer in a real JupyterLab in a headless Chromium, if one is installed
 	$(VENV_PYTHON) -m pip install --quiet -e ".[browser]" $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
