@@ -25,16 +25,20 @@ from setlib import domains
 from setlib.experiment import Data
 from setlib.files import write_atomic
 from setlib.labels import IdMap, id_map
-from setlib.pictures import UNREADABLE, LabelError, read_label, read_picture, upright_size
+from setlib.pictures import UNREADABLE, LabelError, fitting, measure, read_label, read_picture
 from setlib.readers import Pair
 
 ALONE = 200  # up to so many pairs are decoded in this process: starting others takes seconds
+GLANCE = 8  # labels that are decoded of each split when not all are
 MARK = "prepared.json"
 
 
 @dataclass
 class Check:
-    """What `check` found in one split of a domain. sizes: {(w, h): pictures}; class_pixels: by class, if decoded."""
+    """What `check` found in one split of a domain. sizes: {(w, h): pictures}; class_pixels: by class, if decoded.
+
+    ignored_pixels: those of no class. notes: what was passed over without harm.
+    """
 
     domain: str
     split: str = ""
@@ -43,45 +47,55 @@ class Check:
     sizes: Counter = field(default_factory=Counter)
     class_pixels: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    ignored_pixels: int = 0
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict:
         """The row of `check --json`."""
-        kept = ("domain", "split", "pairs", "class_pixels", "problems")
+        kept = ("domain", "split", "pairs", "class_pixels", "problems", "ignored_pixels", "notes")
         return {key: getattr(self, key) for key in kept}
 
 
 def check(text: str, data: Data, role: str = "", deep: bool = True) -> list[Check]:
     """Looks at a whole domain, one entry for each split; what is wrong is listed, not raised.
 
-    The files' headers are read; deep: everything is decoded, by all cores if it is much, and class pixels are counted.
+    The files' headers are read, and a few labels; deep: everything is decoded, by all cores if it is much, and class
+    pixels are counted.
     role: "source" or "target" looks at the split that would be used; "" at all. Raises ValueError only when the
     domain cannot be listed at all.
     """
     spec = domains.parse(text)
     if spec.name == "hub":
-        return [_check_rows(text, domains.load(text, data))]
+        return [_check_rows(text, domains.load(text, data, role or "target"))]
     listing = domains.find(spec, data, role)
     ids = id_map(listing.ids, data.class_set)
     if not listing.pairs:
         empty = f"Domain '{text}' is empty: no picture in {spec.folder}"
         raise ValueError(f"{empty}{f' ({listing.problems[0]})' if listing.problems else ''}.")
     found: dict[str, Check] = {}
+    decoded: set[str] = set()
     for split in sorted({pair.split for pair in listing.pairs}):
         pairs = [pair for pair in listing.pairs if pair.split == split]
         found[split] = Check(text, split, len(pairs), any(pair.label for pair in pairs))
-    next(iter(found.values())).problems += listing.problems
-    look = partial(_look, ids=ids, any_size=listing.any_size, deep=deep)
-    counts = {split: np.zeros(256, np.int64) for split in found}
-    for pair, (size, pixels, problem) in zip(listing.pairs, _each(look, listing.pairs, deep, text), strict=True):
+        glance = [pairs[i] for i in np.linspace(0, len(pairs) - 1, GLANCE).astype(int)]
+        decoded |= {pair.name for pair in (pairs if deep else glance)}
+    first = next(iter(found.values()))
+    first.problems += listing.problems
+    stored = data.exif_labels == "stored"
+    look = partial(_look, ids=ids, any_size=listing.any_size, decoded=decoded, deep=deep, stored=stored)
+    counts, turned = {split: np.zeros(256, np.int64) for split in found}, 0
+    for pair, (size, pixels, header) in zip(listing.pairs, _each(look, listing.pairs, deep, text), strict=True):
         one = found[pair.split]
+        turned += header.turned
         if size:
             one.sizes[size] += 1
-        if problem:
-            one.problems.append(problem)
+        if header.problem:
+            one.problems.append(header.problem)
         if pixels is not None:
             counts[pair.split] += pixels
+    first.notes += listing.notes + domains.turned_note(turned, data)
     for split, one in found.items():
-        one.class_pixels = _by_class(counts[split], ids) if deep else {}
+        _count(one, counts[split], ids, deep)
     return list(found.values())
 
 
@@ -95,27 +109,35 @@ def _each(look: partial, pairs: Sequence[Pair], deep: bool, text: str) -> Iterab
         yield from bar(processes.map(look, pairs, chunksize=16))
 
 
-def _look(pair: Pair, ids: IdMap, any_size: bool, deep: bool) -> tuple[tuple | None, np.ndarray | None, str | None]:
-    """Size, pixels by raw id, and the first problem of one pair."""
-    size, counts, problem = None, None, domains.header_problem(pair, any_size)
+def _look(
+    pair: Pair, ids: IdMap, any_size: bool, decoded: set[str], deep: bool, stored: bool
+) -> tuple[tuple | None, np.ndarray | None, domains.Header]:
+    """Size, pixels by raw id (of the pairs to decode), and what is wrong with one pair."""
+    size, counts, header = None, None, domains.header(pair, any_size)
     try:
-        size = upright_size(pair.image, whole=deep)
-        if deep and pair.label:
-            label = read_label(pair.label, ids)
+        size, _ = measure(pair.image, whole=deep)
+        if pair.name in decoded and pair.label:
+            label = fitting(read_label(pair.label, ids), pair.image, stored)
             counts = np.bincount(label.ravel(), minlength=256)
             if label.shape != size[::-1] and not any_size:
                 raise LabelError(domains.other_size(label.shape, size[::-1]))
     except LabelError as error:
-        problem = problem or f"label of '{pair.name}' {error}"
+        header = header if header.problem else domains.Header(f"label of '{pair.name}' {error}")
     except UNREADABLE as error:
-        problem = problem or f"'{pair.name}' cannot be decoded ({error})"
-    return size, counts, problem
+        header = header if header.problem else domains.Header(f"'{pair.name}' cannot be decoded ({error})")
+    return size, counts, header
 
 
-def _by_class(counts: np.ndarray, ids: IdMap) -> dict[str, int]:
-    """Pixels by class of the set that the domain is scored in."""
+def _count(found: Check, counts: np.ndarray, ids: IdMap, deep: bool) -> None:
+    """Pixels by raw id as those of each class of the set that the domain is scored in; all ignored is a problem."""
     scored = [counts[(ids.to_score == place) & ids.known].sum() for place in range(len(ids.class_set))]
-    return {name: int(n) for name, n in zip(ids.class_set.classes, scored, strict=True)}
+    if deep:
+        found.class_pixels = {name: int(n) for name, n in zip(ids.class_set.classes, scored, strict=True)}
+        found.ignored_pixels = int(counts.sum() - sum(scored))
+    if counts.any() and not sum(scored):
+        found.problems.append(
+            f"every label{'' if deep else ' looked at'} is ignored as a whole: nothing to learn or score"
+        )
 
 
 def _check_rows(text: str, domain: domains.Domain) -> Check:
@@ -130,7 +152,7 @@ def _check_rows(text: str, domain: domains.Domain) -> Check:
         found.sizes[sample.image.shape[1::-1]] += 1
         if sample.label is not None:
             counts += np.bincount(sample.label.ravel(), minlength=256)
-    found.class_pixels = _by_class(counts, domain.ids)
+    _count(found, counts, domain.ids, deep=True)
     return found
 
 
@@ -160,7 +182,7 @@ def prepare(text: str, out: Path, short_edge: int, data: Data) -> int:
     Pictures are resized antialiased, labels by nearest; what is smaller stays. Labels are written as PNGs of raw ids
     (polygons too). A copy that was cut short goes on. Raises ValueError for a folder that holds anything else.
     """
-    spec, mark = domains.parse(text), out / MARK
+    spec, mark, skip = domains.parse(text), out / MARK, data.on_error == "skip"
     if spec.name in ("scenes", "hub"):
         raise ValueError(f"Domain '{text}' has no folder of files to copy.")
     if spec.corruption:
@@ -180,19 +202,29 @@ def prepare(text: str, out: Path, short_edge: int, data: Data) -> int:
     for extra in ("splits.json", "split.mat"):
         if (root / extra).is_file():
             write_atomic(out / extra, (root / extra).read_bytes())
-    copy = partial(_copy, root=root, out=out, short_edge=short_edge, ids=id_map(listing.ids))
+    stored, ids = data.exif_labels == "stored", id_map(listing.ids)
+    copy = partial(_copy, root=root, out=out, short_edge=short_edge, ids=ids, stored=stored)
+    for note in listing.notes:
+        domains.say(f"{text}: {note}")
+    skipped = 0
     with tqdm(listing.pairs, desc=f"prepare {text}", unit="img") as bar:
         for pair in bar:
-            if problem := domains.header_problem(pair, listing.any_size):
-                raise ValueError(f"{text}: {problem}.")
-            copy(pair)
-    return len(listing.pairs)
+            try:
+                if problem := domains.header(pair, listing.any_size).problem:
+                    raise ValueError(f"{text}: {problem}.")
+                copy(pair)
+            except ValueError as error:
+                if not skip:
+                    raise
+                skipped += 1
+                domains.say(f"skipped ({skipped}): {error}")
+    return len(listing.pairs) - skipped
 
 
 _json = partial(json.dumps, indent=1)
 
 
-def _copy(pair: Pair, root: Path, out: Path, short_edge: int, ids: IdMap) -> None:
+def _copy(pair: Pair, root: Path, out: Path, short_edge: int, ids: IdMap, stored: bool) -> None:
     """One resized pair; a file that is there already is whole."""
     image = out / pair.image.relative_to(root)
     label = None
@@ -202,21 +234,22 @@ def _copy(pair: Pair, root: Path, out: Path, short_edge: int, ids: IdMap) -> Non
             label = label.with_name(label.name.replace("_polygons.json", "_labelids.png"))
     if image.is_file() and (label is None or label.is_file()):
         return
-    sides = upright_size(pair.image, whole=pair.image.suffix.lower() == ".png")
+    sides, _ = measure(pair.image, whole=pair.image.suffix.lower() == ".png")
     factor = min(1.0, short_edge / min(sides))
     size = tuple(max(1, round(side * factor)) for side in sides)
     pixels = Image.fromarray(read_picture(pair.image, 2 * max(size)))
     if label is not None:
         if ids.form == "colours":
             with Image.open(pair.label) as picture:
-                drawn = picture.convert("RGB")
+                label_pixels = np.asarray(picture.convert("RGB"))
         else:
             try:
-                drawn = Image.fromarray(read_label(pair.label, ids))
+                label_pixels = read_label(pair.label, ids)
             except LabelError as error:
                 raise ValueError(f"label of '{pair.name}' {error}.") from None
             except UNREADABLE as error:
                 raise ValueError(f"{pair.label} cannot be decoded ({error}): download or export it again.") from None
+        drawn = Image.fromarray(fitting(label_pixels, pair.image, stored))
         _save(drawn.resize(size, Image.Resampling.NEAREST), label)
     _save(pixels.resize(size, Image.Resampling.LANCZOS) if factor < 1 else pixels, image)
 

@@ -8,6 +8,7 @@ the height; fog and frost are drawn from plain noise, not from photographs.
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from collections.abc import Callable
@@ -159,10 +160,14 @@ def corrupt(image: np.ndarray, kind: str, severity: int, name: str = "") -> np.n
 
 
 def take_apart(text: str) -> tuple[str, str, int]:
-    """`DOMAIN~KIND[SEVERITY]` -> domain, kind, severity (3 if none is named); kind "" without a corruption."""
+    """`DOMAIN~KIND[SEVERITY]` -> domain, kind, severity (3 if none is named); kind "" without a corruption.
+
+    A folder of that name that is there is no corruption.
+    """
     domain, mark, last = text.rpartition("~")
     found = re.fullmatch(r"([a-z]+)(\d?)", last)
-    if not mark or not domain or domain.endswith(("@", "/")) or not found:  # a folder may begin with ~
+    there = os.path.isdir(os.path.expanduser(text.partition("@")[2] or text.partition(":")[2]))
+    if not mark or not domain or domain.endswith(("@", "/")) or not found or there:  # a folder may begin with ~
         return text, "", 0
     kind, severity = found[1], int(found[2] or 3)
     if kind not in CORRUPTIONS or not 1 <= severity <= 5:

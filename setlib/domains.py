@@ -9,20 +9,23 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 from datasets import Dataset
 from PIL import Image as PILImage
+from tqdm import tqdm
 
 from setlib import corruptions, scenes
 from setlib.experiment import Data, nearest
 from setlib.files import cache_folder
-from setlib.labels import ClassSet, IdMap, id_map
-from setlib.pictures import UNREADABLE, LabelError, read_label, read_picture, upright_size
-from setlib.readers import LAYOUTS, Listing, Pair, list_pairs
+from setlib.labels import IGNORE, ClassSet, IdMap, id_map
+from setlib.pictures import TURNED, UNREADABLE, LabelError, fitting, measure, read_label, read_picture
+from setlib.readers import LAYOUTS, USUAL, Listing, Pair, list_pairs
 
 NAMES = ("scenes", "hub", *LAYOUTS)
 ENDLESS = 500  # rendered scenes that "all" stands for
@@ -52,7 +55,7 @@ class Sample(NamedTuple):
 class Domain:
     """Pictures of one domain; `dataset` has the columns image, label (when there are labels), name, domain.
 
-    image and label are paths, or pictures in a data set of the hub.
+    image and label are paths, or bytes in a data set of the hub, where a name is split and row.
     """
 
     spec: Spec
@@ -60,6 +63,7 @@ class Domain:
     ids: IdMap
     has_labels: bool
     any_size: bool = False  # a label of another size is resized to its picture
+    stored: bool = False  # labels were drawn on pixels as they are stored, where their sizes do not tell
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -68,6 +72,13 @@ class Domain:
     def class_set(self) -> ClassSet:
         """The classes that this domain is scored in."""
         return self.ids.class_set
+
+    @property
+    def keys(self) -> list[str]:
+        """What tells pictures apart, whatever they are called: their files; of the hub, split and row."""
+        if self.spec.name == "hub":
+            return [f"{_place(self.spec)} {name}" for name in self.dataset["name"]]
+        return [*map(os.path.realpath, self.dataset["image"])]
 
     def to_score(self, label: np.ndarray | None) -> np.ndarray | None:
         """Raw label ids -> places in the class set that this domain is scored in, 255 ignored; None stays None."""
@@ -78,12 +89,12 @@ class Domain:
 
         long_edge: as in `read_picture`: a large JPEG may come smaller than its label.
         """
-        row = self.dataset[index]
-        name, label = row["name"], None
+        row, label = self.dataset[index], None
+        name, picture = row["name"], _file(row["image"])
         try:
-            image = read_picture(row["image"], long_edge)
+            image = read_picture(picture, long_edge)
             if self.has_labels:
-                label = self._label(row["label"], image.shape[:2], bool(long_edge))
+                label = self._label(row, image.shape[:2], bool(long_edge))
         except LabelError as error:
             raise ValueError(f"{self.spec.text}: label of '{name}' {error}.") from None
         except UNREADABLE as error:
@@ -94,14 +105,32 @@ class Domain:
             image = corruptions.corrupt(image, self.spec.corruption, self.spec.severity, name)
         return Sample(image, label, name)
 
-    def _label(self, source: str | PILImage.Image, size: tuple[int, int], smaller: bool) -> np.ndarray:
+    def _label(self, row: dict, size: tuple[int, int], smaller: bool) -> np.ndarray:
         """The raw ids of a label, of its picture's size."""
-        label = read_label(source, self.ids)
+        label = fitting(read_label(_file(row["label"]), self.ids), _file(row["image"]), self.stored)
         if label.shape != size and not smaller:
             if not self.any_size:
                 raise LabelError(other_size(label.shape, size))
             label = np.asarray(PILImage.fromarray(label).resize(size[::-1], PILImage.Resampling.NEAREST))
         return label
+
+    def _teaches_nothing(self, row: dict) -> bool:
+        """Whether a label can be read and all of it is ignored."""
+        try:
+            return bool((self.ids.to_train[read_label(_file(row["label"]), self.ids)] == IGNORE).all())
+        except UNREADABLE:
+            return False
+
+
+def _file(value: Any) -> Any:
+    """What Pillow opens: a path, or the bytes of a row of the hub."""
+    return value if isinstance(value, str) else BytesIO(value["bytes"]) if value["bytes"] else value["path"]
+
+
+@cache
+def say(note: str) -> None:
+    """Says something once in a process."""
+    tqdm.write(note)
 
 
 def other_size(label: tuple[int, ...], image: tuple[int, ...]) -> str:
@@ -131,7 +160,7 @@ def parse(text: str) -> Spec:
         if split not in scenes.STYLES:
             raise ValueError(f"Unknown style '{split}' in '{text}' ({nearest(split, scenes.STYLES)}).")
     elif name == "hub":
-        if not re.fullmatch(r"[\w./-]+(:[\w.-]+)?", split):
+        if not re.fullmatch(r"[\w./-]+(:[\w.-]+)?", split) and not os.path.exists(split.partition(":")[0]):
             raise ValueError(f"Domain '{text}' needs a data set of the hub: write hub:owner/name[:split][@id map].")
     elif not folder:
         raise ValueError(f"Domain '{text}' needs its folder: write {head}@FOLDER.")
@@ -148,9 +177,15 @@ def load(text: str, data: Data, role: str = "target") -> Domain:
     """
     spec = parse(text)
     limit = data.train_images if role == "source" else data.eval_images
-    if spec.name == "hub":
-        return _from_hub(spec, data, limit)
-    found = find(spec, data, role)
+    domain = _from_hub(spec, data, role) if spec.name == "hub" else _from_files(spec, data, role, limit)
+    if role == "source" and domain.has_labels and all(map(domain._teaches_nothing, domain.dataset)):
+        raise ValueError(f"Source '{text}' teaches nothing: every pixel of its labels is ignored; are its ids right?")
+    return domain
+
+
+def _from_files(spec: Spec, data: Data, role: str, limit: int) -> Domain:
+    """A domain of pictures in a folder; what is passed over is said once."""
+    text, skip, found = spec.text, data.on_error == "skip", find(spec, data, role)
     if found.problems:
         more = len(found.problems) - 1
         more_text = f" (and {more} more like it; see: python -m setlib check {text})" if more else ""
@@ -160,38 +195,49 @@ def load(text: str, data: Data, role: str = "target") -> Domain:
     pairs = found.pairs if spec.name == "scenes" else _evenly(found.pairs, limit)
     has_labels = all(pair.label for pair in pairs)
     if role == "source" and not has_labels:
-        expected = LAYOUTS[spec.name][0].labels[0][0]
-        raise ValueError(f"Source '{text}' has no labels: a source needs {Path(spec.folder) / expected}.")
-    for pair in pairs:
-        problem = header_problem(pair, found.any_size)
-        if problem:
+        expected = Path(spec.folder) / LAYOUTS[spec.name][0].labels[0][0]
+        hint = "".join(f" ({note})" for note in found.notes)
+        raise ValueError(f"Source '{text}' has no labels: a source needs {expected}{hint}.")
+    heads = [header(pair, found.any_size) for pair in pairs]
+    for problem in (one.problem for one in heads if one.problem):
+        if not skip:
             raise ValueError(f"{text}: {problem}.")
+        say(f"{text}: {problem}, passed over")
+    for note in found.notes + turned_note(sum(one.turned for one in heads), data):
+        say(f"{text}: {note}")
+    pairs = [pair for pair, one in zip(pairs, heads, strict=True) if not one.problem]
     columns = {"image": [str(p.image) for p in pairs], "name": [p.name for p in pairs], "domain": [text] * len(pairs)}
     if has_labels:
         columns["label"] = [str(p.label) for p in pairs]
-    return Domain(spec, Dataset.from_dict(columns), id_map(found.ids, data.class_set), has_labels, found.any_size)
+    stored, ids = data.exif_labels == "stored", id_map(found.ids, data.class_set)
+    return Domain(spec, Dataset.from_dict(columns), ids, has_labels, found.any_size, stored)
 
 
 def find(spec: Spec, data: Data, role: str = "") -> Listing:
     """The pairs of a domain, uncut, and what is wrong with them as far as names tell."""
     if spec.name != "scenes":
-        return list_pairs(spec.name, spec.folder, spec.split, role)
+        return list_pairs(spec.name, spec.folder, spec.split, role, data.on_error == "skip")
     return Listing(_scene_pairs(spec, data, role or "target"), "cityscapes", False, [])
 
 
-def _from_hub(spec: Spec, data: Data, limit: int) -> Domain:
-    """A data set of the hub with a column of pictures and one of labels; a limited one is streamed."""
+def _from_hub(spec: Spec, data: Data, role: str) -> Domain:
+    """A data set of the hub, or in its form, with a column of pictures and one of labels; a limited one is streamed."""
     from huggingface_hub import constants
 
     from setlib import weights
 
     name, _, split = spec.split.partition(":")
+    limit = data.train_images if role == "source" else data.eval_images
     if not (Path(name).exists() or constants.HF_HUB_OFFLINE or weights.hub_answers(constants.ENDPOINT)):
         raise ValueError(
             f"Domain '{spec.text}': {constants.ENDPOINT} does not answer; HF_HUB_OFFLINE=1 takes a copy from the cache."
         )
+    kind, files = ("parquet", name) if Path(name).is_file() else (name, None)
     try:
-        rows = datasets.load_dataset(name, split=split or "train", streaming=bool(limit))
+        rows = datasets.load_dataset(kind, data_files=files, split=split or None, streaming=bool(limit))
+        if not split:
+            split = next((usual for usual in USUAL[role] if usual in rows), next(iter(rows)))
+            rows = rows[split]
     except (OSError, ValueError, ConnectionError) as error:
         raise ValueError(f"Domain '{spec.text}': data set {name} cannot be opened ({error}).") from None
     images = [column for column, kind in (rows.features or {}).items() if isinstance(kind, datasets.Image)]
@@ -203,12 +249,38 @@ def _from_hub(spec: Spec, data: Data, limit: int) -> Domain:
             f"at most one of labels, called {' or '.join(LABEL_COLUMNS)}."
         )
     rows = rows.select_columns(pictures + labels)
+    for column in pictures + labels:  # a damaged row is named when it is used
+        rows = rows.cast_column(column, datasets.Image(decode=False))
     if limit:
         rows = Dataset.from_list(list(rows.take(limit)), features=rows.features)
     rows = rows.rename_columns({pictures[0]: "image"} | {label: "label" for label in labels})
-    rows = rows.add_column("name", [str(i) for i in range(len(rows))])
+    rows = rows.add_column("name", [f"{split} {i}" for i in range(len(rows))])
     rows = rows.add_column("domain", [spec.text] * len(rows))
-    return Domain(spec, rows, id_map(spec.folder or "cityscapes", data.class_set), bool(labels))
+    kept = [i for i, row in enumerate(rows.select_columns("label")) if row["label"]] if labels else []
+    if 0 < len(kept) < len(rows):
+        text = f"{len(rows) - len(kept)} pictures without a label"
+        if data.on_error != "skip":
+            raise ValueError(f"{spec.text}: {text}; -o data.on_error=skip passes over them.")
+        say(f"{spec.text}: {text} passed over")
+        rows = rows.select(kept)
+    ids = id_map(spec.folder or "cityscapes", data.class_set)
+    return Domain(spec, rows, ids, bool(kept), stored=data.exif_labels == "stored")
+
+
+def _place(spec: Spec) -> str:
+    """The folder of a domain, or its data set of the hub."""
+    return spec.split.partition(":")[0] if spec.name == "hub" else os.path.realpath(os.path.expanduser(spec.folder))
+
+
+def shared(source: str, text: str, data: Data) -> int:
+    """How many of a domain's pictures, as they are scored, are among those of the source; 0 if that is not here."""
+    try:
+        one, other = parse(source), parse(text)
+        if one.name == "scenes" or (one.name, _place(one)) != (other.name, _place(other)):
+            return 0
+        return len({*load(source, data, "source").keys} & {*load(text, data).keys})
+    except ValueError:
+        return 0
 
 
 def _scene_pairs(spec: Spec, data: Data, role: str) -> list[Pair]:
@@ -228,22 +300,35 @@ def _evenly(pairs: list[Pair], limit: int) -> list[Pair]:
     return [pairs[i] for i in np.linspace(0, len(pairs) - 1, limit).round().astype(int)]
 
 
-def header_problem(pair: Pair, any_size: bool = False) -> str | None:
-    """What is wrong with a pair as far as the files' headers tell, or None."""
-    sizes = []
-    for path in (pair.image, pair.label):
-        if path:
-            try:
-                sizes.append(upright_size(path))
-            except (*UNREADABLE, KeyError, TypeError) as error:
-                return f"{path} cannot be opened as a picture ({error})"
-    if len(sizes) == 2 and sizes[0] != sizes[1] and not any_size:
-        try:
-            sizes[0] = upright_size(pair.image, whole=True)
-        except UNREADABLE as error:
-            return f"'{pair.name}' cannot be decoded ({error})"
-    if len(sizes) == 2 and sizes[0] != sizes[1] and not any_size:
-        return "image '{}' is {} x {} but its label is {} x {}: they must be equal".format(
-            pair.name, *sizes[0], *sizes[1]
-        )
-    return None
+class Header(NamedTuple):
+    """What is wrong with a pair as far as the files' headers tell, or "".
+
+    turned: the picture is turned by EXIF, and sizes do not tell whether its label is.
+    """
+
+    problem: str
+    turned: bool = False
+
+
+def header(pair: Pair, any_size: bool = False) -> Header:
+    """Reads the headers of a pair; of a picture whose size is not its label's, all."""
+    path = pair.label or pair.image
+    try:
+        label = measure(path)[0]
+        path = pair.image
+        for whole in (False, True):
+            size, orientation = measure(path, whole)
+            own = size[::-1] if orientation >= TURNED else size
+            if any_size or label in (size, own):
+                return Header("", pair.label is not None and orientation > 1 and size == own)
+    except (*UNREADABLE, KeyError, TypeError) as error:
+        return Header(f"{path} cannot be opened as a picture ({error})")
+    text = "image '{}' is {} x {} but its label is {} x {}: they must be equal"
+    return Header(text.format(pair.name, *size, *label))
+
+
+def turned_note(number: int, data: Data) -> list[str]:
+    """The rule for labels of pictures that EXIF turns, where there are such."""
+    text = f"{number} pictures are turned by EXIF and sizes do not tell if their labels are: taken as drawn on "
+    other = "the pictures as shown (data.exif_labels=stored: on the pixels as stored)"
+    return [text + ("the pixels as stored" if data.exif_labels == "stored" else other)] if number else []

@@ -44,6 +44,7 @@ class Data:
     photometric: float = 1.0  # strength of brightness, contrast, saturation and colour distortion; 0 = off
     eval_edges: tuple[str, ...] = ()  # long edge by data set where it is another: acdc=960; mapillary=0.5 is half
     class_set: str = ""  # a smaller convention to score the 19 classes in: synthia-16, synthia-13; empty = all
+    exif_labels: str = "shown"  # labels of turned pictures, if sizes do not tell: drawn on them as shown, or as stored
     on_error: str = "stop"  # at a damaged file in training: stop, or skip it and count
     workers: int = 0  # processes that decode and augment fresh crops (train.views=0); 0 = the training's own
 
@@ -262,7 +263,7 @@ def nearest(name: str, choices: typing.Iterable[str]) -> str:
     """The end of an error sentence: the nearest known names, or all of them."""
     choices = list(choices)
     close = difflib.get_close_matches(name, choices, n=3, cutoff=0.4)
-    return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(choices)}"
+    return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(choices) or 'none'}"
 
 
 def _override(experiment: Experiment, text: str) -> Experiment:
@@ -326,6 +327,7 @@ SAME_NUMBERS = (  # cost time, memory or what a damaged file costs; change no nu
 )
 CHOICES = {
     "data.on_error": ("stop", "skip"),
+    "data.exif_labels": ("shown", "stored"),
     "model.head": ("per-pixel", "mask2former"),
     "train.precision": ("float32", "bfloat16", "float16"),
 }
@@ -461,7 +463,16 @@ class Run:
 
 def _differences(one: Experiment, other: Experiment) -> list[str]:
     a, b = one.flat(), other.flat()
-    return [f"{key} is {b[key]}, not {a[key]}" for key in a if a[key] != b[key] and key not in SAME_NUMBERS]
+    changed = (key for key in a if _one_folder(a[key]) != _one_folder(b[key]) and key not in SAME_NUMBERS)
+    return [f"{key} is {b[key]}, not {a[key]}" for key in changed]
+
+
+def _one_folder(value: typing.Any) -> typing.Any:
+    """A value in which domains name their folders in one way, whether absolute or with a slash at the end."""
+    if isinstance(value, list):
+        return [_one_folder(part) for part in value]
+    found = re.fullmatch(r"([\w:-]+@|hub:)(.+?)(~[a-z]+\d?)?", value) if isinstance(value, str) else None
+    return [found[1], os.path.realpath(os.path.expanduser(found[2])), found[3]] if found else value
 
 
 def default_run_folder(experiment: Experiment) -> Path:

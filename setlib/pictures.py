@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,35 @@ UNREADABLE = (
     struct.error,
     PILImage.DecompressionBombError,
 )
+MOST_PIXELS = 2**28  # of one picture; decoded it is 0.8 GB
+PILImage.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses twice that
+warnings.filterwarnings("ignore", category=PILImage.DecompressionBombWarning)
 TURNED = 5  # EXIF orientations from here on swap width and height
+TURNS = dict(enumerate((None, None, 0, 3, 1, 5, 4, 6, 2)))  # what each orientation asks of PIL's transpose
 
 
 class LabelError(ValueError):
     """A label that can be decoded but not used; the message begins with a verb: the label's name goes in front."""
 
 
+def open_picture(source: Any) -> PILImage.Image:
+    """Pillow's open. Raises ValueError also for what it cannot read or finds too large, with the way round."""
+    try:
+        return PILImage.open(source)
+    except PILImage.DecompressionBombError:
+        raise ValueError(f"more than {MOST_PIXELS / 1e6:.0f} million pixels: cut or shrink it first") from None
+    except PILImage.UnidentifiedImageError:
+        with open(source, "rb") if isinstance(source, str | Path) else contextlib.nullcontext(source) as file:
+            file.seek(4)
+            if file.read(8) in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc"):
+                raise ValueError("HEIC, which is not read: export it as JPG or PNG") from None
+        raise
+
+
 def read_picture(image: Any, long_edge: int = 0) -> np.ndarray:
     """A path, PIL picture or array as (h, w, 3) uint8 RGB, EXIF rotation applied, transparency on white.
 
+    Greys of more than 8 bits fill as many of 8, 10, 12, 14 or 16 bits as the largest needs; floats are up to 1 or it.
     long_edge: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as its long edge does not
     fall below this; 0: at its own size. Raises ValueError if it cannot be read.
     """
@@ -41,7 +62,7 @@ def read_picture(image: Any, long_edge: int = 0) -> np.ndarray:
             raise ValueError(f"Expected a picture (h, w, 3) of uint8, got {image.dtype} {image.shape}.")
         return image
     try:
-        picture = image if isinstance(image, PILImage.Image) else PILImage.open(image)
+        picture = image if isinstance(image, PILImage.Image) else open_picture(image)
         if long_edge and picture.format == "JPEG":
             least = min(1.0, long_edge / max(picture.size))
             picture.draft(None, tuple(-int(-side * least // 1) for side in picture.size))
@@ -50,9 +71,11 @@ def read_picture(image: Any, long_edge: int = 0) -> np.ndarray:
         else:  # our own: spare a copy
             ImageOps.exif_transpose(picture, in_place=True)
         if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit and float greys
-            grey = np.asarray(picture, np.float64)
-            limit = 65535 if picture.mode.startswith("I") else max(1.0, grey.max())
-            picture = PILImage.fromarray((grey / limit * 255).clip(0, 255).astype(np.uint8))
+            grey = np.asarray(picture)
+            depths = (8, 10, 12, 14, 16) if picture.mode.startswith("I") else ()
+            limit = next((2**bits - 1 for bits in depths if grey.max() < 2**bits), max(1.0, float(grey.max())))
+            rows = [(row.astype(np.float64) / limit * 255).clip(0, 255).astype(np.uint8) for row in grey]
+            picture = PILImage.fromarray(np.stack(rows))
         if "A" in picture.getbands() or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             picture = PILImage.alpha_composite(PILImage.new("RGBA", picture.size, "white"), picture)
@@ -61,20 +84,36 @@ def read_picture(image: Any, long_edge: int = 0) -> np.ndarray:
         raise ValueError(f"{image} cannot be read as a picture ({error}).") from None
 
 
-def upright_size(path: Path, whole: bool = False) -> tuple[int, int]:
-    """(w, h) of a picture as it is shown: its EXIF rotation, which decoding applies, counted in. Reads the header.
+def measure(source: Any, whole: bool = False) -> tuple[tuple[int, int], int]:
+    """(w, h) of a picture as it is shown, and the EXIF orientation that makes it so. Reads the header.
 
     whole: decodes the picture, so that a PNG's EXIF, which may stand at the file's end, counts too.
     """
-    if path.suffix == ".json":
-        content = json.loads(path.read_bytes())
-        return int(content["imgWidth"]), int(content["imgHeight"])
-    with PILImage.open(path) as picture:
+    if str(source).endswith(".json"):
+        content = json.loads(Path(source).read_bytes())
+        return (int(content["imgWidth"]), int(content["imgHeight"])), 1
+    with open_picture(source) as picture:
         w, h = picture.size
         if whole:
             picture.load()
-        turned = (whole or picture.format != "PNG") and picture.getexif().get(ExifTags.Base.Orientation, 1) >= TURNED
-    return (h, w) if turned else (w, h)
+        told = whole or picture.format != "PNG" or "exif" in picture.info
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1) if told else 1
+    return ((h, w) if orientation >= TURNED else (w, h)), orientation
+
+
+def fitting(label: np.ndarray, picture: Any, stored: bool = False) -> np.ndarray:
+    """A label (h, w) or (h, w, 3) as its picture is shown: turned with it, if it was drawn on the stored pixels.
+
+    Where the sizes say that it was, it is turned; where they do not tell (orientations 2 to 4, squares), if `stored`.
+    """
+    for whole in (stored, True):
+        size, orientation = measure(picture, whole)
+        own = size[::-1] if orientation >= TURNED else size
+        if label.shape[1::-1] in (size, own):
+            break
+    if 1 < orientation < len(TURNS) and label.shape[1::-1] == own and (stored or own != size):
+        return np.asarray(PILImage.fromarray(label).transpose(TURNS[orientation]))
+    return label
 
 
 def read_label(source: str | Path | PILImage.Image, ids: IdMap) -> np.ndarray:
@@ -84,11 +123,11 @@ def read_label(source: str | Path | PILImage.Image, ids: IdMap) -> np.ndarray:
     """
     if str(source).endswith(".json"):
         return _draw_polygons(Path(source), ids)
-    with source if isinstance(source, PILImage.Image) else PILImage.open(source) as picture:
+    with source if isinstance(source, PILImage.Image) else open_picture(source) as picture:
         if ids.form == "wide" and len(picture.getbands()) > 1:
             label = _first_of_wide(picture)
         else:
-            label = np.asarray(picture)
+            label = np.asarray(ImageOps.exif_transpose(picture))
     if ids.form == "colours":
         if label.ndim != 3:
             raise LabelError("holds class ids: expected a picture of the classes' colours")

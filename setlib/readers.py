@@ -5,6 +5,7 @@ A data set of your own is one CSV in data/labels and one entry in LAYOUTS; see d
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -14,20 +15,24 @@ from typing import NamedTuple
 
 from setlib.experiment import nearest
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+LOSSLESS, LOSSY = (".png", ".bmp", ".tif", ".tiff"), (".jpg", ".jpeg", ".webp")
+SUFFIXES = (*LOSSLESS, *LOSSY)
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng")  # pictures too, but not for Pillow
+CONVERTED = ("_labelTrainIds", "_trainIds", "_train_id", "_trainids", "_train_ids")
 SEGNET = ("train", "val", "test")
-USUAL = {"source": ("train", "training"), "target": ("val", "validation")}  # splits when none is named
+USUAL = {"source": ("train", "training"), "target": ("val", "validation", "valid", "dev")}  # splits when none is named
 
 
 class Layout(NamedTuple):
     """One tree of a data set.
 
     images: pattern of the pictures below the data set's folder: `{name}`, `{split}`, `{condition}` stand for one part
-    of a path, `{group}` for any number of folders, `*` for any characters; a pattern that ends in `.*` takes any
-    picture format. labels: (pattern, id map) in order of preference; fields of one name are equal in both. splits:
-    what a split is called in the tree, where `{split}` is; empty: any. any_size: labels may differ from their pictures
-    in size (they are then resized, nearest). besides: files with this in their name are something else. subset: there
-    may be labels of other pictures. unlabelled: splits whose labels are dummies.
+    of a path, `{group}` for any number of folders, `*` for any characters; where a file is missing in the format of
+    its pattern, it is taken in another one, a label in one without loss. labels: (pattern, id map) in order of
+    preference; fields of one name are equal in both. splits: what a split is called in the tree, where `{split}` is;
+    empty: any. any_size: labels may differ from their pictures in size (they are then resized, nearest). besides: files
+    with this in their name are something else. unlabelled: splits whose labels are dummies. converted: what the
+    field's tools append to a label's name when they write train ids beside it; read where the label itself is missing.
     """
 
     images: str
@@ -35,8 +40,8 @@ class Layout(NamedTuple):
     splits: dict[str, str] = {}
     any_size: bool = False
     besides: str = ""
-    subset: bool = False
     unlabelled: tuple[str, ...] = ()
+    converted: tuple[str, ...] = CONVERTED
 
 
 def _cityscapes(kind: str, suffix: str = "") -> Layout:
@@ -44,7 +49,6 @@ def _cityscapes(kind: str, suffix: str = "") -> Layout:
     return Layout(
         f"{kind}/{{split}}/{{group}}/{{name}}_{kind}{suffix}.png",
         ((f"{label}labelIds.png", "labelids"), (f"{label}labelTrainIds.png", "cityscapes")),
-        subset=bool(suffix),
         unlabelled=("test",),
     )
 
@@ -74,7 +78,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "cityscapes-rainy": (_cityscapes("leftImg8bit_rain", "*"),),
     "bdd100k": (
         Layout("images/10k/{split}/{name}.jpg", (("labels/sem_seg/masks/{split}/{name}.png", "cityscapes"),)),
-        Layout("seg/images/{split}/{name}.jpg", (("seg/labels/{split}/{name}_train_id.png", "cityscapes"),)),
+        Layout("seg/images/{split}/{name}.jpg", (("seg/labels/{split}/{name}.png", "cityscapes"),)),
     ),
     "mapillary": (_mapillary(("v1.2/labels/{name}.png", "mapillary12"), ("labels/{name}.png", "mapillary12")),),
     "mapillary-v2": (_mapillary(("v2.0/labels/{name}.png", "mapillary20")),),
@@ -87,6 +91,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
                 ("gtFine/{split}/{group}/{name}_gtFine_labelids.png", "idd"),
                 ("gtFine/{split}/{group}/{name}_gtFine_polygons.json", "idd"),
                 ("gtFine/{split}/{group}/{name}_gtFine_labellevel3Ids.png", "iddlevel3"),
+                ("gtFine/{split}/{group}/{name}_gtFine_labelcsTrainIds.png", "cityscapes"),
             ),
         ),
     ),
@@ -117,61 +122,125 @@ class Pair(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What a folder holds of a data set: pairs, the id map of their labels, and what is wrong (one sentence each)."""
+    """What a folder holds of a data set: pairs, the id map of their labels, and what is wrong (one sentence each).
+
+    notes: what is passed over without harm, and where labels seem to lie if there are none.
+    """
 
     pairs: list[Pair]
     ids: str
     any_size: bool
     problems: list[str]
+    notes: list[str] = []
 
 
-def list_pairs(name: str, folder: str, split: str = "", role: str = "") -> Listing:
+def list_pairs(name: str, folder: str, split: str = "", role: str = "", skip: bool = False) -> Listing:
     """The pairs of data set `name` in a folder, of one split.
 
     split: a split of the tree (or, of ACDC, a condition, or both as in night-val), or of a splits.json or split.mat
     beside it. Without one: the training split for role "source", the validation split for role "target", where there
-    are such splits; else everything. Raises ValueError if the folder does not hold the data set, or no such split.
+    are such splits; else everything. skip: what is missing is passed over with a note.
+    Raises ValueError if the folder does not hold the data set, or no such split.
     """
     root = Path(os.path.expanduser(folder))
     layout = next((one for one in LAYOUTS[name] if _holds(root, one)), None)
     if layout is None:
         raise ValueError(f"{_text(name, folder, split)}: {_wrong_folder(name, root)}")
-    images = _match(root, layout.images)
+    found = _match(root, layout.images, SUFFIXES + UNREAD)
+    images = {path: fields for path, fields in found.items() if not path.lower().endswith(UNREAD)}
     named = _named_splits(root, split) if "{split}" not in layout.images else None
     kept, asked = _choose(images, layout, split if named is None else "", role, _text(name, folder, split))
     if named is not None:
         kept = {path: fields for path, fields in images.items() if fields["name"] in named}
-    options = []
-    for pattern, ids in layout.labels:
-        found = _match(root, pattern).items()
-        labels = {
-            _key(fields, pattern): (path, fields)
-            for path, fields in found
-            if not (layout.besides and layout.besides in path) and fields.get("split") not in layout.unlabelled
-        }
-        options.append((sum(_key(fields, pattern) in labels for fields in kept.values()), labels, pattern, ids))
-    _, labels, pattern, ids = max(options, key=lambda option: option[0])  # the first of those that serve most pictures
-    pairs, problems = _join(root, kept, labels, pattern, several="*" in layout.images.removesuffix(".*"))
-    if named is not None:
-        listed = sorted(named - {fields["name"] for fields in kept.values()})
-        problems += [f"'{missing}' is in the list of the split but not in {root}" for missing in listed]
-    elif not layout.subset:
-        used = {_key(fields, pattern) for fields in kept.values()}
-        orphans = [fields for key, (_, fields) in labels.items() if key not in used and asked <= set(fields.values())]
-        problems += [f"label '{fields['name']}' has no image" for fields in orphans]
-    return Listing(pairs, ids, layout.any_size, problems)
+    absent = sorted((named or set()) - {fields["name"] for fields in kept.values()})
+    labels, pattern, ids = _labels(root, layout, kept)
+    pairs, wanting, problems = _join(root, kept, labels, pattern, several="*" in layout.images.removesuffix(".*"))
+    notes, lossy = [], _lossy(root, layout, kept) if wanting or not labels else []
+    if lossy:
+        problems.append(f"{len(lossy)} labels like {lossy[0]} are in a lossy format, ids are lost: export them as PNG")
+    elif not labels and not {fields.get("split") for fields in kept.values()} & {*layout.unlabelled}:
+        notes = _elsewhere(root, layout, kept)
+    if unread := sorted(found.keys() - images.keys()):
+        text = f"{len(unread)} pictures like {unread[0]} are in a format that is not read: export them as JPG or PNG"
+        (notes if images else problems).append(text)
+    if skip:
+        pairs = [pair for pair in pairs if pair.name not in wanting]
+    elif not lossy:
+        problems += [f"{text}; -o data.on_error=skip passes over it" for text in wanting.values()]
+        problems += [f"'{one}' is in the list of the split but not in {root}" for one in absent]
+    used = {_key(fields, pattern) for fields in kept.values()}
+    alone = [f["name"] for key, (_, f) in labels.items() if key not in used and asked <= set(f.values())]
+    passed = {
+        "picture{} without a label": wanting if skip else (),
+        "picture{} of the split's list that are not there": absent if skip else (),
+        "label{} converted to train ids": [one for one in alone if one.endswith(layout.converted)],
+        "label{} without a picture": [one for one in alone if named is None and not one.endswith(layout.converted)],
+    }
+    notes += [f"{len(n)} {what.format('s' * (len(n) != 1))} passed over" for what, n in passed.items() if n]
+    return Listing(pairs, ids, layout.any_size, problems, notes)
 
 
 def _text(name: str, folder: str, split: str) -> str:
     return f"{name}{':' * bool(split)}{split}@{folder}"
 
 
-def _join(root: Path, images: dict, labels: dict, pattern: str, several: bool) -> tuple[list[Pair], list[str]]:
-    """Pictures with their labels, and what is wrong; a split in which nothing is labelled has no labels.
+def _labels(root: Path, layout: Layout, images: dict) -> tuple[dict, str, str]:
+    """The labels {key: (path, fields)} that serve most of the pictures, their pattern and id map; the first of equals.
 
-    several: one label may serve several pictures, for example fog of several strengths.
+    Train ids that were written beside labels are looked for only where labels are missing.
     """
-    pairs, problems, seen = [], [], {}
+    best, most = ({}, *layout.labels[0]), -1
+    converted = [
+        (end.join(os.path.splitext(pattern)), "cityscapes") for end in layout.converted for pattern, _ in layout.labels
+    ]
+    for pattern, ids in (*layout.labels, *converted):
+        if most == len(images):
+            break
+        labels = {
+            _key(fields, pattern): (path, fields)
+            for path, fields in _match(root, pattern, () if pattern.endswith(".json") else LOSSLESS).items()
+            if not (layout.besides and layout.besides in path) and fields.get("split") not in layout.unlabelled
+        }
+        served = sum(_key(fields, pattern) in labels for fields in images.values())
+        if served > max(most, 0) or most < 0:
+            best, most = (labels, pattern, ids), served
+    return best
+
+
+def _lossy(root: Path, layout: Layout, images: dict) -> list[str]:
+    """Labels of the pictures in a format that does not keep ids."""
+    patterns = [pattern.rpartition(".")[0] + LOSSY[0] for pattern, _ in layout.labels]
+    keys = {pattern: {_key(fields, pattern) for fields in images.values()} for pattern in patterns}
+    return [
+        str(root / path)
+        for pattern in patterns
+        for path, fields in _match(root, pattern, LOSSY).items()
+        if _key(fields, pattern) in keys[pattern]
+    ]
+
+
+def _elsewhere(root: Path, layout: Layout, images: dict) -> list[str]:
+    """Where labels of the pictures seem to lie, in folders beside those of the pictures; a note or none."""
+    expected = " or ".join(pattern for pattern, _ in layout.labels[:2])
+    own = [part / _base(layout.images) for part in _roots(root, layout.images)]
+    beside = dict.fromkeys(folder for base in own for folder in (*_folders(root), *_folders(base.parent)))
+    like = [f"{glob.escape(fields['name'])}[._]*" for fields in images.values()][:1]
+    for folder in (folder for folder in beside if not any(folder in (base, *base.parents) for base in own)):
+        for file in (file for pattern in like for file in folder.rglob(pattern)):
+            return [f"{folder}/ holds {file.name}, but labels are expected as {root / expected}"]
+    for part in (part for part in _folders(root.parent) if not (part / _base(layout.images)).is_dir()):
+        if any((part / _base(pattern)).is_dir() for pattern, _ in layout.labels if _base(pattern)):
+            return [f"{part} holds labels: give {root.parent}, the folder of both"]
+    return []
+
+
+def _join(root: Path, images: dict, labels: dict, pattern: str, several: bool) -> tuple[list[Pair], dict, list[str]]:
+    """Pictures with their labels, {name: sentence} of those whose label is missing, and what is wrong beside.
+
+    A split in which nothing is labelled has no labels. several: one label may serve several pictures, for example fog
+    of several strengths.
+    """
+    pairs, wanting, problems, seen = [], {}, [], {}
     labelled = {fields.get("split", "") for _, fields in labels.values()}
     for path, fields in sorted(images.items()):
         group, split = fields.get("group", ""), fields.get("split", "")
@@ -183,18 +252,18 @@ def _join(root: Path, images: dict, labels: dict, pattern: str, several: bool) -
             continue
         seen[name] = path
         if label is None and split in labelled:
-            problems.append(f"image '{name}' has no label: expected {root / _filled(pattern, fields)}")
+            wanting[name] = f"image '{name}' has no label: expected {root / _filled(pattern, fields)}"
         pairs.append(Pair(root / path, root / label[0] if label else None, name, split))
-    return pairs, problems
+    return pairs, wanting, problems
 
 
-def _regex(pattern: str) -> re.Pattern:
-    """A pattern as a regular expression with its fields as groups."""
-    text = re.escape(pattern).replace(r"\{", "{").replace(r"\}", "}")
-    if pattern.endswith(".*"):
-        text = text.removesuffix(r"\.\*") + "(?i:" + "|".join(map(re.escape, SUFFIXES)) + ")"
-    text = re.sub(r"\\\.(\w+)$", r"(?i:\.\1)", text).replace(r"\*", "[^/]*").replace("{group}", "(?P<group>.+?)")
-    return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+?)", text))
+def _regex(pattern: str, formats: Iterable[str]) -> re.Pattern:
+    """A pattern, in any of some formats, as a regular expression with its fields as groups."""
+    stem, dot, own = pattern.rpartition(".")
+    text = re.escape(stem).replace(r"\{", "{").replace(r"\}", "}").replace(r"\*", "[^/]*")
+    text = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+?)", text.replace("{group}", "(?P<group>.+?)"))
+    endings = [re.escape(ending) for ending in dict.fromkeys((dot + own, *formats)) if ending != ".*"]
+    return re.compile(f"{text}(?i:{'|'.join(endings)})")
 
 
 def _key(fields: dict[str, str], pattern: str) -> tuple:
@@ -210,20 +279,34 @@ def _base(pattern: str) -> str:
     return pattern.split("{")[0].rpartition("/")[0]
 
 
-def _match(root: Path, pattern: str) -> dict[str, dict[str, str]]:
-    """{path below root: fields} of all files that fit a pattern; links are followed."""
-    expression, found, seen = _regex(pattern), {}, set()
-    for folder, folders, files in os.walk(root / _base(pattern), followlinks=True, onerror=_refuse):
-        seen.add(os.path.realpath(folder))
-        folders[:] = [
-            below for below in folders if os.path.realpath(f"{folder}/{below}") not in seen
-        ]  # links in circles
-        below = Path(folder).relative_to(root).as_posix()
-        for file in files:
-            path = file if below == "." else f"{below}/{file}"
-            if (match := expression.fullmatch(path)) and not file.startswith("._"):  # a Mac's notes on a file
-                found[path] = match.groupdict()
-    return found
+def _roots(root: Path, pattern: str) -> list[Path]:
+    """Where a pattern begins: the folder itself, or those in it, up to two deep, that archives were unpacked into."""
+    base, level = _base(pattern), [root]
+    for _ in range(3):
+        if parts := [part for part in level if not base or (part / base).is_dir()]:
+            return parts
+        level = [deeper for folder in level for deeper in _folders(folder)]
+    return []
+
+
+def _match(root: Path, pattern: str, formats: tuple[str, ...] = ()) -> dict[str, dict[str, str]]:
+    """{path below root: fields} of all files that fit a pattern; links are followed.
+
+    formats: endings that stand in for the pattern's own where a file is missing.
+    """
+    expression, found, seen = _regex(pattern, formats), {}, set()
+    for part in _roots(root, pattern):
+        for folder, folders, files in os.walk(part / _base(pattern), followlinks=True, onerror=_refuse):
+            seen.add(os.path.realpath(folder))
+            folders[:] = [one for one in folders if os.path.realpath(f"{folder}/{one}") not in seen]  # links in circles
+            below, where = (Path(folder).relative_to(start) for start in (part, root))
+            for file in files:
+                match = expression.fullmatch((below / file).as_posix())
+                if match and not file.startswith("._"):  # a Mac's notes on a file
+                    found[(where / file).as_posix()] = match.groupdict()
+    own = pattern[pattern.rindex(".") :].lower()
+    there = {path[: -len(own)] for path in found if path.lower().endswith(own)}
+    return {p: f for p, f in found.items() if p.lower().endswith(own) or p.rpartition(".")[0] not in there}
 
 
 def _refuse(error: OSError) -> None:
@@ -233,18 +316,25 @@ def _refuse(error: OSError) -> None:
 
 
 def _holds(root: Path, layout: Layout) -> bool:
-    """Whether the folders of a layout are there."""
-    if base := _base(layout.images):
-        return (root / base).is_dir()
+    """Whether the pictures of a layout are there, or its pictures and its labels in folders of their own."""
+    if _base(layout.images):
+        images = _roots(root, layout.images)
+        labels = _label_roots(root, layout) if images and images != [root] else images
+        return images == [root] or bool(labels) and not {*images} & {*labels}
     tops = {layout.images.replace("{split}", value).split("{")[0] for value in layout.splits.values()}
     return any((root / top).is_dir() for top in tops)
+
+
+def _label_roots(root: Path, layout: Layout) -> list[Path]:
+    return [part for pattern, _ in layout.labels for part in _roots(root, pattern)]
 
 
 def _wrong_folder(name: str, root: Path) -> str:
     """The sentence for a folder that does not hold a data set: which one near it does, else what was expected."""
     below = _folders(root)
     near = [root.parent, root.parent.parent, *below, *(deeper for folder in below for deeper in _folders(folder))]
-    meant = [str(folder) for folder in dict.fromkeys(near) if any(_holds(folder, one) for one in LAYOUTS[name])]
+    holding = {f: one for f in dict.fromkeys(near) for one in LAYOUTS[name] if _holds(f, one)}
+    meant = [str(folder) for folder, one in holding.items() if _label_roots(folder, one)] or [*map(str, holding)]
     if meant:
         return f"{root} is the wrong level of the tree: give {' or '.join(meant[:3])}."
     trees = " or ".join(layout.images for layout in LAYOUTS[name])
@@ -254,7 +344,7 @@ def _wrong_folder(name: str, root: Path) -> str:
 def _folders(root: Path) -> list[Path]:
     """The folders in a folder, as far as they may be seen."""
     try:
-        return sorted(path for path in root.iterdir() if path.is_dir())
+        return sorted(Path(entry) for entry in os.scandir(root) if entry.is_dir())
     except OSError:
         return []
 
@@ -273,7 +363,7 @@ def _choose(images: dict, layout: Layout, split: str, role: str, text: str) -> t
             raise ValueError(f"{text}: unknown split '{part}'{where} ({nearest(part, names)}).")
     wanted = {names[part] for part in asked}
     if role and not wanted & values["split"]:
-        wanted |= {value for value in USUAL[role] if value in values["split"]}
+        wanted |= set([value for value in USUAL[role] if value in values["split"]][:1])
     kept = {path: fields for path, fields in images.items() if wanted <= set(fields.values())}
     return kept, wanted
 

@@ -170,8 +170,8 @@ def validation_pictures(experiment: Experiment, source: domains.Domain) -> domai
     if domains.parse(text).name != source.spec.name:
         raise ValueError(f"Option train.validate_on is for the source's own data set {source.spec.name}, not '{text}'.")
     own = domains.load(text, experiment.data)
-    trained = set(source.dataset["name"]) if source.spec.name != "scenes" else set()  # other layouts, same names
-    kept = [i for i, name in enumerate(own.dataset["name"]) if name not in trained]
+    trained = set(source.keys)
+    kept = [i for i, key in enumerate(own.keys) if key not in trained]
     if not kept or not own.has_labels:
         raise ValueError(
             f"'{text}' has no labelled picture that is not trained on: name a part of the data set that has with "

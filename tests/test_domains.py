@@ -157,7 +157,7 @@ def test_one_and_sixteen_bit_labels_are_read(root, mode):
 
 def test_a_picture_too_large_for_pillow_is_a_problem(root, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert "exceeds limit" in check.check(f"camvid@{root}", Data())[0].problems[0]
+    assert "more than 268 million pixels: cut or shrink it" in check.check(f"camvid@{root}", Data())[0].problems[0]
 
 
 def test_check_counts_pixels_and_sizes(root):

@@ -325,7 +325,7 @@ def test_check_describes_what_is_there(capsys, tmp_path):
     assert any(line.split()[:3] == ["road", "50.0", "%"] and "#" * 20 in line for line in output.splitlines())
     assert f"{unlabelled}: 2 pictures without labels" in output
     found, bare = json.loads(rows.read_text())
-    assert list(found) == ["domain", "split", "pairs", "class_pixels", "problems"]
+    assert list(found) == ["domain", "split", "pairs", "class_pixels", "problems", "ignored_pixels", "notes"]
     assert found["class_pixels"]["road"] == found["class_pixels"]["sky"] == 2 * 24 * 64 and found["pairs"] == 2
     assert (bare["domain"], bare["problems"]) == (unlabelled, [])
 

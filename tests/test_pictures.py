@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from setlib.labels import id_map
-from setlib.pictures import read_label, read_picture, upright_size
+from setlib.pictures import measure, read_label, read_picture
 
 RED = (220, 20, 30)
 
@@ -35,7 +35,7 @@ def test_transparency_lies_on_white_and_exif_turns(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 8
     Image.new("RGB", (4, 2)).save(tmp_path / "a.jpg", exif=exif)
-    assert read_picture(tmp_path / "a.jpg").shape == (4, 2, 3) and upright_size(tmp_path / "a.jpg") == (2, 4)
+    assert read_picture(tmp_path / "a.jpg").shape == (4, 2, 3) and measure(tmp_path / "a.jpg") == ((2, 4), 8)
 
 
 @pytest.mark.parametrize(
