@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from setlib.labels import ClassSet
+from setlib.plots import NO_VALUE
 
 WIDTH, GAP, TEXT, SWATCH = 948, 8, 13, 11  # pixels: of a board (a notebook's text width), between panels, type, legend
 INK, RING = (34, 34, 34), ((0, 0, 0), (255, 255, 255))
@@ -165,9 +166,9 @@ def _legend(class_set: ClassSet, notes: dict[int, str]) -> Image.Image:
 
 
 def in_colour(values: np.ndarray, colours: str, low: float, high: float) -> np.ndarray:
-    """(h, w) values as (h, w, 3) uint8: matplotlib's colours from low to high."""
+    """(h, w) values as (h, w, 3) uint8: matplotlib's colours from low to high, grey where there is none (NaN)."""
     scaled = (np.asarray(values, np.float32) - low) / max(high - low, 1e-12)
-    return matplotlib.colormaps[colours](scaled.clip(0, 1), bytes=True)[..., :3]
+    return matplotlib.colormaps[colours].with_extremes(bad=NO_VALUE)(scaled.clip(0, 1), bytes=True)[..., :3]
 
 
 def over_grey(picture: np.ndarray, values: np.ndarray, low: float, high: float, patch: int = 1) -> np.ndarray:
