@@ -1,6 +1,7 @@
 """Domains: names, layouts, class sets, and one clear sentence for everything that can be wrong with a folder."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -175,3 +176,55 @@ def test_scenes_source_and_targets_are_different_streets():
     assert not np.array_equal(night.sample(1).image, fog.sample(1).image)
     assert not np.array_equal(night.sample(0).label, source.sample(0).label)
     assert night.class_set is CITYSCAPES and len(source) == 2
+
+
+def test_labels_that_are_ignored_as_a_whole_teach_nothing(root):
+    for path in (root / "labels").iterdir():
+        Image.new("L", (32, 24), 255).save(path)
+    with pytest.raises(ValueError, match="teaches nothing: every pixel of its labels is ignored"):
+        domains.load(f"camvid@{root}", Data(), "source")
+    for deep in (True, False):
+        assert "is ignored as a whole" in check.check(f"camvid@{root}", Data(), deep=deep)[0].problems[0]
+    Image.new("L", (32, 24), 3).save(root / "labels/ä 3.png")
+    assert len(domains.load(f"camvid@{root}", Data(), "source")) == 4
+    found = check.check(f"camvid@{root}", Data())[0]
+    assert not found.problems and found.ignored_pixels == 3 * found.class_pixels["Road"] == 3 * 32 * 24
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("size", [(32, 24), (32, 32)])  # (w, h) as stored
+def test_a_label_is_turned_with_its_picture_where_sizes_prove_it_or_on_request(tmp_path, orientation, size, capsys):
+    rng, exif = np.random.default_rng(orientation), Image.Exif()
+    exif[0x0112] = orientation
+    drawn = Image.fromarray(rng.integers(0, 19, size[::-1], np.uint8))
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+    Image.fromarray(np.repeat(np.asarray(drawn)[..., None] * 12, 3, 2)).save(tmp_path / "images/a.png", exif=exif)
+    drawn.save(tmp_path / "labels/a.png")
+    proven, text = orientation > 4 and size[0] != size[1], f"folder@{tmp_path}"
+    for rule in ("shown", "stored"):
+        data = Data(exif_labels=rule)
+        sample, found = domains.load(text, data).sample(0), check.check(text, data)[0]
+        fits = np.array_equal(sample.label * 12, sample.image[..., 0])
+        assert fits == (proven or rule == "stored") and not found.problems
+        assert any("turned by EXIF" in note for note in found.notes) != proven
+        assert ("turned by EXIF" in capsys.readouterr().out) != proven
+        check.prepare(text, tmp_path.parent / f"{tmp_path.name}-{rule}", 99, data)
+        copy = domains.load(f"folder@{tmp_path.parent / f'{tmp_path.name}-{rule}'}", Data()).sample(0)
+        assert np.array_equal(copy.label, sample.label) and np.array_equal(copy.image, sample.image)
+
+
+def test_a_folder_with_a_tilde_in_its_name_is_no_corruption(root):
+    for name in ("walk~noise3", "a~b"):
+        shutil.copytree(root, root.parent / name, dirs_exist_ok=True)
+    assert domains.parse(f"folder@{root.parent}/walk~noise3").corruption == ""
+    assert len(domains.load(f"camvid@{root.parent}/walk~noise3", Data())) == 4
+    spec = domains.parse(f"camvid:day@{root.parent}/a~b~noise2")
+    assert (spec.folder, spec.corruption, spec.severity) == (f"{root.parent}/a~b", "noise", 2)
+    assert domains.parse(f"camvid@{root.parent}/walk~noise3~fog").corruption == "fog"
+
+
+def test_a_damaged_header_is_passed_over_on_request(root, capsys):
+    (root / "images/ä 1.jpg").write_bytes(b"")
+    assert len(domains.load(f"camvid@{root}", Data(on_error="skip"))) == 3
+    assert "cannot be opened as a picture" in capsys.readouterr().out

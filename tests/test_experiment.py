@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from setlib import plots
-from setlib.experiment import PROFILES, Experiment, Run, default_run_folder
+from setlib.experiment import PROFILES, Experiment, Run, default_run_folder, nearest
 from setlib.files import write_atomic
 
 
@@ -209,3 +209,20 @@ def test_a_figure_that_is_left_out_leaves_no_file(tmp_path):
     figure = plots.Figure()
     assert run.save_figure(figure, "04_x") is figure and (tmp_path / "figures" / "04_x.png").is_file()
     assert run.save_figure(None, "04_x") is None and not (tmp_path / "figures" / "04_x.png").exists()
+
+
+def test_one_folder_is_one_folder_however_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ds").mkdir()
+    for number, text in enumerate(("folder@{}", "camvid:day@{}~noise3", "hub:{}")):
+        first = Experiment.build("smoke", text.format("ds"), [text.format("ds/")])
+        run = Run.open(tmp_path / f"run{number}", first)
+        run.write_json("metrics.json", {})
+        for folder in ("ds/", "./ds", str(tmp_path / "ds")):
+            Run.open(run.path, Experiment.build("smoke", text.format(folder), [text.format("ds")]))
+        with pytest.raises(ValueError, match="holds another configuration .data.source is"):
+            Run.open(run.path, Experiment.build("smoke", text.format("other"), [text.format("ds")]))
+
+
+def test_nothing_near_is_a_sentence_too():
+    assert nearest("a", []) == "known: none"

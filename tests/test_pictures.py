@@ -78,3 +78,23 @@ def test_unknown_colours_and_classes_are_named(tmp_path):
     Image.fromarray(np.full((2, 3), 300, np.uint16)).save(tmp_path / "c.png")
     with pytest.raises(ValueError, match="holds ids from 300 to 300"):
         read_label(tmp_path / "c.png", id_map("cityscapes"))
+
+
+@pytest.mark.parametrize("most", [200, 1000, 4000, 16000, 65535])
+def test_deep_greys_fill_the_bits_that_they_need(tmp_path, most):
+    grey = np.linspace(0, most, 60).round().astype(np.uint16).reshape(6, 10)
+    bits = next(bits for bits in (8, 10, 12, 14, 16) if most < 2**bits)
+    Image.fromarray(grey).save(tmp_path / "a.tif")
+    pixels = read_picture(tmp_path / "a.tif")[..., 0]
+    assert np.array_equal(pixels, (grey / (2**bits - 1) * 255).astype(np.uint8)) and pixels.max() > 190
+
+
+def test_heic_and_too_many_pixels_are_named_with_the_way_round(tmp_path, monkeypatch):
+    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    with pytest.raises(ValueError, match=r"a.jpg cannot be read as a picture .HEIC, .*: export it as JPG or PNG"):
+        read_picture(tmp_path / "a.jpg")
+    Image.new("1", (14_000, 14_000)).save(tmp_path / "b.png")
+    assert measure(tmp_path / "b.png")[0] == (14_000, 14_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**7)
+    with pytest.raises(ValueError, match="million pixels: cut or shrink it first"):
+        read_picture(tmp_path / "b.png")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import struct
 import zlib
@@ -15,8 +17,9 @@ from PIL import Image
 from scipy.io import savemat
 
 from setlib import check, domains, readers, weights
-from setlib.experiment import Data
+from setlib.experiment import Data, Experiment
 from setlib.labels import CLASS_SETS, id_map, read_rows
+from setlib.train import validation_pictures
 
 SIZE = (12, 17)  # (h, w), odd on purpose
 
@@ -412,3 +415,138 @@ def test_a_data_set_of_the_hub_is_streamed_and_mapped(monkeypatch):
     monkeypatch.setattr(domains.datasets, "load_dataset", lambda *_, **__: {"train": rows.select_columns(["other"])})
     with pytest.raises(ValueError, match="has the picture columns none: expected one of pictures"):
         domains.load("hub:owner/streets", Data(eval_images=0))
+
+
+def convert(root: Path, labels: list[np.ndarray], label: str, ids: str, suffix: str, keep: bool) -> None:
+    """Train ids written beside labels, as the field's tools do; keep: the labels stay."""
+    for i, raw in enumerate(labels):
+        path = root / label.format(i)
+        Image.fromarray(id_map(ids).to_train[raw]).save(path.with_name(f"{path.stem}{suffix}.png"))
+        if not keep:
+            path.unlink()
+
+
+@pytest.mark.parametrize("suffix", ["_labelTrainIds", "_trainIds", "_train_id"])
+@pytest.mark.parametrize(
+    "text", ["gtav", "synthia", "bdd100k:val", "bdd100k:train", "mapillary:val", "kitti", "wilddash2", "folder"]
+)
+def test_train_ids_written_beside_labels_are_passed_over_or_stand_in_for_them(tmp_path, text, suffix):
+    image, label, ids, form = SETS[text]
+    label = label.replace("_train_id", "")
+    labels = make(tmp_path, image, label, ids, form)
+    convert(tmp_path, labels, label, ids, suffix, keep=True)
+    found = readers.list_pairs(text.partition(":")[0], str(tmp_path))
+    assert (len(found.pairs), found.problems, found.ids) == (3, [], ids)
+    assert found.notes == ["3 labels converted to train ids passed over"]
+    assert all(suffix not in pair.label.name for pair in found.pairs)
+    convert(tmp_path, labels, label, ids, suffix, keep=False)
+    domain = domains.load(f"{text}@{tmp_path}", Data())
+    assert np.array_equal(domain.sample(1).label, id_map(ids).to_train[labels[1]])
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".PNG", ".webp", ".tif"])
+@pytest.mark.parametrize("text", [text for text in SETS if SETS[text][0].endswith(".png")])
+def test_pictures_in_another_format_are_read_where_their_own_is_missing(tmp_path, text, ending):
+    image, label, ids, form = SETS[text]
+    written = make(tmp_path, image.replace(".png", ending), label, ids, form)
+    domain = domains.load(f"{text.rstrip(':')}@{tmp_path}", Data())
+    assert len(domain) == 3 and np.array_equal(domain.sample(2).label, written[2])
+    make(tmp_path, image, label, ids, form, count=2)  # two of one stem: the data set's own format is taken
+    found = readers.list_pairs(text.partition(":")[0], str(tmp_path))
+    own = "share one name" if ending == ".PNG" or text.startswith("idd") else ""
+    assert len(found.pairs) == 3 and all(own and own in problem for problem in found.problems)
+
+
+@pytest.mark.parametrize("text", ["gtav", "cityscapes:val", "bdd100k:val", "idd:val", "folder", "camvid:test"])
+def test_pictures_without_a_label_are_passed_over_on_request(tmp_path, text, capsys):
+    image, label, *rest = SETS[text]
+    make(tmp_path / "set", image, label, *rest, count=6)
+    for i in (2, 4):
+        (tmp_path / "set" / label.format(i)).unlink()
+    (tmp_path / "set" / image.format(0)).unlink()
+    domain, skip = f"{text}@{tmp_path / 'set'}", Data(on_error="skip", eval_images=0, train_images=0)
+    with pytest.raises(ValueError, match="has no label: expected .*; -o data.on_error=skip passes over it .and 1 more"):
+        domains.load(domain, Data())
+    for _ in range(2):
+        assert len(domains.load(domain, skip, "source")) == len(domains.load(domain, skip)) == 3
+    assert capsys.readouterr().out.count("2 pictures without a label passed over") == 1
+    (found,) = check.check(domain, skip)
+    assert (found.pairs, found.problems) == (3, []) and "1 label without a picture passed over" in found.notes
+    assert check.prepare(domain, tmp_path / "copy", 6, skip) == 3
+    assert len(domains.load(f"{text}@{tmp_path / 'copy'}", Data())) == 3
+
+
+@pytest.mark.parametrize("text", ["cityscapes:val", "acdc:fog", "idd:val", "bdd100k:val", "gtav", "kitti", "folder"])
+def test_archives_unpacked_side_by_side_are_read_as_they_lie(tmp_path, text):
+    image, label, *rest = SETS[text]
+    written = make(tmp_path, f"pictures/{image}", f"labels of it/own/{label}", *rest)
+    domain = domains.load(f"{text}@{tmp_path}", Data())
+    assert len(domain) == 3 and np.array_equal(domain.sample(1).label, written[1])
+    assert check.prepare(f"{text}@{tmp_path}", tmp_path.parent / f"{tmp_path.name}-copy", 6, Data()) == 3
+    with pytest.raises(ValueError, match=f"wrong level of the tree: give {tmp_path}[.]"):
+        readers.list_pairs(text.partition(":")[0], str(tmp_path / "pictures" / Path(image).parts[0]))
+
+
+@pytest.mark.parametrize("folder", ["masks", "gt", "annotations/deep"])
+def test_labels_that_lie_elsewhere_are_named_with_what_is_expected(tmp_path, folder):
+    make(tmp_path, "images/{}.jpg", f"{folder}/{{}}_mask.png", "cityscapes", "ids")
+    named = f"{folder.partition('/')[0]}/ holds [012].*png, but labels are expected as .*labels/.name..png"
+    with pytest.raises(ValueError, match=f"has no labels: a source needs .*{named}"):
+        domains.load(f"folder@{tmp_path}", Data(), "source")
+
+
+def test_labels_and_pictures_in_formats_that_lose_or_are_not_read(tmp_path):
+    make(tmp_path, "images/{}.jpg", "labels/{}.jpg", "cityscapes", "ids")
+    with pytest.raises(ValueError, match="3 labels like .*jpg are in a lossy format, ids are lost: export them as PNG"):
+        domains.load(f"folder@{tmp_path}", Data())
+    make(tmp_path, "images/{}.jpg", "labels/{}.bmp", "cityscapes", "ids")
+    (tmp_path / "images/7.HEIC").write_bytes(b"no matter")
+    (found,) = check.check(f"folder@{tmp_path}", Data())
+    assert (found.pairs, found.problems) == (3, []) and "like images/7.HEIC are in a format that is" in found.notes[0]
+    (tmp_path / "phone/images").mkdir(parents=True)
+    (tmp_path / "images/7.HEIC").rename(tmp_path / "phone/images/7.HEIC")
+    with pytest.raises(ValueError, match="in a format that is not read: export them as JPG or PNG"):
+        domains.load(f"folder@{tmp_path / 'phone'}", Data())
+
+
+def hub_rows(count: int, damaged: int = -1, bare: int = -1) -> Dataset:
+    """Rows of pictures with labels of road."""
+    rows = {"image": [], "label": []}
+    for i in range(count):
+        for column, picture in (("image", Image.new("RGB", (9, 6), (i, 0, 0))), ("label", Image.new("L", (9, 6)))):
+            picture.save(file := io.BytesIO(), "PNG")
+            cut = -30 if i == damaged and column == "image" else None
+            content = {"bytes": file.getvalue()[:cut], "path": None}
+            rows[column].append(None if i == bare and column == "label" else content)
+    return Dataset.from_dict(rows, features=Features({"image": HubImage(), "label": HubImage()}))
+
+
+@pytest.mark.parametrize("limit", [0, 3])
+def test_a_hub_set_in_a_folder_its_splits_and_its_damaged_rows(tmp_path, limit, capsys):
+    folder, data = tmp_path / "my set", Data(train_images=limit, eval_images=limit)
+    for split, name in (("train", "train-0"), ("val", "validation-0")):
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        rows = hub_rows(3, damaged=1, bare=2) if split == "val" else hub_rows(3)
+        rows.to_parquet(folder / f"data/{name}.parquet")
+    text = f"hub:{folder}"
+    source = domains.load(text, data, "source")
+    assert source.keys == [f"{folder} train {i}" for i in range(3)] and source.has_labels
+    with pytest.raises(ValueError, match="1 pictures without a label; -o data.on_error=skip passes over them"):
+        domains.load(text, data)
+    target = domains.load(text, dataclasses.replace(data, on_error="skip"))
+    assert [*target.dataset["name"]] == ["validation 0", "validation 1"]
+    with pytest.raises(ValueError, match=f"hub:{folder}: 'validation 1' cannot be decoded"):
+        target.sample(1)
+    assert domains.shared(text, f"{text}:train", data) == 3 and not domains.shared(text, "hub:owner/other", data)
+    single = domains.load(f"hub:{folder}/data/train-0.parquet", data)
+    assert len(single) == 3 and domains.shared(f"hub:{folder}/data/train-0.parquet", single.spec.text, data) == 3
+
+
+def test_names_that_two_splits_share_are_two_pictures(tmp_path):
+    for split in ("train", "val"):
+        make(tmp_path, f"leftImg8bit/{split}/0/{{}}_image.jpg", f"gtFine/{split}/0/{{}}_label.png", "iddlite", "ids")
+    text, options = f"idd-lite@{tmp_path}", ["train.validate_every=1"]
+    source = domains.load(text, Data(), "source")
+    own = validation_pictures(Experiment.build("smoke", text, overrides=options), source)
+    assert len(own) == 3 and [*own.dataset["name"]] == [*source.dataset["name"]]
+    assert not domains.shared(text, text, Data()) and domains.shared(text, f"idd-lite:train@{tmp_path}/", Data()) == 3
