@@ -131,7 +131,8 @@ def open_run(args: argparse.Namespace) -> Run:
     from setlib.weights import check_name
 
     check_name(experiment.model.backbone)
-    for name in (experiment.model.refiner, *experiment.ablation.variants):
+    rates = [text.partition("=")[0] for text in experiment.train.refiner_rates]
+    for name in (experiment.model.refiner, *experiment.ablation.variants, *rates):
         build_refiner(name, (1,), channels=1, num_tokens=2, rank=1)
 
     domains.check_edges(experiment.data)

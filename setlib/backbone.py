@@ -11,7 +11,7 @@ import contextlib
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -35,7 +35,7 @@ class Prefix:
     """What the first layers made of some images, kept so that they need not run again.
 
     hidden: all tokens that layer `stop` itself answered with, before any refiner: (B, N, C) with class and register
-    tokens first, or (B, H, W, C). maps: patch features (B, H, W, C) of the requested layers before `stop`.
+    tokens first, or (B, H, W, C). maps: patch features (B, H, W, C) of other layers, as they are without a refiner.
     is_tuple: whether the layers of this backbone answer with a tuple.
     """
 
@@ -169,7 +169,9 @@ class FrozenBackbone(nn.Module):
         if absent := [layer for layer in wanted if layer < start and layer not in prefix.maps]:
             raise ValueError(f"The prefix holds no maps of layers {absent}: name them when it is made.")
         maps = dict(prefix.maps) if prefix else {}
-        if max(wanted) >= start:
+        if prefix and start in wanted and not refined:
+            maps[start] = _patches(prefix.hidden, self._padded(images)[1])
+        if refined or not set(wanted) <= set(maps):
             maps |= self._run(images, max(wanted), wanted, refiner, prefix, checkpointing)[0]
         return {layer: maps[layer] for layer in wanted}
 
@@ -177,29 +179,30 @@ class FrozenBackbone(nn.Module):
     def prefix(self, images: Tensor, stop: int, layers: Sequence[int] = ()) -> Prefix:
         """Runs layers 1 to `stop` once, for any number of later calls of `forward` with the same images.
 
-        images: (B, 3, h, w) in [0, 1]. layers: those before `stop` whose maps are kept; later ones are ignored.
+        images: (B, 3, h, w) in [0, 1]. layers: whose maps are kept; with those behind `stop` too, a model that refines
+        nothing need not run at all.
         """
-        self._checked((stop,))
-        wanted = tuple(layer for layer in self._checked(layers) if layer < stop)
-        maps, output = self._run(images, stop, wanted, None, None)
+        last = max(self._checked((stop, *layers)))
+        maps, output = self._run(images, last, {*layers} - {stop}, None, None, stop=stop)
         return Prefix(_hidden(output), maps, stop, isinstance(output, tuple))
 
     def _run(
         self,
         images: Tensor,
         last: int,
-        wanted: Sequence[int],
+        wanted: Collection[int],
         refiner: nn.Module | None,
         prefix: Prefix | None,
         checkpointing: bool = False,
+        stop: int = 0,
     ) -> tuple[dict[int, Tensor], Output]:
-        """The maps of the wanted layers, and what layer `last` answered."""
+        """The maps of the wanted layers, and what layer `stop` answered (0: the last one)."""
         images, grid = self._padded(images)
         inside, prompts = getattr(refiner, "inside", False), getattr(refiner, "prompts", None)
         refined = refiner.layers if refiner is not None else ()
         start = prefix.stop if prefix else 0
         maps: dict[int, Tensor] = {}
-        answers: list[Output] = []  # of layer `last`
+        answers: dict[int, Output] = {}
 
         def compute(layer: int, own: Callable, hidden: Tensor, *args: Any, **kwargs: Any) -> Output:
             """The layer's own answer, refined."""
@@ -214,7 +217,7 @@ class FrozenBackbone(nn.Module):
         def answer(layer: int, own: Callable, hidden: Tensor, *args: Any, **kwargs: Any) -> Output:
             """What the layer answers with in place of its own forward."""
             if layer > last:
-                return answers[-1]
+                return answers[last]
             if layer <= start and hidden.shape != prefix.hidden.shape:
                 expected, found = tuple(hidden.shape), tuple(prefix.hidden.shape)
                 raise ValueError(f"The prefix is of other images: expected tokens {expected}, it holds {found}.")
@@ -227,8 +230,8 @@ class FrozenBackbone(nn.Module):
                 output = compute(layer, own, hidden, *args, **kwargs)
             if layer in wanted:
                 maps[layer] = _patches(_hidden(output), grid)
-            if layer == last:
-                answers.append(output)
+            if layer in (stop, last):
+                answers[layer] = output
             return output
 
         with contextlib.ExitStack() as stack:
@@ -238,7 +241,7 @@ class FrozenBackbone(nn.Module):
             self.model.eval()  # somebody may have called train() on the inner model
             pixels = ((images - self.mean) / self.std).to(next(self.model.parameters()).dtype)
             self._call(pixels, grid)
-        return maps, answers[-1]
+        return maps, answers[stop or last]
 
     def _call(self, pixels: Tensor, grid: Grid) -> object:
         """The model's own forward, at any size: families differ in what they must be told."""

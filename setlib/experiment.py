@@ -89,6 +89,7 @@ class Train:
         320  # augmented crops made once, with the frozen first layers' features kept; 0 = a fresh crop each time
     )
     learning_rate: float = 1e-3
+    refiner_rates: tuple[str, ...] = ()  # of what a refiner has learn, in units of the head's: set=0.1; else its own
     weight_decay: float = 0.05  # none on tokens, norms, biases and scales
     warmup: int = 0  # first steps, in which the learning rate rises evenly
     power: float = 0.9  # of the polynomial decay after them
@@ -97,11 +98,16 @@ class Train:
     checkpoint_every: int = 100  # steps
     validate_every: int = 0  # steps between scores on other pictures of the source; 0 = never. Nothing is chosen by it
     validate_on: str = ""  # a domain of the source's data set: gtav:val@folder; empty = what its name gives for scoring
-    precision: str = "float32"  # of the matrix products: float32, bfloat16, float16; spectra stay in float32
+    precision: str = "auto"  # of matrix products: float32, bfloat16, float16; auto = bfloat16 where it is faster
     checkpointing: bool = False  # keeps only the input of each layer for the gradient: less memory, more time
     cache_gb: float = 0.0  # disk for frozen features of kept views and scored pictures; 0 = off
     shard: bool = False  # over several processes: each keeps a part of the frozen weights (FSDP)
     compile: bool = False  # the frozen layers with torch.compile
+
+    def refiner_rate(self, name: str, own: float) -> float:
+        """Learning rate of the refiner `name` in units of the head's: its entry, that of its family, or its own."""
+        rates = dict(text.split("=") for text in self.refiner_rates)
+        return float(rates.get(name, rates.get(name.partition("-")[0], own)))
 
 
 @dataclass(frozen=True)
@@ -219,7 +225,7 @@ def _smoke() -> Experiment:
     )
     layers = {"refined_layers": (3, 4), "feature_layers": (1, 2, 3, 4)}
     model = Model(backbone="tiny-random", num_tokens=8, rank=4, head_channels=16, **layers)
-    train = Train(steps=12, batch_size=2, views=8, checkpoint_every=6)
+    train = Train(steps=12, batch_size=2, views=8, checkpoint_every=6, precision="float32")
     variants = ("none", "full", "vpt", "adaptformer", "rein", "fada", "set")
     ablation = Ablation(variants=variants, overrides=("train.steps=6", "data.eval_images=2"))
     return Experiment(profile="smoke", data=data, model=model, train=train, ablation=ablation)
@@ -249,7 +255,9 @@ def _paper(crop: int = 512) -> Experiment:
         head="mask2former",
         head_channels=256,
     )
-    train = Train(steps=40_000, views=0, learning_rate=1e-4, clip_norm=0.0, checkpoint_every=1000)
+    train = Train(
+        steps=40_000, views=0, learning_rate=1e-4, clip_norm=0.0, checkpoint_every=1000, precision="float32"
+    )  # one rate for all
     if crop > 512:
         train = replace(train, batch_size=8, learning_rate=6e-5, warmup=10_000)
     profile = "paper" if crop == 512 else f"paper-{crop}"
@@ -296,7 +304,9 @@ def _parse(key: str, value: str, kind: typing.Any) -> typing.Any:
     try:
         if isinstance(kind, types.GenericAlias) or typing.get_origin(kind) is tuple:
             item = typing.get_args(kind)[0]
-            comma = r",(?=\s*[\w.]+=)" if key == "ablation.overrides" else ","  # an override may be a list itself
+            comma = (
+                r",(?=\s*(?:seed|\w+\.\w+)=)" if key == "ablation.overrides" else ","
+            )  # an override may be a list itself
             return tuple(item(part.strip()) for part in re.split(comma, value) if part.strip())
         if kind is bool and value.lower() not in ("true", "false"):
             raise ValueError
@@ -329,7 +339,7 @@ CHOICES = {
     "data.on_error": ("stop", "skip"),
     "data.exif_labels": ("shown", "stored"),
     "model.head": ("per-pixel", "mask2former"),
-    "train.precision": ("float32", "bfloat16", "float16"),
+    "train.precision": ("auto", "float32", "bfloat16", "float16"),
 }
 LARGEST_SIZE = 2**16  # of a part of the model
 LARGEST_SCALE = 16
@@ -377,6 +387,9 @@ def _validate(experiment: Experiment) -> None:
             f"at least one of inference.scales, none above {LARGEST_SCALE}, an inference.stride above 0 and at most 1"
         )
         raise ValueError(f"Name {limits}; got {scales} and {stride}.")
+    for text in train.refiner_rates:
+        if not re.fullmatch(r"[a-z-]+=(\d+\.?\d*|\.\d+)(e-?\d+)?", text) or not float(text.partition("=")[2]):
+            raise ValueError(f"Option train.refiner_rates expects NAME=RATE (set=0.1), not '{text}'.")
     for text in data.eval_edges:
         name, _, edge = text.partition("=")
         if not name or not re.fullmatch(r"\d+|\d*\.\d+", edge) or not float(edge):

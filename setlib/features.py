@@ -42,7 +42,7 @@ class FeatureCache:
         """
         if not self.limit:
             return backbone.prefix(images, stop, layers)
-        wanted = sorted({layer for layer in layers if layer < stop})
+        wanted = sorted({*layers} - {stop})
         decides = [backbone.fingerprint, _configuration(backbone), stop, wanted, precision, images.device.type]
         paths = [self._path(f"{decides} {tuple(image.shape)} {image.dtype}", image) for image in images]
         entries = [self._read(path, stop, wanted) for path in paths]

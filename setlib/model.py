@@ -37,6 +37,14 @@ HEAD_SIZES = ("attention_heads", "pixel_layers", "pixel_width", "decoder_layers"
 FILES = ("config.json", "model.safetensors")
 
 
+def fast_precision() -> str:
+    """What train.precision=auto means here: bfloat16 where the device multiplies matrices in it, else float32."""
+    if DEVICE.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if has_units else "float32"
+
+
 class Segmenter(nn.Module, ModelHubMixin):
     """A segmentation model with the 19 Cityscapes train classes; only refiner and head learn.
 
@@ -64,7 +72,8 @@ class Segmenter(nn.Module, ModelHubMixin):
             self.backbone = backbone.adapted(self.refiner.adapt)
         train = experiment.train
         self.cache = FeatureCache(train.cache_gb * 1e9)
-        dtype, lower = getattr(torch, train.precision), train.precision != "float32"
+        self.precision = fast_precision() if train.precision == "auto" else train.precision
+        dtype, lower = getattr(torch, self.precision), self.precision != "float32"
         self.autocast = partial(torch.autocast, DEVICE.type, dtype if lower else None, enabled=lower)
         self.to(DEVICE)
 
@@ -80,10 +89,10 @@ class Segmenter(nn.Module, ModelHubMixin):
         """
         if not self.frozen_until:
             return None
-        wanted, precision = layers or self.feature_layers, self.experiment.train.precision
-        stop, parts = self.frozen_until, images.split(self.experiment.inference.windows)
+        wanted, stop = layers or self.feature_layers, self.frozen_until
+        parts = images.split(self.experiment.inference.windows)
         with self.autocast():
-            kept = [self.cache.prefix(self.backbone, part.to(DEVICE), stop, wanted, precision) for part in parts]
+            kept = [self.cache.prefix(self.backbone, part.to(DEVICE), stop, wanted, self.precision) for part in parts]
         return Prefix.cat(kept)
 
     def forward(self, images: Tensor, prefix: Prefix | None = None, refiner: Refiner | None = None) -> Tensor | Masks:

@@ -47,7 +47,7 @@ class FullFineTuning(Refiner):
     """
 
     inside = True
-    backbone_rate = 0.1
+    rate = 0.1
 
     def adapt(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
         """Wakes the embeddings and the layers; what a model does behind its layers (norm, pooler, neck) is not used."""

@@ -82,7 +82,8 @@ class _Split(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        parts = _turn_back(*ctx.saved_tensors, *gradients, is_empty(ctx.saved_tensors[0], ctx.axes))
+        amplitude, phase = ctx.saved_tensors
+        parts = _turn_back(amplitude, phase, *gradients, is_empty(amplitude, ctx.axes))
         return from_parts(parts, ctx.size, ctx.axes, transposed=True), None
 
 

@@ -23,12 +23,13 @@ class Refiner(nn.Module):
 
     inside: whether it works inside its layers (on what they read, or on their weights) instead of behind them.
     adapt: `adapt(model, layers)`, for a refiner that changes weights in a copy of the backbone's model; None = it does
-    not. backbone_rate: learning rate of what it wakes there, in units of the head's.
+    not. rate: learning rate of all that it has learn, here and there, in units of the head's (`train.refiner_rates`
+    sets others).
     prompts: `prompts(layer) -> (P, C)`, tokens that a layer reads beside its own; None = it has none.
     """
 
     inside = False
-    backbone_rate = 1.0
+    rate = 1.0  # source: the releases of Rein and SET
     adapt: Callable[[nn.Module, Sequence[nn.Module]], object] | None = None
     prompts: Callable[[int], Tensor] | None = None
 

@@ -144,9 +144,10 @@ def make_optimiser(model: Segmenter) -> torch.optim.AdamW:
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, kinds)}
     matrices |= {id(module.in_proj_weight) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     train, groups = model.experiment.train, defaultdict(list)
+    rate = train.refiner_rate(model.experiment.model.refiner, model.refiner.rate)
     for name, p in model.named_parameters():
         if p.requires_grad:
-            share = model.refiner.backbone_rate if name.startswith("backbone.") else 1.0
+            share = 1.0 if name.startswith("head.") else rate
             groups[id(p) in matrices, share].append(p)
     decays = {True: train.weight_decay, False: 0.0}
     settings = [{"params": ps, "weight_decay": decays[m], "share": share} for (m, share), ps in groups.items()]

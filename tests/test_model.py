@@ -223,7 +223,7 @@ def test_spectra_stay_in_float32_under_autocast(monkeypatch):
 
 
 def test_an_unknown_precision_is_refused():
-    with pytest.raises(ValueError, match="train.precision must be float32, bfloat16 or float16, got 'half'"):
+    with pytest.raises(ValueError, match="train.precision must be auto, float32, bfloat16 or float16, got 'half'"):
         build("train.precision=half")
 
 
