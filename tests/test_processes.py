@@ -31,7 +31,7 @@ ROUNDING = {"per-pixel": 0.0, "mask2former": 1e-5, "linked": 1e-4, "sharded": 0.
 def launch(*words):
     """A program in two processes; its output. A hang is an error."""
     done = subprocess.run([sys.executable, *LAUNCH, *words], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-9000:]
     return done.stdout
 
 
