@@ -244,10 +244,9 @@ def predict_command(args: argparse.Namespace) -> int:
             )
     from setlib import predict
 
-    if args.labels:
-        predict.label_ids(args.labels)  # known?
+    labels = predict.label_ids(args.labels) if args.labels else None
     outputs = dict(zip(images, predict.output_names(images), strict=True))
-    kinds = predict.ALWAYS + predict.WITH_LABELS * bool(args.labels)
+    kinds = predict.ALWAYS + predict.WITH_LABELS * bool(labels)
     made = {(args.out / f"{name}_{kind}.png").resolve() for name in outputs.values() for kind in kinds}
     for path in images:
         if path.resolve() in made:
@@ -260,7 +259,7 @@ def predict_command(args: argparse.Namespace) -> int:
     model.use(used)
     for path, name in tqdm(outputs.items(), desc="predict", unit="img"):
         try:
-            for kind, content in predict.predict_picture(model, path, args.labels).items():
+            for kind, content in predict.predict_picture(model, path, labels).items():
                 write_atomic(args.out / f"{name}_{kind}.png", content)
         except ValueError as error:
             problems.append(str(error))

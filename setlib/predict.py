@@ -53,16 +53,18 @@ def label_ids(name: str) -> tuple[np.ndarray, np.ndarray]:
     return to_ids, colours
 
 
-def predict_picture(model: Segmenter, path: Path, labels: str = "") -> dict[str, bytes]:
+def predict_picture(
+    model: Segmenter, path: Path, labels: tuple[np.ndarray, np.ndarray] | None = None
+) -> dict[str, bytes]:
     """PNGs at the picture's own size: "overlay", the classes' colours over it, and "trainids".
 
-    labels: a data set's name, for "labelids" and "colours" too. Raises ValueError if the picture cannot be read.
+    labels: of `label_ids`, for "labelids" and "colours" too. Raises ValueError if the picture cannot be read.
     """
     picture = read_picture(path)
     predicted = model.predict(picture)
     made = {"overlay": picture // 2 + CITYSCAPES.palette[predicted] // 2, "trainids": predicted}
     if labels:
-        to_ids, colours = label_ids(labels)
+        to_ids, colours = labels
         made |= {"labelids": to_ids[predicted], "colours": colours[to_ids[predicted]]}
     files = {kind: io.BytesIO() for kind in made}
     for kind, pixels in made.items():

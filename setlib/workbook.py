@@ -358,14 +358,14 @@ def write_report(run: Run) -> Path:
         if value is not None
     ]
     beside, metrics = run.path / "results/05_ablations.json", run.path / "metrics.json"
-    shorter = load_json(beside)["spread"] if beside.is_file() else []
-    shorter = [cell for cell in shorter if None not in cell["values"]]
+    variants = load_json(beside)["spread"] if beside.is_file() else []
+    variants = [cell for cell in variants if None not in cell["values"]]
     values = {
         "title": f"Profile {experiment.profile}, refiner {experiment.model.refiner}, seed {experiment.seed}",
         "question": f"How well does a model that saw only {experiment.data.source} hold on domains it never saw?",
         "command": command(run),
         "notes": list(_notes(experiment)),
-        "panels": [("Trained in notebook 03", cells), ("Trained shorter, in notebook 05", shorter)],
+        "panels": [("Trained in notebook 03", cells), ("Trained in notebook 05", variants)],
         "notebooks": [entries[number] for number in sorted(entries)],
         "results": metric_rows(run),
         "scored": load_json(metrics)["results"] if metrics.is_file() else [],
