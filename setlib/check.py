@@ -60,8 +60,7 @@ def check(text: str, data: Data, role: str = "", deep: bool = True) -> list[Chec
     """Looks at a whole domain, one entry for each split; what is wrong is listed, not raised.
 
     The files' headers are read, and a few labels; deep: everything is decoded, by all cores if it is much, and class
-    pixels are counted.
-    role: "source" or "target" looks at the split that would be used; "" at all. Raises ValueError only when the
+    pixels are counted. role: "source" or "target" looks at the split that would be used; "" at all. Raises ValueError only when the
     domain cannot be listed at all.
     """
     spec = domains.parse(text)
@@ -73,22 +72,21 @@ def check(text: str, data: Data, role: str = "", deep: bool = True) -> list[Chec
         empty = f"Domain '{text}' is empty: no picture in {spec.folder}"
         raise ValueError(f"{empty}{f' ({listing.problems[0]})' if listing.problems else ''}.")
     found: dict[str, Check] = {}
-    decoded: set[str] = set()
+    glanced: set[Path] = set()
     for split in sorted({pair.split for pair in listing.pairs}):
         pairs = [pair for pair in listing.pairs if pair.split == split]
         found[split] = Check(text, split, len(pairs), any(pair.label for pair in pairs))
-        glance = [pairs[i] for i in np.linspace(0, len(pairs) - 1, GLANCE).astype(int)]
-        decoded |= {pair.name for pair in (pairs if deep else glance)}
+        glanced |= {pairs[i].image for i in np.linspace(0, len(pairs) - 1, 0 if deep else GLANCE).astype(int)}
     first = next(iter(found.values()))
     first.problems += listing.problems
     stored = data.exif_labels == "stored"
-    look = partial(_look, ids=ids, any_size=listing.any_size, decoded=decoded, deep=deep, stored=stored)
+    look = partial(_look, ids=ids, any_size=listing.any_size, glanced=glanced, deep=deep, stored=stored)
     counts, turned = {split: np.zeros(256, np.int64) for split in found}, 0
-    for pair, (size, pixels, header) in zip(listing.pairs, _each(look, listing.pairs, deep, text), strict=True):
+    for pair, (header, pixels) in zip(listing.pairs, _each(look, listing.pairs, deep, text), strict=True):
         one = found[pair.split]
         turned += header.turned
-        if size:
-            one.sizes[size] += 1
+        if header.size:
+            one.sizes[header.size] += 1
         if header.problem:
             one.problems.append(header.problem)
         if pixels is not None:
@@ -110,22 +108,20 @@ def _each(look: partial, pairs: Sequence[Pair], deep: bool, text: str) -> Iterab
 
 
 def _look(
-    pair: Pair, ids: IdMap, any_size: bool, decoded: set[str], deep: bool, stored: bool
-) -> tuple[tuple | None, np.ndarray | None, domains.Header]:
-    """Size, pixels by raw id (of the pairs to decode), and what is wrong with one pair."""
-    size, counts, header = None, None, domains.header(pair, any_size)
+    pair: Pair, ids: IdMap, any_size: bool, glanced: set[Path], deep: bool, stored: bool
+) -> tuple[domains.Header, np.ndarray | None]:
+    """What the headers of one pair say, and, if it is decoded, its pixels by raw id."""
+    header, counts = domains.header(pair, any_size, whole=deep), None
+    if header.problem or not pair.label or not (deep or pair.image in glanced):
+        return header, counts
     try:
-        size, _ = measure(pair.image, whole=deep)
-        if pair.name in decoded and pair.label:
-            label = fitting(read_label(pair.label, ids), pair.image, stored)
-            counts = np.bincount(label.ravel(), minlength=256)
-            if label.shape != size[::-1] and not any_size:
-                raise LabelError(domains.other_size(label.shape, size[::-1]))
+        label = fitting(read_label(pair.label, ids), pair.image, stored)
+        counts = np.bincount(label.ravel(), minlength=256)
     except LabelError as error:
-        header = header if header.problem else domains.Header(f"label of '{pair.name}' {error}")
+        header = header._replace(problem=f"label of '{pair.name}' {error}")
     except UNREADABLE as error:
-        header = header if header.problem else domains.Header(f"'{pair.name}' cannot be decoded ({error})")
-    return size, counts, header
+        header = header._replace(problem=f"'{pair.name}' cannot be decoded ({error})")
+    return header, counts
 
 
 def _count(found: Check, counts: np.ndarray, ids: IdMap, deep: bool) -> None:
@@ -135,9 +131,8 @@ def _count(found: Check, counts: np.ndarray, ids: IdMap, deep: bool) -> None:
         found.class_pixels = {name: int(n) for name, n in zip(ids.class_set.classes, scored, strict=True)}
         found.ignored_pixels = int(counts.sum() - sum(scored))
     if counts.any() and not sum(scored):
-        found.problems.append(
-            f"every label{'' if deep else ' looked at'} is ignored as a whole: nothing to learn or score"
-        )
+        these = "every label" if deep else "every label looked at"
+        found.problems.append(f"{these} is ignored as a whole: nothing to learn or score")
 
 
 def _check_rows(text: str, domain: domains.Domain) -> Check:

@@ -301,30 +301,32 @@ def _evenly(pairs: list[Pair], limit: int) -> list[Pair]:
 
 
 class Header(NamedTuple):
-    """What is wrong with a pair as far as the files' headers tell, or "".
+    """What is wrong with a pair as far as the files' headers tell, or "", and its picture's size (w, h) as shown.
 
     turned: the picture is turned by EXIF, and sizes do not tell whether its label is.
     """
 
     problem: str
+    size: tuple[int, int] | None = None
     turned: bool = False
 
 
-def header(pair: Pair, any_size: bool = False) -> Header:
-    """Reads the headers of a pair; of a picture whose size is not its label's, all."""
+def header(pair: Pair, any_size: bool = False, whole: bool = False) -> Header:
+    """Reads the headers of a pair; all of a picture whose size is not its label's, or with `whole`."""
     path = pair.label or pair.image
     try:
         label = measure(path)[0]
         path = pair.image
-        for whole in (False, True):
-            size, orientation = measure(path, whole)
+        for decoded in (whole, True):
+            size, orientation = measure(path, decoded)
             own = size[::-1] if orientation >= TURNED else size
             if any_size or label in (size, own):
-                return Header("", pair.label is not None and orientation > 1 and size == own)
+                return Header("", size, pair.label is not None and orientation > 1 and size == own)
     except (*UNREADABLE, KeyError, TypeError) as error:
-        return Header(f"{path} cannot be opened as a picture ({error})")
+        what = f"'{pair.name}' cannot be decoded" if whole else f"{path} cannot be opened as a picture"
+        return Header(f"{what} ({error})")
     text = "image '{}' is {} x {} but its label is {} x {}: they must be equal"
-    return Header(text.format(pair.name, *size, *label))
+    return Header(text.format(pair.name, *size, *label), size)
 
 
 def turned_note(number: int, data: Data) -> list[str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import struct
 import warnings
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,9 @@ def open_picture(source: Any) -> PILImage.Image:
         return PILImage.open(source)
     except PILImage.DecompressionBombError:
         raise ValueError(f"more than {MOST_PIXELS / 1e6:.0f} million pixels: cut or shrink it first") from None
-    except PILImage.UnidentifiedImageError:
-        with open(source, "rb") if isinstance(source, str | Path) else contextlib.nullcontext(source) as file:
-            file.seek(4)
-            if file.read(8) in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc"):
-                raise ValueError("HEIC, which is not read: export it as JPG or PNG") from None
-        raise
+    except PILImage.UnidentifiedImageError as error:
+        media = not isinstance(source, BytesIO) and b"ftyp" in Path(source).read_bytes()[:12]
+        raise ValueError("HEIC or its like, which is not read: export it as JPG or PNG") if media else error from None
 
 
 def read_picture(image: Any, long_edge: int = 0) -> np.ndarray:

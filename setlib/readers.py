@@ -155,7 +155,7 @@ def list_pairs(name: str, folder: str, split: str = "", role: str = "", skip: bo
     absent = sorted((named or set()) - {fields["name"] for fields in kept.values()})
     labels, pattern, ids = _labels(root, layout, kept)
     pairs, wanting, problems = _join(root, kept, labels, pattern, several="*" in layout.images.removesuffix(".*"))
-    notes, lossy = [], _lossy(root, layout, kept) if wanting or not labels else []
+    notes, lossy = [], [str(p.label) for p in pairs if p.label and p.label.name.lower().endswith(LOSSY)]
     if lossy:
         problems.append(f"{len(lossy)} labels like {lossy[0]} are in a lossy format, ids are lost: export them as PNG")
     elif not labels and not {fields.get("split") for fields in kept.values()} & {*layout.unlabelled}:
@@ -165,7 +165,7 @@ def list_pairs(name: str, folder: str, split: str = "", role: str = "", skip: bo
         (notes if images else problems).append(text)
     if skip:
         pairs = [pair for pair in pairs if pair.name not in wanting]
-    elif not lossy:
+    else:
         problems += [f"{text}; -o data.on_error=skip passes over it" for text in wanting.values()]
         problems += [f"'{one}' is in the list of the split but not in {root}" for one in absent]
     used = {_key(fields, pattern) for fields in kept.values()}
@@ -189,34 +189,22 @@ def _labels(root: Path, layout: Layout, images: dict) -> tuple[dict, str, str]:
 
     Train ids that were written beside labels are looked for only where labels are missing.
     """
-    best, most = ({}, *layout.labels[0]), -1
-    converted = [
-        (end.join(os.path.splitext(pattern)), "cityscapes") for end in layout.converted for pattern, _ in layout.labels
-    ]
+    best, most = ({}, *layout.labels[0]), (-1, 0)
+    converted = [(f"{p[:-4]}{end}.png", "cityscapes") for end in layout.converted for p, _ in layout.labels]
     for pattern, ids in (*layout.labels, *converted):
-        if most == len(images):
-            break
+        found = _match(root, pattern, () if pattern.endswith(".json") else SUFFIXES).items()
         labels = {
             _key(fields, pattern): (path, fields)
-            for path, fields in _match(root, pattern, () if pattern.endswith(".json") else LOSSLESS).items()
+            for path, fields in sorted(found, key=lambda one: not one[0].lower().endswith(LOSSY))  # without loss wins
             if not (layout.besides and layout.besides in path) and fields.get("split") not in layout.unlabelled
         }
-        served = sum(_key(fields, pattern) in labels for fields in images.values())
-        if served > max(most, 0) or most < 0:
+        serving = [labels[key][0] for key in (_key(f, pattern) for f in images.values()) if key in labels]
+        served = sum(not path.lower().endswith(LOSSY) for path in serving), len(serving)
+        if served > most:
             best, most = (labels, pattern, ids), served
+        if most[0] == len(images):
+            break
     return best
-
-
-def _lossy(root: Path, layout: Layout, images: dict) -> list[str]:
-    """Labels of the pictures in a format that does not keep ids."""
-    patterns = [pattern.rpartition(".")[0] + LOSSY[0] for pattern, _ in layout.labels]
-    keys = {pattern: {_key(fields, pattern) for fields in images.values()} for pattern in patterns}
-    return [
-        str(root / path)
-        for pattern in patterns
-        for path, fields in _match(root, pattern, LOSSY).items()
-        if _key(fields, pattern) in keys[pattern]
-    ]
 
 
 def _elsewhere(root: Path, layout: Layout, images: dict) -> list[str]:
