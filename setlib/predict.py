@@ -53,9 +53,7 @@ def label_ids(name: str) -> tuple[np.ndarray, np.ndarray]:
     return to_ids, colours
 
 
-def predict_picture(
-    model: Segmenter, path: Path, labels: tuple[np.ndarray, np.ndarray] | None = None
-) -> dict[str, bytes]:
+def predict_picture(model: Segmenter, path: Path, labels: tuple | None = None) -> dict[str, bytes]:
     """PNGs at the picture's own size: "overlay", the classes' colours over it, and "trainids".
 
     labels: of `label_ids`, for "labelids" and "colours" too. Raises ValueError if the picture cannot be read.
