@@ -60,8 +60,8 @@ def check(text: str, data: Data, role: str = "", deep: bool = True) -> list[Chec
     """Looks at a whole domain, one entry for each split; what is wrong is listed, not raised.
 
     The files' headers are read, and a few labels; deep: everything is decoded, by all cores if it is much, and class
-    pixels are counted. role: "source" or "target" looks at the split that would be used; "" at all. Raises ValueError only when the
-    domain cannot be listed at all.
+    pixels are counted. role: "source" or "target" looks at the split that would be used; "" at all.
+    Raises ValueError only when the domain cannot be listed at all.
     """
     spec = domains.parse(text)
     if spec.name == "hub":

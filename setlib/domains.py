@@ -258,7 +258,7 @@ def _from_hub(spec: Spec, data: Data, role: str) -> Domain:
     rows = rows.add_column("domain", [spec.text] * len(rows))
     kept = [i for i, row in enumerate(rows.select_columns("label")) if row["label"]] if labels else []
     if 0 < len(kept) < len(rows):
-        text = f"{len(rows) - len(kept)} pictures without a label"
+        text = f"{len(rows) - len(kept)} picture{'s' * (len(rows) - len(kept) != 1)} without a label"
         if data.on_error != "skip":
             raise ValueError(f"{spec.text}: {text}; -o data.on_error=skip passes over them.")
         say(f"{spec.text}: {text} passed over")

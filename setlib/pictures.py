@@ -78,7 +78,8 @@ def read_picture(image: Any, long_edge: int = 0) -> np.ndarray:
             picture = PILImage.alpha_composite(PILImage.new("RGBA", picture.size, "white"), picture)
         return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
     except UNREADABLE as error:
-        raise ValueError(f"{image} cannot be read as a picture ({error}).") from None
+        name = "this row" if isinstance(image, BytesIO) else image
+        raise ValueError(f"{name} cannot be read as a picture ({error}).") from None
 
 
 def measure(source: Any, whole: bool = False) -> tuple[tuple[int, int], int]:

@@ -531,7 +531,7 @@ def test_a_hub_set_in_a_folder_its_splits_and_its_damaged_rows(tmp_path, limit, 
     text = f"hub:{folder}"
     source = domains.load(text, data, "source")
     assert source.keys == [f"{folder} train {i}" for i in range(3)] and source.has_labels
-    with pytest.raises(ValueError, match="1 pictures without a label; -o data.on_error=skip passes over them"):
+    with pytest.raises(ValueError, match="1 picture without a label; -o data.on_error=skip passes over them"):
         domains.load(text, data)
     target = domains.load(text, dataclasses.replace(data, on_error="skip"))
     assert [*target.dataset["name"]] == ["validation 0", "validation 1"]
