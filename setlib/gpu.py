@@ -228,6 +228,7 @@ class Rows:
 def measure(plan: Plan) -> list[dict]:
     """Every row of the plan."""
     rows = Rows(plan.limit)
+    gc.freeze()  # the modules' own objects need not be looked through before every row
     for head, refiner in product(("per-pixel", "mask2former"), REFINERS):
         rows.add(refiner, f"GPU against CPU, {head}", partial(compared, refiner, *plan.options, f"model.head={head}"))
     experiment = Experiment.build(plan.profile)
@@ -239,6 +240,7 @@ def measure(plan: Plan) -> list[dict]:
         rows.add(refiner, size, partial(timed, prepare, batch, plan))
     for crop, precision, kind in product(plan.crops, plan.precisions, PAPER):
         add_paper(rows, plan, kind, crop, precision)
+    gc.unfreeze()
     return rows.rows
 
 

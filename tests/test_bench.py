@@ -77,6 +77,7 @@ def test_every_case_can_be_prepared_and_stepped(name, monkeypatch):
 def test_what_a_gpu_is_asked_runs_on_a_cpu(monkeypatch, tmp_path, capsys):
     """The very command, small: every row is there, has its numbers, and the CPU agrees with itself."""
     monkeypatch.setattr(gpu, "PLAN", SMOKE)
+    monkeypatch.setattr(gpu, "WARM_UP", 0)
     monkeypatch.setattr(gpu, "has_gpu", lambda: True)
     waits, named = [], {"get_device_name": "a card", "max_memory_allocated": 5 * 10**9}
     monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
@@ -115,6 +116,7 @@ def test_what_does_not_fit_or_fails_or_is_not_reached_is_a_row(monkeypatch):
         return lambda: None
 
     monkeypatch.setattr(gpu, "PAPER", {"step": step})
+    monkeypatch.setattr(gpu, "free", lambda: None)
     rows = gpu.Rows(100.0)
     gpu.add_paper(rows, SMOKE, "step", 32, "float32")
     assert made == [("none", 2), ("rein", 2), ("set", 2), ("set", 1), ("set-released", 2), ("none", 1)]
