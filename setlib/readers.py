@@ -192,7 +192,7 @@ def _labels(root: Path, layout: Layout, images: dict) -> tuple[dict, str, str]:
     best, most = ({}, *layout.labels[0]), (-1, 0)
     converted = [(f"{p[:-4]}{end}.png", "cityscapes") for end in layout.converted for p, _ in layout.labels]
     for pattern, ids in (*layout.labels, *converted):
-        found = _match(root, pattern, () if pattern.endswith(".json") else SUFFIXES).items()
+        found = _match(root, pattern, () if pattern.endswith(".json") else SUFFIXES, layout.images).items()
         labels = {
             _key(fields, pattern): (path, fields)
             for path, fields in sorted(found, key=lambda one: not one[0].lower().endswith(LOSSY))  # without loss wins
@@ -267,23 +267,26 @@ def _base(pattern: str) -> str:
     return pattern.split("{")[0].rpartition("/")[0]
 
 
-def _roots(root: Path, pattern: str) -> list[Path]:
-    """Where a pattern begins: the folder itself, or those in it, up to two deep, that archives were unpacked into."""
-    base, level = _base(pattern), [root]
+def _roots(root: Path, pattern: str, apart: str = "") -> list[Path]:
+    """Where a pattern begins: the folder itself, or those in it, up to two deep, that archives were unpacked into.
+
+    apart: of another pattern that must not begin there too, as in a whole data set inside of another.
+    """
+    base, other, level = _base(pattern), _base(apart), [root]
     for _ in range(3):
         if parts := [part for part in level if not base or (part / base).is_dir()]:
-            return parts
+            return [part for part in parts if part == root or not other or not (part / other).is_dir()]
         level = [deeper for folder in level for deeper in _folders(folder)]
     return []
 
 
-def _match(root: Path, pattern: str, formats: tuple[str, ...] = ()) -> dict[str, dict[str, str]]:
+def _match(root: Path, pattern: str, formats: tuple[str, ...], apart: str = "") -> dict[str, dict[str, str]]:
     """{path below root: fields} of all files that fit a pattern; links are followed.
 
-    formats: endings that stand in for the pattern's own where a file is missing.
+    formats: endings that stand in for the pattern's own where a file is missing. apart: as for `_roots`.
     """
     expression, found, seen = _regex(pattern, formats), {}, set()
-    for part in _roots(root, pattern):
+    for part in _roots(root, pattern, apart):
         for folder, folders, files in os.walk(part / _base(pattern), followlinks=True, onerror=_refuse):
             seen.add(os.path.realpath(folder))
             folders[:] = [one for one in folders if os.path.realpath(f"{folder}/{one}") not in seen]  # links in circles

@@ -550,3 +550,10 @@ def test_names_that_two_splits_share_are_two_pictures(tmp_path):
     own = validation_pictures(Experiment.build("smoke", text, overrides=options), source)
     assert len(own) == 3 and [*own.dataset["name"]] == [*source.dataset["name"]]
     assert not domains.shared(text, text, Data()) and domains.shared(text, f"idd-lite:train@{tmp_path}/", Data()) == 3
+
+
+def test_labels_of_a_whole_set_inside_of_another_are_not_its_own(tmp_path):
+    make(tmp_path, "images/{}.jpg", "old/labels/{}.png", "cityscapes", "ids")
+    assert domains.load(f"folder@{tmp_path}", Data()).has_labels  # an archive of its own
+    make(tmp_path, "old/images/{}.jpg", "old/labels/{}.png", "cityscapes", "ids")
+    assert not domains.load(f"folder@{tmp_path}", Data()).has_labels
