@@ -476,16 +476,14 @@ class Run:
 
 def _differences(one: Experiment, other: Experiment) -> list[str]:
     a, b = one.flat(), other.flat()
-    changed = (key for key in a if _one_folder(a[key]) != _one_folder(b[key]) and key not in SAME_NUMBERS)
-    return [f"{key} is {b[key]}, not {a[key]}" for key in changed]
+    changed = (key for key in a if a[key] != b[key] and key not in SAME_NUMBERS)
+    return [f"{key} is {b[key]}, not {a[key]}" for key in changed if _one_folder(a[key]) != _one_folder(b[key])]
 
 
-def _one_folder(value: typing.Any) -> typing.Any:
-    """A value in which domains name their folders in one way, whether absolute or with a slash at the end."""
-    if isinstance(value, list):
-        return [_one_folder(part) for part in value]
-    found = re.fullmatch(r"([\w:-]+@|hub:)(.+?)(~[a-z]+\d?)?", value) if isinstance(value, str) else None
-    return [found[1], os.path.realpath(os.path.expanduser(found[2])), found[3]] if found else value
+def _one_folder(value: typing.Any) -> str:
+    """A value as text in which the folders of domains are absolute and end without a slash."""
+    folder = r"(?:(?<=@)|(?<=hub:))[^']+?(?=(~[a-z]+\d?)?('|$))"  # a corruption may follow
+    return re.sub(folder, lambda found: os.path.realpath(os.path.expanduser(found[0])), str(value))
 
 
 def default_run_folder(experiment: Experiment) -> Path:
