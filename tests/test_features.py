@@ -34,8 +34,8 @@ def same(one, other):
 
 
 def test_what_is_kept_is_what_is_computed_and_is_not_computed_again(backbone, tmp_path, monkeypatch):
-    cache, plain = FeatureCache(1e9, tmp_path), backbone.prefix(images(), 3, (1, 2, 3, 4))
-    same(cache.prefix(backbone, images(), 3, (4, 2, 1)), plain)
+    cache, plain = FeatureCache(1e9, tmp_path), backbone.prefix(images(), 3, (1, 2))
+    same(cache.prefix(backbone, images(), 3, (2, 1)), plain)
     assert len(files(cache)) == 3
     more = torch.cat([images(), images(2, seed=5)])
     ran = []
