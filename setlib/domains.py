@@ -177,8 +177,10 @@ def load(text: str, data: Data, role: str = "target") -> Domain:
     """
     spec = parse(text)
     limit = data.train_images if role == "source" else data.eval_images
-    domain = _from_hub(spec, data, role) if spec.name == "hub" else _from_files(spec, data, role, limit)
-    if role == "source" and domain.has_labels and all(map(domain._teaches_nothing, domain.dataset)):
+    domain = (_from_hub if spec.name == "hub" else _from_files)(spec, data, role, limit)
+    if role == "source" and not domain.has_labels:
+        raise ValueError(f"Source '{text}' has no labels: a source needs a column called {' or '.join(LABEL_COLUMNS)}.")
+    if role == "source" and all(map(domain._teaches_nothing, domain.dataset)):
         raise ValueError(f"Source '{text}' teaches nothing: every pixel of its labels is ignored; are its ids right?")
     return domain
 
@@ -220,14 +222,13 @@ def find(spec: Spec, data: Data, role: str = "") -> Listing:
     return Listing(_scene_pairs(spec, data, role or "target"), "cityscapes", False, [])
 
 
-def _from_hub(spec: Spec, data: Data, role: str) -> Domain:
+def _from_hub(spec: Spec, data: Data, role: str, limit: int) -> Domain:
     """A data set of the hub, or in its form, with a column of pictures and one of labels; a limited one is streamed."""
     from huggingface_hub import constants
 
     from setlib import weights
 
     name, _, split = spec.split.partition(":")
-    limit = data.train_images if role == "source" else data.eval_images
     if not (Path(name).exists() or constants.HF_HUB_OFFLINE or weights.hub_answers(constants.ENDPOINT)):
         raise ValueError(
             f"Domain '{spec.text}': {constants.ENDPOINT} does not answer; HF_HUB_OFFLINE=1 takes a copy from the cache."

@@ -538,6 +538,9 @@ def test_a_hub_set_in_a_folder_its_splits_and_its_damaged_rows(tmp_path, limit, 
     with pytest.raises(ValueError, match=f"hub:{folder}: 'validation 1' cannot be decoded"):
         target.sample(1)
     assert domains.shared(text, f"{text}:train", data) == 3 and not domains.shared(text, "hub:owner/other", data)
+    rows.select_columns("image").to_parquet(tmp_path / "bare.parquet")
+    with pytest.raises(ValueError, match="has no labels: a source needs a column called label or"):
+        domains.load(f"hub:{tmp_path}/bare.parquet", data, "source")
     single = domains.load(f"hub:{folder}/data/train-0.parquet", data)
     assert len(single) == 3 and domains.shared(f"hub:{folder}/data/train-0.parquet", single.spec.text, data) == 3
 
