@@ -413,6 +413,7 @@ def test_explore_names_a_port_that_is_taken(capsys, tmp_path):
 def test_explore_serves_this_machine_until_it_is_stopped(kind, tmp_path):
     run = Run.open(tmp_path / "run", Experiment.build("smoke"))
     command = [sys.executable, "-m", "setlib", "explore", str(run.path), "--no-browser"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts with & ignore it
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as started:
         try:
             address = started.stdout.readline().strip()
@@ -427,7 +428,10 @@ def test_explore_serves_this_machine_until_it_is_stopped(kind, tmp_path):
             assert "jupyter-config-data" in page
         finally:
             started.send_signal(kind)
-            assert started.wait(30) == 0
+            try:
+                assert started.wait(30) == 0
+            finally:
+                started.kill()
     with socket.socket() as free:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         free.bind(("127.0.0.1", int(port)))  # the server is gone
