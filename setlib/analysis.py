@@ -83,8 +83,9 @@ def compare(x: Tensor, y: Tensor, axes: tuple[int, int] = spectral.GRID) -> dict
     Over all images, channels and frequencies but zero (a mean has no phase), with the weights w = sqrt(A_x A_y):
     amplitude = sum w |ln A_x - ln A_y| / sum w: 0 for equal amplitudes, 0.69 where one is twice the other;
     phase = 1 - sum w cos(rho_x - rho_y) / sum w: 0 for equal phases, 1 for unrelated ones, 2 for opposed ones.
-    The weights silence positions that are empty (`spectral.is_empty`) in x or y, whose phase is rounding; their square root lets every octave of
-    a natural picture count twice as much as the one below it. Both are 0 if there is nothing to compare.
+    The weights silence positions that are empty (`spectral.is_empty`) in x or y, whose phase is rounding; their square
+    root lets every octave of a natural picture count twice as much as the one below it. Both are 0 if there is nothing
+    to compare.
     """
     size = (x.shape[axes[0]], x.shape[axes[1]])
     one, other = (spectral.transform(z, axes) for z in (x, y))

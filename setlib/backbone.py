@@ -10,16 +10,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -83,7 +80,6 @@ class FrozenBackbone(nn.Module):
         self.name = name
         self.model = model.eval().requires_grad_(False)
         self._layers = _find_layers(model)  # a tuple: registered once only, inside the model
-        self._forwards: tuple[Callable, ...] = ()  # compiled
         if patch_size:
             resize_patches(model, patch_size)
         projection = _patch_convolution(model)
@@ -113,23 +109,6 @@ class FrozenBackbone(nn.Module):
     def fingerprint(self) -> str:
         """Hash of the frozen weights; an adapted copy keeps that of its original."""
         return fingerprint(self.model)
-
-    def compile_layers(self) -> None:
-        """Has torch.compile make one fast program of a layer, used for all of them."""
-        self._forwards = tuple(torch.compile(layer.forward) for layer in self._layers)
-
-    def shard(self) -> None:
-        """Leaves this process, one of several, a part of each layer's weights; a layer's are gathered while it runs.
-
-        Every process must run the layers as often as the others. Raises ValueError if the weights learn.
-        """
-        if any(p.requires_grad for p in self.parameters()):
-            raise ValueError("Option train.shard is for frozen weights: this refiner trains the backbone's.")
-        _ = self.fingerprint  # of the whole weights
-        mesh = DeviceMesh.from_group(distributed.new_group(), self.mean.device.type)  # not the gradients' own
-        for module in (*self._layers, self.model):
-            fully_shard(module, mesh=mesh)
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # that no gradient enters by the model's own answer
 
     def adapted(self, adapt: Callable[[nn.Module, Sequence[nn.Module]], object] | None) -> FrozenBackbone:
         """A copy whose model `adapt(model, layers)` has changed, layers in order; the backbone itself without one."""
@@ -236,8 +215,7 @@ class FrozenBackbone(nn.Module):
 
         with contextlib.ExitStack() as stack:
             for layer, module in enumerate(self._layers, start=1):
-                own = self._forwards[layer - 1] if self._forwards else module.forward
-                stack.enter_context(_replaced(module, partial(answer, layer, own)))
+                stack.enter_context(_replaced(module, partial(answer, layer, module.forward)))
             self.model.eval()  # somebody may have called train() on the inner model
             pixels = ((images - self.mean) / self.std).to(next(self.model.parameters()).dtype)
             self._call(pixels, grid)

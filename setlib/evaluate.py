@@ -110,13 +110,11 @@ class Score:
         }
 
 
-def evaluate_models(
-    models: dict[str, Segmenter], domain: domains.Domain, progress: bool = True, together: bool = True
-) -> dict[str, Score]:
+def evaluate_models(models: dict[str, Segmenter], domain: domains.Domain, progress: bool = True) -> dict[str, Score]:
     """Scores models that share one backbone on a domain; the first layers, which they leave as they are, run once.
 
-    The 19 classes are merged into the domain's own by summed probabilities. together: of several processes each takes
-    its part of the pictures, and all get the whole score; otherwise this process scores them all.
+    The 19 classes are merged into the domain's own by summed probabilities. Of several processes each takes its part
+    of the pictures, and all get the whole score.
     Raises ValueError if the domain has no labels.
     """
     if not domain.has_labels:
@@ -128,8 +126,7 @@ def evaluate_models(
     metrics = {name: MeanIoU(len(classes)) for name in models}
     scores = {name: Score(domain.spec.text, classes, metric.counts) for name, metric in metrics.items()}
     shown = progress and state().is_main_process
-    places = part(len(domain)) if together else range(len(domain))
-    with tqdm(places, desc=f"evaluate {domain.spec.text}", unit="img", disable=not shown) as bar:
+    with tqdm(part(len(domain)), desc=f"evaluate {domain.spec.text}", unit="img", disable=not shown) as bar:
         for index in bar:
             sample = domain.sample(index)
             reference = domain.to_score(sample.label)
@@ -143,7 +140,7 @@ def evaluate_models(
                 alone = mean_iou(iou_per_class(metrics[name].counts - before))
                 scores[name].pictures.append((index, sample.name, alone))
             bar.set_postfix({name: f"{score.miou:.1f}" for name, score in list(scores.items())[:3]}, refresh=False)
-    for score in scores.values() if together else ():
+    for score in scores.values():
         score.counts = add_up(torch.from_numpy(score.counts).to(DEVICE)).cpu().numpy()
         score.pictures = sorted(collect(score.pictures))
     return scores

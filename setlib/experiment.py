@@ -98,11 +98,9 @@ class Train:
     checkpoint_every: int = 100  # steps
     validate_every: int = 0  # steps between scores on other pictures of the source; 0 = never. Nothing is chosen by it
     validate_on: str = ""  # a domain of the source's data set: gtav:val@folder; empty = what its name gives for scoring
-    precision: str = "auto"  # of matrix products: float32, bfloat16, float16; auto = bfloat16 where it is faster
+    precision: str = "auto"  # of matrix products: float32, bfloat16; auto = bfloat16 where it is faster
     checkpointing: bool = False  # keeps only the input of each layer for the gradient: less memory, more time
     cache_gb: float = 0.0  # disk for frozen features of kept views and scored pictures; 0 = off
-    shard: bool = False  # over several processes: each keeps a part of the frozen weights (FSDP)
-    compile: bool = False  # the frozen layers with torch.compile
 
     def refiner_rate(self, name: str, own: float) -> float:
         """Learning rate of the refiner `name` in units of the head's: its entry, that of its family, or its own."""
@@ -203,9 +201,10 @@ class Experiment:
         """The inverse of `to_dict`; what is missing has its default value. Raises ValueError if a field is unknown."""
         groups = {"data": Data, "model": Model, "train": Train, "inference": Inference, "ablation": Ablation}
         try:
+            read = {k: {f: v for f, v in values.get(k, {}).items() if f"{k}.{f}" not in RETIRED} for k in groups}
             parts = {
-                k: groups[k](**{f: tuple(v) if isinstance(v, list) else v for f, v in values.get(k, {}).items()})
-                for k in groups
+                k: groups[k](**{f: tuple(v) if isinstance(v, list) else v for f, v in fields.items()})
+                for k, fields in read.items()
             }
             made = cls(**(values | parts))
         except (KeyError, TypeError, AttributeError) as error:
@@ -332,14 +331,15 @@ NOT_NEGATIVE = (
     *("model.patch_size", "train.cache_gb", "train.validate_every", "train.warmup"),
 )
 SAME_NUMBERS = (  # cost time, memory or what a damaged file costs; change no number that is already made
-    *("train.checkpointing", "train.cache_gb", "train.accumulate", "train.shard", "train.compile", "data.workers"),
+    *("train.checkpointing", "train.cache_gb", "train.accumulate", "data.workers"),
     *("train.validate_every", "train.validate_on", "inference.windows", "data.on_error", "train.checkpoint_every"),
 )
+RETIRED = ("train.shard", "train.compile")  # of older versions; they changed no result
 CHOICES = {
     "data.on_error": ("stop", "skip"),
     "data.exif_labels": ("shown", "stored"),
     "model.head": ("per-pixel", "mask2former"),
-    "train.precision": ("auto", "float32", "bfloat16", "float16"),
+    "train.precision": ("auto", "float32", "bfloat16"),
 }
 LARGEST_SIZE = 2**16  # of a part of the model
 LARGEST_SCALE = 16

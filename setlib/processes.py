@@ -40,7 +40,7 @@ def accelerator(some_unused: bool = False) -> Accelerator:
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         raise ValueError("Give -o train.precision=bfloat16 instead of accelerate's --mixed_precision.")
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise ValueError("Give -o train.shard=true instead of accelerate's --use_fsdp or --use_deepspeed.")
+        raise ValueError("Only the frozen weights are large here: start without accelerate's FSDP and DeepSpeed.")
     options = DistributedDataParallelKwargs(find_unused_parameters=some_unused)
     return Accelerator(cpu=WITHOUT_GPU, mixed_precision="no", kwargs_handlers=[options])  # autocast is the model's own
 

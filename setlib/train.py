@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_bytes
+from safetensors import safe_open
 from safetensors.torch import save as save_bytes
 from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader
@@ -195,14 +195,8 @@ class Trainer:
                 f"Option train.batch_size ({self.train.batch_size}) must be a multiple of {parts}: "
                 f"{self.engine.num_processes} processes x train.accumulate ({self.train.accumulate})."
             )
-        if self.train.compile:
-            model.backbone.compile_layers()
-        self.sharded = self.train.shard and self.engine.num_processes > 1
-        if self.sharded:
-            model.backbone.shard()
-        self.prepared = model if self.sharded else self.engine.prepare_model(model, device_placement=False)
+        self.prepared = self.engine.prepare_model(model, device_placement=False)
         self.optimiser = make_optimiser(model)
-        self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=self.train.precision == "float16")
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if self.train.ema else {}
         self.history: list[dict] = []
@@ -219,23 +213,18 @@ class Trainer:
             group["lr"] = rate * group["share"]
         self.optimiser.zero_grad()
         loss = self.backward(images, labels, prefix)
-        self.scaler.unscale_(self.optimiser)
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), self.train.clip_norm or math.inf)
-        too_large = self.scaler.is_enabled() and self.scaler.get_scale() > 1  # passed over, with a smaller scale next
-        if not (math.isfinite(loss.item()) and (math.isfinite(norm.item()) or too_large)):
+        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
             raise ValueError(
                 f"Training stopped at step {number}: the loss is {loss.item()}, its gradient norm {norm.item()}; "
                 f"lower train.learning_rate ({self.train.learning_rate})."
             )
-        self.scaler.step(self.optimiser)
-        self.scaler.update()
+        self.optimiser.step()
         for name, value in self.average.items():
             value.lerp_(self.parameters[name].detach(), 1 - self.train.ema)
         self.next_step = number
         seconds = round(time.perf_counter() - began, 4)
         entry = {"step": number, "loss": loss.item(), "lr": rate, "grad_norm": norm.item(), "seconds": seconds}
-        if not math.isfinite(entry["grad_norm"]):
-            entry["grad_norm"] = None
         self.history.append(entry)
         return entry
 
@@ -253,10 +242,8 @@ class Trainer:
             with self.engine.no_sync(self.prepared) if more else contextlib.nullcontext():
                 output = self.prepared(images[part], own)
                 loss = self.model.loss(output, labels[part], counts, [seeds[i] for i in part])
-                self.scaler.scale(loss * self.engine.num_processes).backward()  # the engine takes the processes' mean
+                (loss * self.engine.num_processes).backward()  # the engine takes the processes' mean
             total += loss.detach()
-        for p in self.parameters.values() if self.sharded else ():
-            p.grad = None if p.grad is None else add_up(p.grad) / self.engine.num_processes
         return add_up(total)
 
     def save(self) -> None:
@@ -267,7 +254,7 @@ class Trainer:
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
         for name, p in self.parameters.items():
             tensors |= {f"optimiser.{name}.{key}": value for key, value in self.optimiser.state.get(p, {}).items()}
-        notes = {"step": str(self.next_step), "scaler": json.dumps(self.scaler.state_dict())}
+        notes = {"step": str(self.next_step)}
         content = save_bytes({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata=notes)
         write_atomic(self.run.path / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
         write_atomic(self.run.path / "checkpoint.safetensors", content)
@@ -277,20 +264,18 @@ class Trainer:
         path = self.run.path / "checkpoint.safetensors"
         if not path.is_file():
             return
-        content = path.read_bytes()
         try:
-            tensors = load_bytes(content)
-            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            self.next_step = int(header["__metadata__"]["step"])
-            self.scaler.load_state_dict(json.loads(header["__metadata__"]["scaler"]))
-            self.history = read_history(self.run)[: self.next_step]
+            with safe_open(path, "pt") as saved:
+                self.next_step = int(saved.metadata()["step"])
+                tensors = {name: saved.get_tensor(name) for name in saved.keys()}
+            self.history = [entry for entry in read_history(self.run) if entry["step"] <= self.next_step]
             with torch.no_grad():
                 for name, value in self.model.trainable_state().items():  # buffers too
                     value.copy_(tensors[f"model.{name}"])
                 for name, p in self.parameters.items():
-                    saved = {key: tensors.get(f"optimiser.{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
-                    if saved["step"] is not None:
-                        self.optimiser.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in saved.items()}
+                    kept = {key: tensors.get(f"optimiser.{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+                    if kept["step"] is not None:
+                        self.optimiser.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in kept.items()}
                     if name in self.average:
                         self.average[name].copy_(tensors[f"average.{name}"])
         except Exception as error:
@@ -299,7 +284,7 @@ class Trainer:
     def validate(self, own: domains.Domain) -> float:
         """mIoU of the model as it is on pictures of the source that it is not trained on, percent."""
         self.model.eval()
-        score = evaluate_models({"": self.model}, own, progress=False, together=not self.sharded)[""]
+        score = evaluate_models({"": self.model}, own, progress=False)[""]
         self.model.train()
         return score.miou
 

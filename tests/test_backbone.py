@@ -6,8 +6,7 @@ import importlib.util
 import pytest
 import torch
 import transformers
-from torch import distributed, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 from torch.nn import functional as F
 
 from setlib.backbone import FrozenBackbone, resize_patches
@@ -209,7 +208,11 @@ def test_a_prefix_gives_the_same_values_and_gradients(family, stop):
     plain, resumed = Refiner(layers, step=0.1), Refiner(layers, step=0.1)
     expected = backbone(images(), plain, layers=ALL)
     prefix = backbone.prefix(images(), stop, layers=ALL)
-    assert prefix.stop == stop and list(prefix.maps) == [layer for layer in ALL if layer != stop] and not prefix.hidden.requires_grad
+    assert (
+        prefix.stop == stop
+        and list(prefix.maps) == [layer for layer in ALL if layer != stop]
+        and not prefix.hidden.requires_grad
+    )
     maps = backbone(images(), resumed, layers=ALL, prefix=prefix)
     for layer in ALL:
         torch.testing.assert_close(maps[layer], expected[layer], rtol=1e-6, atol=1e-6)
@@ -448,25 +451,3 @@ def test_a_model_without_a_column_of_layers_is_refused():
     model.config.num_hidden_layers = 9
     with pytest.raises(ValueError, match="ResNetModel has no column of equal layers"):
         FrozenBackbone(model)
-
-
-def test_parted_weights_say_the_same(tmp_path):
-    """One process that holds all parts: the layers' weights are gathered while they run, also for the gradient."""
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    try:
-        whole, parted = (FrozenBackbone.load("tiny-random") for _ in range(2))
-        parted.shard()
-        layers = [p for layer in parted._layers for p in layer.parameters()]
-        assert layers and all(isinstance(p, DTensor) for p in layers)
-        images, found = torch.rand(1, 3, 32, 32), []
-        for backbone in (whole, parted):
-            torch.manual_seed(0)
-            refiner = build_refiner("rein", (1, 3), backbone.channels, 4, 2)
-            maps = backbone(images, refiner, (2, 4), checkpointing=True)
-            (maps[2].square().sum() + maps[4].square().sum()).backward()
-            found.append([*maps.values(), *(p.grad for p in refiner.parameters() if p.grad is not None)])
-        assert len(found[0]) == len(found[1]) > 4
-        for one, other in zip(*found, strict=True):
-            torch.testing.assert_close(one, other)
-    finally:
-        distributed.destroy_process_group()

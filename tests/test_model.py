@@ -193,10 +193,9 @@ def test_logits_of_any_size(model, size):
         torch.testing.assert_close(model(images, model.prefix(images)), logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_lower_precision_says_nearly_the_same(precision):
+def test_lower_precision_says_nearly_the_same():
     images = torch.rand(2, 3, 64, 128, generator=torch.Generator().manual_seed(0))
-    plain, low = build(), build(f"train.precision={precision}")
+    plain, low = build(), build("train.precision=bfloat16")
     for one in (plain, low):
         for i, parameter in enumerate(one.refiner.parameters()):
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(i))
@@ -223,7 +222,7 @@ def test_spectra_stay_in_float32_under_autocast(monkeypatch):
 
 
 def test_an_unknown_precision_is_refused():
-    with pytest.raises(ValueError, match="train.precision must be auto, float32, bfloat16 or float16, got 'half'"):
+    with pytest.raises(ValueError, match="train.precision must be auto, float32 or bfloat16, got 'half'"):
         build("train.precision=half")
 
 

@@ -91,7 +91,7 @@ def test_deep_greys_fill_the_bits_that_they_need(tmp_path, most):
 
 def test_heic_and_too_many_pixels_are_named_with_the_way_round(tmp_path, monkeypatch):
     (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
-    with pytest.raises(ValueError, match=r"a.jpg cannot be read as a picture .HEIC or its like, .*: export it as JPG or PNG"):
+    with pytest.raises(ValueError, match=r"a.jpg cannot be read .*HEIC or its like, .*: export it as JPG or PNG"):
         read_picture(tmp_path / "a.jpg")
     Image.new("1", (14_000, 14_000)).save(tmp_path / "b.png")
     assert measure(tmp_path / "b.png")[0] == (14_000, 14_000)

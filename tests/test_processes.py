@@ -22,10 +22,10 @@ SETTINGS = {
     "per-pixel": ["train.steps=20", "train.validate_every=10", "data.eval_images=3"],
     "mask2former": ["train.steps=20", "model.pixel_width=48", "model.decoder_width=64", *MASKS.split()],
     "linked": ["train.steps=20", "model.pixel_width=48", "model.decoder_width=64", *MASKS.split(), "model.refiner=set"],
-    "sharded": ["train.steps=4", "train.views=0", "train.shard=true", "train.validate_every=2", "data.eval_images=3"],
+    "fresh": ["train.steps=4", "train.views=0", "train.validate_every=2", "data.eval_images=3"],
 }
 # of the loss: where a mask head draws points by values, or queries nearly alike compete, rounding can move a choice
-ROUNDING = {"per-pixel": 0.0, "mask2former": 1e-5, "linked": 1e-4, "sharded": 0.0}
+ROUNDING = {"per-pixel": 0.0, "mask2former": 1e-5, "linked": 1e-4, "fresh": 0.0}
 
 
 def launch(*words):
@@ -57,7 +57,7 @@ def test_losses_and_validation_are_equal(trained):
         losses = [[entry["loss"] for entry in history] for history in (two, one)]
         np.testing.assert_allclose(*losses, rtol=ROUNDING[name], atol=1e-4, err_msg=name)
         scores = [[e["source_miou"] for e in history if "source_miou" in e] for history in (one, two)]
-        assert len(scores[0]) == 2 * (name in ("per-pixel", "sharded"))
+        assert len(scores[0]) == 2 * (name in ("per-pixel", "fresh"))
         np.testing.assert_allclose(scores[1], scores[0], atol=0.1, err_msg=name)  # weights differ by rounding
 
 
@@ -92,7 +92,7 @@ def test_what_is_for_one_process_says_so(monkeypatch, capsys):
     ("name", "value", "words"),
     [
         ("ACCELERATE_MIXED_PRECISION", "bf16", "train.precision=bfloat16"),
-        ("ACCELERATE_USE_FSDP", "true", "train.shard=true"),
+        ("ACCELERATE_USE_FSDP", "true", "without accelerate's FSDP"),
     ],
 )
 def test_what_the_configuration_decides_is_not_the_launchers(monkeypatch, tmp_path, capsys, name, value, words):

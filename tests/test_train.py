@@ -61,7 +61,7 @@ RESUMED = [
     (),
     ("train.views=0",),
     ("train.ema=0.5",),
-    ("train.precision=float16", "model.refiner=full"),
+    ("train.precision=bfloat16", "model.refiner=full"),
     ("train.checkpointing=true", "train.cache_gb=0.01"),
     ("model.refiner=set-released", "train.precision=bfloat16"),
 ]
@@ -215,16 +215,14 @@ def test_a_source_without_labels_is_refused(tmp_path):
         train.train(Run.open(tmp_path / "run", experiment(f"folder@{tmp_path}")), progress=False)
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_lower_precision_learns_alike(source, tmp_path, precision):
+def test_lower_precision_learns_alike(source, tmp_path):
     found = []
-    for kind in ("float32", precision):
+    for kind in ("float32", "bfloat16"):
         options = ("train.steps=30", "train.learning_rate=3e-3", f"train.precision={kind}")
         model, history = train.train(Run.open(tmp_path / kind, experiment(source, *options)), progress=False)
         found.append(losses(history))
         assert all(p.dtype == torch.float32 for p in model.parameters())
-    same = 30 if precision == "bfloat16" else 3  # float16 passes a step over when its scale proves too large
-    np.testing.assert_allclose(found[1][:same], found[0][:same], rtol=0.05, atol=0.02)
+    np.testing.assert_allclose(found[1], found[0], rtol=0.05, atol=0.02)
     assert np.mean(found[1][-5:]) < 0.6 * np.mean(found[1][:3])
 
 
@@ -237,22 +235,6 @@ def test_checkpointing_and_the_cache_on_disk_change_no_number(source, tmp_path, 
     assert found[0] == found[1]
     np.testing.assert_allclose(found[2:], [found[0]] * 2, rtol=1e-5)
     assert list((tmp_path / "cache" / "features").iterdir())
-
-
-def test_a_gradient_that_float16_cannot_hold_is_passed_over_with_a_smaller_scale(source, tmp_path):
-    model = Segmenter(experiment(source, "train.precision=float16")).train()
-    trainer = train.Trainer(model, Run.open(tmp_path, model.experiment))
-    images, labels = torch.rand(2, 3, 64, 128), torch.zeros(2, 64, 128, dtype=torch.int64)
-    trainer.step(images, labels, None)
-    before, weight = trainer.scaler.get_scale(), model.head.classify.weight.detach().clone()
-    handle = model.head.classify.weight.register_hook(lambda gradient: gradient * float("inf"))
-    assert trainer.step(images, labels, None)["grad_norm"] is None
-    assert trainer.scaler.get_scale() == before / 2 and torch.equal(model.head.classify.weight, weight)
-    handle.remove()
-    trainer.save()
-    again = train.Trainer(model, trainer.run)
-    again.resume()
-    assert again.scaler.get_scale() == before / 2 and again.next_step == 2
 
 
 def test_the_backbones_own_weights_learn_slower(source):
@@ -390,33 +372,12 @@ def test_the_papers_head_learns_at_its_size(source, tmp_path, refiner):
     assert np.mean(losses(history)[-2:]) < 0.9 * losses(history)[0]
 
 
-def test_compiled_layers_are_used_and_say_the_same(source, tmp_path, monkeypatch):
-    used = []
-
-    def compiled(function):
-        return lambda *args, **options: used.append(function) or function(*args, **options)
-
-    monkeypatch.setattr(torch, "compile", compiled)
-    found = []
-    for value in ("false", "true"):
-        run = Run.open(tmp_path / value, experiment(source, "train.steps=3", f"train.compile={value}"))
-        found.append(losses(train.train(run, progress=False)[1]))
-    assert found[0] == found[1] and len(set(used)) == 4
-
-
-def test_weights_that_learn_are_not_parted(source):
-    with pytest.raises(ValueError, match="train.shard is for frozen weights"):
-        Segmenter(experiment(source, "model.refiner=full")).backbone.shard()
-
-
 def test_a_finished_run_without_its_weights_is_trained_again(source, tmp_path):
     run = Run.open(tmp_path, experiment(source, "train.steps=2"))
     first = train.train(run, progress=False)[1]
     (run.path / "model" / "model.safetensors").unlink()
     assert losses(train.train(run, progress=False)[1]) == losses(first)
-    (run.path / "history.jsonl").write_text('{"step": 1, "lo')
-    with pytest.raises(ValueError, match="history.jsonl cannot be read .*: delete it"):
-        train.train(run, progress=False)
+
 
 
 @pytest.mark.parametrize("content", [None, b"", b'{"step": 1, "lo', b"\xff\xfe", b"[1]\n", b'"text"\n'])
