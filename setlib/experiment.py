@@ -24,14 +24,7 @@ class Data:
     """Which domains, how many pictures of them, and how pictures are cut for training."""
 
     source: str = "scenes:game"
-    targets: tuple[str, ...] = (
-        "scenes:clear",
-        "scenes:dusk",
-        "scenes:night",
-        "scenes:fog",
-        "scenes:rain",
-        "scenes:snow",
-    )
+    targets: tuple[str, ...] = tuple(f"scenes:{style}" for style in ("clear", "dusk", "night", "fog", "rain", "snow"))
     height: int = 224  # of the training crop, the inference window and the rendered scenes, pixels
     width: int = 448
     long_edge: int = 448  # pictures are resized to it before cropping and before inference
@@ -85,11 +78,9 @@ class Train:
     steps: int = 200
     batch_size: int = 4  # views per step, over all processes
     accumulate: int = 1  # parts that each process takes its views of a step in
-    views: int = (
-        320  # augmented crops made once, with the frozen first layers' features kept; 0 = a fresh crop each time
-    )
+    views: int = 320  # augmented crops made once, their frozen features kept; 0 = a fresh crop each time
     learning_rate: float = 1e-3
-    refiner_rates: tuple[str, ...] = ()  # of what a refiner has learn, in units of the head's: set=0.1; else its own
+    refiner_rates: tuple[str, ...] = ("set=0.1",)  # in units of the head's rate; a refiner not named has its own
     weight_decay: float = 0.05  # none on tokens, norms, biases and scales
     warmup: int = 0  # first steps, in which the learning rate rises evenly
     power: float = 0.9  # of the polynomial decay after them
@@ -100,7 +91,6 @@ class Train:
     validate_on: str = ""  # a domain of the source's data set: gtav:val@folder; empty = what its name gives for scoring
     precision: str = "auto"  # of matrix products: float32, bfloat16; auto = bfloat16 where it is faster
     checkpointing: bool = False  # keeps only the input of each layer for the gradient: less memory, more time
-    cache_gb: float = 0.0  # disk for frozen features of kept views and scored pictures; 0 = off
 
     def refiner_rate(self, name: str, own: float) -> float:
         """Learning rate of the refiner `name` in units of the head's: its entry, that of its family, or its own."""
@@ -163,11 +153,8 @@ class Experiment:
             raise ValueError(f"Unknown profile '{profile}': expected one of {', '.join(PROFILES)}.")
         experiment = PROFILES[profile]
         targets, overrides = ([text] if isinstance(text, str) and text else text for text in (targets, overrides))
-        data = replace(
-            experiment.data,
-            source=source or experiment.data.source,
-            targets=tuple(targets or ()) or experiment.data.targets,
-        )
+        data = experiment.data
+        data = replace(data, source=source or data.source, targets=tuple(targets or ()) or data.targets)
         if not data.source or not data.targets:
             raise ValueError(f"Profile {profile} has no domains of its own: name yours with --source and --target.")
         experiment = replace(experiment, data=data, seed=experiment.seed if seed is None else int(seed))
@@ -254,9 +241,8 @@ def _paper(crop: int = 512) -> Experiment:
         head="mask2former",
         head_channels=256,
     )
-    train = Train(
-        steps=40_000, views=0, learning_rate=1e-4, clip_norm=0.0, checkpoint_every=1000, precision="float32"
-    )  # one rate for all
+    train = Train(steps=40_000, views=0, learning_rate=1e-4, clip_norm=0.0, checkpoint_every=1000)
+    train = replace(train, precision="float32", refiner_rates=())  # one rate for all, as released
     if crop > 512:
         train = replace(train, batch_size=8, learning_rate=6e-5, warmup=10_000)
     profile = "paper" if crop == 512 else f"paper-{crop}"
@@ -311,10 +297,8 @@ def _parse(key: str, value: str, kind: typing.Any) -> typing.Any:
             raise ValueError
         return value.lower() == "true" if kind is bool else kind(value)
     except ValueError:
-        name = getattr(kind, "__name__", str(kind))
-        raise ValueError(
-            f"Option {key} expects {'a list of ' if name == 'tuple' else ''}{name}, not '{value}'."
-        ) from None
+        name = getattr(kind, "__name__", str(kind)).replace("tuple", "a list of tuple")
+        raise ValueError(f"Option {key} expects {name}, not '{value}'.") from None
 
 
 ABOVE_ZERO = (
@@ -328,13 +312,13 @@ ABOVE_ZERO = (
 NOT_NEGATIVE = (
     *("seed", "data.train_images", "data.eval_images", "data.content_seed", "data.photometric"),
     *("data.workers", "train.views", "train.weight_decay", "train.clip_norm", "train.power", "ablation.seeds"),
-    *("model.patch_size", "train.cache_gb", "train.validate_every", "train.warmup"),
+    *("model.patch_size", "train.validate_every", "train.warmup"),
 )
 SAME_NUMBERS = (  # cost time, memory or what a damaged file costs; change no number that is already made
-    *("train.checkpointing", "train.cache_gb", "train.accumulate", "data.workers"),
+    *("train.checkpointing", "train.accumulate", "data.workers"),
     *("train.validate_every", "train.validate_on", "inference.windows", "data.on_error", "train.checkpoint_every"),
 )
-RETIRED = ("train.shard", "train.compile")  # of older versions; they changed no result
+RETIRED = ("train.shard", "train.compile", "train.cache_gb")  # of older versions; they changed no result
 CHOICES = {
     "data.on_error": ("stop", "skip"),
     "data.exif_labels": ("shown", "stored"),
@@ -360,7 +344,7 @@ def _validate(experiment: Experiment) -> None:
     for key in ("ablation.variants", "ablation.seeds"):
         if not values[key]:
             raise ValueError(f"Option {key} is empty: name at least one.")
-    data, train = experiment.data, experiment.train
+    data, train, model = experiment.data, experiment.train, experiment.model
     for key in (key for key in ABOVE_ZERO + NOT_NEGATIVE if key.startswith("model.")):
         if values[key] > LARGEST_SIZE:
             raise ValueError(f"Option {key} must be at most {LARGEST_SIZE}, got {values[key]}.")
@@ -373,7 +357,6 @@ def _validate(experiment: Experiment) -> None:
         raise ValueError(f"Option data.scale_max ({data.scale_max}) is below data.scale_min ({data.scale_min}).")
     if not 0 <= train.ema < 1:
         raise ValueError(f"Option train.ema must lie in [0, 1), got {train.ema}.")
-    model = experiment.model
     if model.head == "mask2former" and (model.head_channels % 32 or model.head_channels % model.attention_heads):
         wanted = "a multiple of 32 and of model.attention_heads for mask2former"
         raise ValueError(f"Option model.head_channels must be {wanted}, got {model.head_channels}.")
@@ -383,10 +366,8 @@ def _validate(experiment: Experiment) -> None:
         raise ValueError("Validation predicts one picture at a time: set-released needs model.any_batch=true for it.")
     scales, stride = experiment.inference.scales, experiment.inference.stride
     if not 0 < max(scales, default=0) <= LARGEST_SCALE or not 0 < stride <= 1:
-        limits = (
-            f"at least one of inference.scales, none above {LARGEST_SCALE}, an inference.stride above 0 and at most 1"
-        )
-        raise ValueError(f"Name {limits}; got {scales} and {stride}.")
+        limits = f"one of inference.scales, none above {LARGEST_SCALE}, an inference.stride above 0 and at most 1"
+        raise ValueError(f"Name at least {limits}; got {scales} and {stride}.")
     for text in train.refiner_rates:
         if not re.fullmatch(r"[a-z-]+=(\d+\.?\d*|\.\d+)(e-?\d+)?", text) or not float(text.partition("=")[2]):
             raise ValueError(f"Option train.refiner_rates expects NAME=RATE (set=0.1), not '{text}'.")

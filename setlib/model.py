@@ -22,7 +22,6 @@ from torch.nn import functional as F
 
 from setlib.backbone import FrozenBackbone, Prefix
 from setlib.experiment import Experiment, Model
-from setlib.features import FeatureCache
 from setlib.files import load_json, write_atomic
 from setlib.heads import Mask2FormerHead, Masks, PerPixelHead
 from setlib.labels import CITYSCAPES, IGNORE
@@ -71,7 +70,6 @@ class Segmenter(nn.Module, ModelHubMixin):
             self.head, self.refiner = build_parts(config, backbone.channels, self.feature_layers, refined)
             self.backbone = backbone.adapted(self.refiner.adapt)
         train = experiment.train
-        self.cache = FeatureCache(train.cache_gb * 1e9)
         self.precision = fast_precision() if train.precision == "auto" else train.precision
         dtype, lower = getattr(torch, self.precision), self.precision != "float32"
         self.autocast = partial(torch.autocast, DEVICE.type, dtype if lower else None, enabled=lower)
@@ -83,7 +81,7 @@ class Segmenter(nn.Module, ModelHubMixin):
         return min(self.refiner.frozen_until(self.backbone.num_layers), max(self.feature_layers))
 
     def prefix(self, images: Tensor, layers: Sequence[int] = ()) -> Prefix | None:
-        """What the frozen first layers make of images, for `forward`; from the cache on disk where one is kept.
+        """What the frozen first layers make of images, for `forward`.
 
         layers: whose maps are kept, by default those that the head reads. None if no layer is frozen.
         """
@@ -92,7 +90,7 @@ class Segmenter(nn.Module, ModelHubMixin):
         wanted, stop = layers or self.feature_layers, self.frozen_until
         parts = images.split(self.experiment.inference.windows)
         with self.autocast():
-            kept = [self.cache.prefix(self.backbone, part.to(DEVICE), stop, wanted, self.precision) for part in parts]
+            kept = [self.backbone.prefix(part.to(DEVICE), stop, wanted) for part in parts]
         return Prefix.cat(kept)
 
     def forward(self, images: Tensor, prefix: Prefix | None = None, refiner: Refiner | None = None) -> Tensor | Masks:

@@ -182,7 +182,7 @@ def build_refiner(
 ) -> Refiner:
     """The refiner called `name`.
 
-    options: query_channels, query_tokens and any_batch of `TokenRefiner`; num_prompts, adapter_width, lora_rank.
+    options: query_channels and any_batch of `TokenRefiner`; num_prompts, adapter_width, lora_rank.
     Raises ValueError for an unknown name (the nearest are listed) and for lora without peft.
     """
     if name not in REFINERS:

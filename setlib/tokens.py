@@ -154,8 +154,7 @@ class TokenQueries(nn.Module):
 class TokenRefiner(Refiner):
     """Base of the refiners with tokens: what they share, and their queries.
 
-    query_channels: Q of the queries, 0 = none. query_tokens: whose tokens they are made of, those of the `linked`
-    branch ("phase") or of "both" (then 2 M queries, amplitude first); a refiner with one branch uses that one.
+    query_channels: Q of the queries, 0 = none; they are made of the tokens of the `linked` branch, or of the only one.
     any_batch: lets a refiner whose output depends on the batch (set-released) be evaluated at another batch size than
     it was trained with.
     """
@@ -169,7 +168,6 @@ class TokenRefiner(Refiner):
         num_tokens: int,
         rank: int,
         query_channels: int = 0,
-        query_tokens: str = "phase",
         any_batch: bool = False,
         **_: int,
     ) -> None:
@@ -177,16 +175,13 @@ class TokenRefiner(Refiner):
         self.any_batch = any_batch
         self.low_rank = partial(LowRankTokens, len(self.layers), num_tokens, channels, rank)
         self.query_map = TokenQueries(channels, query_channels) if query_channels else None
-        self.query_tokens = query_tokens
 
     def queries(self) -> Tensor | None:
         """(M, Q) from the tokens of all layers; None without query channels."""
         if self.query_map is None:
             return None
         branches = self.branches()
-        if self.query_tokens != "both" and self.linked in branches:
-            branches = {self.linked: branches[self.linked]}
-        return self.query_map(torch.cat([branch.tokens() for branch in branches.values()], dim=1))
+        return self.query_map(branches.get(self.linked, next(iter(branches.values()))).tokens())
 
 
 class Rein(TokenRefiner):

@@ -78,7 +78,7 @@ def test_run_folder_refuses_another_configuration(tmp_path):
     assert Run.open(tmp_path / "run", Experiment.build("smoke")).experiment == PROFILES["smoke"]
     Run.open(tmp_path / "run", Experiment.build("smoke", seed=2))  # nothing was made yet: a mistake can be mended
     Run.open(tmp_path / "run", Experiment.build("smoke")).write_json("results/x.json", {})
-    for option in ("train.checkpointing=true", "train.cache_gb=1", "data.workers=2"):  # cost time or memory only
+    for option in ("train.checkpointing=true", "data.workers=2"):  # cost time or memory only
         Run.open(tmp_path / "run", Experiment.build("smoke", overrides=[option]))
     with pytest.raises(ValueError, match="holds another configuration .seed is 0, not 3"):
         Run.open(tmp_path / "run", Experiment.build("smoke", seed=3))

@@ -170,10 +170,6 @@ def test_queries_pool_the_tokens_of_all_layers():
     torch.testing.assert_close(refiner.queries(), refiner.query_map.merge(pooled))
     refiner.queries().square().sum().backward()
     assert refiner.phase.tokens.a.grad.abs().sum() > 0 and refiner.amplitude.tokens.a.grad is None
-    both = build_refiner("set", LAYERS, CHANNELS, 7, 3, query_channels=5, query_tokens="both")
-    assert both.queries().shape == (14, 5)
-    both.queries().square().sum().backward()
-    assert both.amplitude.tokens.a.grad.abs().sum() > 0
     assert build("set").queries() is None and build("none").queries() is None
     assert build_refiner("set-amplitude", LAYERS, CHANNELS, 7, 3, query_channels=5).queries().shape == (7, 5)
 
