@@ -54,7 +54,7 @@ class Model:
     backbone: str = "dinov2-small-saliency"
     patch_size: int = 0  # pixels, to resize the backbone's patches to; 0 = as they are
     refiner: str = "set"
-    refined_layers: tuple[int, ...] = (9, 10, 11, 12)  # counted from 1; empty = all
+    refined_layers: tuple[int, ...] = (11, 12)  # counted from 1; empty = all
     feature_layers: tuple[int, ...] = (6, 9, 11, 12)  # what the head reads; empty = evenly spaced
     num_tokens: int = 100  # of rein, fada and set, per layer
     rank: int = 16
@@ -75,8 +75,8 @@ class Model:
 class Train:
     """The loop."""
 
-    steps: int = 200
-    batch_size: int = 4  # views per step, over all processes
+    steps: int = 400
+    batch_size: int = 2  # views per step, over all processes
     accumulate: int = 1  # parts that each process takes its views of a step in
     views: int = 320  # augmented crops made once, their frozen features kept; 0 = a fresh crop each time
     learning_rate: float = 1e-3
