@@ -15,8 +15,8 @@ def run_ablation(run: Run, progress: bool = True) -> list[dict]:
     """Trains every variant of experiment.ablation with every seed in RUN/ablation and scores it on source and targets.
 
     The crops and their frozen features are shared by all; a seed decides initial weights and the order of the crops.
-    What is finished is loaded. Returns rows {"variant", "seed", "domain", "miou"} (percent), with the mean over the
-    targets of each class set after each model's domains.
+    What is finished is loaded. Returns rows {"variant", "seed", "precision", "domain", "miou"} (percent), with the
+    mean over the targets of each class set after each model's domains.
     """
     settings, data = run.experiment.ablation, run.experiment.data
     runs = {
@@ -31,7 +31,8 @@ def run_ablation(run: Run, progress: bool = True) -> list[dict]:
     table = evaluate_run(small, models, list(dict.fromkeys([data.source, *data.targets])), progress)
     rows = []
     for name, scores in table.items():
-        who = {"variant": runs[name].experiment.model.refiner, "seed": runs[name].experiment.seed}
+        made = runs[name].experiment
+        who = {"variant": made.model.refiner, "seed": made.seed, "precision": models[name].precision}
         rows += [who | {"domain": score.domain, "miou": score.miou} for score in scores]
         means = target_means(scores, data.source)
         rows += [who | {"domain": MEAN + f", {c}" * (len(means) > 1), "miou": mean} for c, mean in means.items()]

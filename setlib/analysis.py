@@ -96,7 +96,7 @@ def compare(x: Tensor, y: Tensor, axes: tuple[int, int] = spectral.GRID) -> dict
     weights = (a * b).sqrt() * ~empty * _counts(size, axes).to(a)
     weights = weights * (kept[:, :, None] if axes == spectral.GRID else kept)
     total = weights.sum().clamp(min=smallest)
-    turned = 1 - (spectral.unit_phasor(one, axes) * spectral.unit_phasor(other, axes).conj()).real
+    turned = (1 - (spectral.unit_phasor(one, axes) * spectral.unit_phasor(other, axes).conj()).real).clamp(min=0)
     moved = {"amplitude": (a.log() - b.log()).abs(), "phase": turned}
     return {part: ((weights * value).sum() / total).item() for part, value in moved.items()}
 
@@ -192,7 +192,7 @@ def label_lookup(domain: domains.Domain, class_set: ClassSet) -> np.ndarray:
 
 def examples(domain: domains.Domain, indices: Sequence[int], class_set: ClassSet) -> list[np.ndarray | None]:
     """Pictures and coloured labels in turns, (h, w, 3) uint8 each; None where a domain has no labels."""
-    samples = [domain.sample(index) for index in indices]
+    samples = [sample for _, sample in domain.samples(indices)]
     lookup = label_lookup(domain, class_set)
     labels = [None if s.label is None else coloured(s.image, lookup[s.label], class_set, 0.75) for s in samples]
     return [shown for sample, label in zip(samples, labels, strict=True) for shown in (sample.image, label)]
@@ -216,8 +216,7 @@ def predictions(
 def survey(domain: domains.Domain, class_set: ClassSet, limit: int = 100) -> Survey:
     """Reads at most `limit` pictures of a domain, evenly spaced; its labels are merged into class_set."""
     lookup, counts, greys, sizes = label_lookup(domain, class_set), np.zeros(256, np.int64), [], Counter()
-    for index in _evenly(len(domain), limit):
-        sample = domain.sample(index)
+    for _, sample in domain.samples(_evenly(len(domain), limit)):
         sizes[f"{sample.image.shape[1]} x {sample.image.shape[0]}"] += 1
         grey = sample.image.mean(-1)
         greys.append((grey.mean(), grey.std()))
@@ -231,7 +230,7 @@ def survey(domain: domains.Domain, class_set: ClassSet, limit: int = 100) -> Sur
 
 def domain_profile(domain: domains.Domain, long_edge: int, limit: int = 8) -> tuple[np.ndarray, np.ndarray]:
     """`spectral.radial_profile` averaged over pictures of one long edge (grey values 0 to 255): radii, profile."""
-    images = [as_tensor(domain.sample(index).image) for index in _evenly(len(domain), limit)]
+    images = [as_tensor(sample.image) for _, sample in domain.samples(_evenly(len(domain), limit))]
     found = [spectral.radial_profile(255 * resize(image, fit(image, long_edge))) for image in images]
     return found[0][0].numpy(), torch.cat([profile for _, profile in found]).mean(0).numpy()
 

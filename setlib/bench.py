@@ -40,6 +40,7 @@ SIZES: tuple[Size, ...] = ((4, 32, 32, 1024), (2, 16, 32, 384))
 GRIDS: tuple[Size, ...] = ((16, 16, 16, 384), (4, 32, 32, 384), (1, 64, 64, 384))  # of as many patches each
 TOKENS, RANK = 100, 16
 PROFILE, ALL_LAYERS = "quick", "model.refined_layers="  # of a training step
+CHECKPOINTING = {"without": ((ALL_LAYERS,), False), "with": ((ALL_LAYERS, "train.checkpointing=true"), False)}
 HEAVY = 3  # repeats of the paper's step
 BASELINES = ("none", "full", "lora", "vpt", "adaptformer", "rein", "fada", "set")
 
@@ -134,26 +135,13 @@ def step_cases() -> list[Case]:
     ]
 
 
-def cache_cases() -> list[Case]:
-    """A training step of SET as the profile has it, with the frozen features at hand and without."""
+def set_cases(bench: str, size: str, variants: dict[str, tuple[tuple[str, ...], bool]]) -> list[Case]:
+    """A training step of SET in variants: options of the profile, and whether the frozen features are at hand."""
     from setlib import gpu
 
-    variants = {"with frozen features": True, "without": False}
     return [
-        Case("cache", name, f"{PROFILE}, set", partial(gpu.profile_step, PROFILE, "set", kept=kept))
-        for name, kept in variants.items()
-    ]
-
-
-def checkpointing_cases() -> list[Case]:
-    """A training step of SET on all layers, with activation checkpointing and without."""
-    from setlib import gpu
-
-    step = partial(gpu.profile_step, PROFILE, "set", ALL_LAYERS, kept=False)
-    size = f"{PROFILE}, set, all layers"
-    return [
-        Case("checkpointing", "without", size, step),
-        Case("checkpointing", "with", size, partial(step, "train.checkpointing=true")),
+        Case(bench, name, f"{PROFILE}, {size}", partial(gpu.profile_step, PROFILE, "set", *options, kept=kept))
+        for name, (options, kept) in variants.items()
     ]
 
 
@@ -175,8 +163,8 @@ BENCHES: dict[str, Callable[[], list[Case]]] = {
     "parts": part_cases,
     "grid": grid_cases,
     "step": step_cases,
-    "cache": cache_cases,
-    "checkpointing": checkpointing_cases,
+    "cache": partial(set_cases, "cache", "set", {"with frozen features": ((), True), "without": ((), False)}),
+    "checkpointing": partial(set_cases, "checkpointing", "set, all layers", CHECKPOINTING),
     "paper": paper_cases,
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -64,6 +65,7 @@ class Domain:
     has_labels: bool
     any_size: bool = False  # a label of another size is resized to its picture
     stored: bool = False  # labels were drawn on pixels as they are stored, where their sizes do not tell
+    skip: bool = False  # `samples` passes over what is damaged
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -104,6 +106,16 @@ class Domain:
         if self.spec.corruption:
             image = corruptions.corrupt(image, self.spec.corruption, self.spec.severity, name)
         return Sample(image, label, name)
+
+    def samples(self, indices: Iterable[int]) -> Iterator[tuple[int, Sample]]:
+        """Those pictures that can be decoded, with their places; the first other one is an error unless `skip`."""
+        for index in indices:
+            try:
+                yield index, self.sample(index)
+            except ValueError as error:
+                if not self.skip:
+                    raise
+                say(f"{error} Passed over.")
 
     def _label(self, row: dict, size: tuple[int, int], smaller: bool) -> np.ndarray:
         """The raw ids of a label, of its picture's size."""
@@ -212,7 +224,7 @@ def _from_files(spec: Spec, data: Data, role: str, limit: int) -> Domain:
     if has_labels:
         columns["label"] = [str(p.label) for p in pairs]
     stored, ids = data.exif_labels == "stored", id_map(found.ids, data.class_set)
-    return Domain(spec, Dataset.from_dict(columns), ids, has_labels, found.any_size, stored)
+    return Domain(spec, Dataset.from_dict(columns), ids, has_labels, found.any_size, stored, skip)
 
 
 def find(spec: Spec, data: Data, role: str = "") -> Listing:
@@ -265,7 +277,7 @@ def _from_hub(spec: Spec, data: Data, role: str, limit: int) -> Domain:
         say(f"{spec.text}: {text} passed over")
         rows = rows.select(kept)
     ids = id_map(spec.folder or "cityscapes", data.class_set)
-    return Domain(spec, rows, ids, bool(kept), stored=data.exif_labels == "stored")
+    return Domain(spec, rows, ids, bool(kept), stored=data.exif_labels == "stored", skip=data.on_error == "skip")
 
 
 def _place(spec: Spec) -> str:

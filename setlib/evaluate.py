@@ -86,6 +86,7 @@ class Score:
     class_set: ClassSet
     counts: np.ndarray
     pictures: list[tuple[int, str, float]] = field(default_factory=list)
+    precision: str = "float32"  # of the matrix products
 
     @property
     def iou(self) -> np.ndarray:
@@ -107,6 +108,7 @@ class Score:
             "images": len(self.pictures),
             "pixels": int(self.counts.sum()),
             "class_set": self.class_set.name,
+            "precision": self.precision,
         }
 
 
@@ -124,11 +126,10 @@ def evaluate_models(models: dict[str, Segmenter], domain: domains.Domain, progre
     classes = domain.class_set
     merge = torch.from_numpy(classes.merge_matrix())
     metrics = {name: MeanIoU(len(classes)) for name in models}
-    scores = {name: Score(domain.spec.text, classes, metric.counts) for name, metric in metrics.items()}
+    scores = {n: Score(domain.spec.text, classes, metrics[n].counts, precision=m.precision) for n, m in models.items()}
     shown = progress and state().is_main_process
     with tqdm(part(len(domain)), desc=f"evaluate {domain.spec.text}", unit="img", disable=not shown) as bar:
-        for index in bar:
-            sample = domain.sample(index)
+        for index, sample in domain.samples(bar):
             reference = domain.to_score(sample.label)
             edge = first.experiment.data.edge(domain.spec.name, max(sample.image.shape[:2]))
             views = first.windows(sample.image, edge)
@@ -175,7 +176,8 @@ def summary(table: dict[str, list[Score]], source: str) -> list[dict]:
         row: dict[str, Any] = {"domain": score.domain + (" (source)" if score.domain == source else "")}
         row |= {name: scores[place].miou for name, scores in table.items()}
         row |= {f"drop {name}": drop(scores, scores[place], source) for name, scores in table.items()}
-        rows.append(row | {"pictures": len(score.pictures), "classes": score.class_set.name})
+        row |= {"pictures": len(score.pictures), "classes": score.class_set.name, "precision": score.precision}
+        rows.append(row)
     return rows
 
 

@@ -241,7 +241,7 @@ def _paper(crop: int = 512) -> Experiment:
         head="mask2former",
         head_channels=256,
     )
-    train = Train(steps=40_000, views=0, learning_rate=1e-4, clip_norm=0.0, checkpoint_every=1000)
+    train = Train(steps=40_000, batch_size=4, views=0, learning_rate=1e-4, clip_norm=0.0, checkpoint_every=1000)
     train = replace(train, precision="float32", refiner_rates=())  # one rate for all, as released
     if crop > 512:
         train = replace(train, batch_size=8, learning_rate=6e-5, warmup=10_000)
@@ -289,9 +289,8 @@ def _parse(key: str, value: str, kind: typing.Any) -> typing.Any:
     try:
         if isinstance(kind, types.GenericAlias) or typing.get_origin(kind) is tuple:
             item = typing.get_args(kind)[0]
-            comma = (
-                r",(?=\s*(?:seed|\w+\.\w+)=)" if key == "ablation.overrides" else ","
-            )  # an override may be a list itself
+            is_options = key == "ablation.overrides"  # one may be a list itself
+            comma = r",(?=\s*(?:seed|\w+\.\w+)=)" if is_options else ","
             return tuple(item(part.strip()) for part in re.split(comma, value) if part.strip())
         if kind is bool and value.lower() not in ("true", "false"):
             raise ValueError

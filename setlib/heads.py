@@ -66,8 +66,9 @@ class PerPixelHead(nn.Module):
 
     def loss(self, output: Tensor, labels: Tensor, counts: Tensor, seeds: Sequence[int] = ()) -> Tensor:
         """Cross-entropy per labelled pixel, 255 ignored; 0 if nothing is labelled. labels: (B, h, w) int64."""
-        logits = F.interpolate(output, labels.shape[1:], mode="bilinear", align_corners=False)
-        total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        output = output.contiguous(memory_format=torch.channels_last)  # classes side by side: half the time on a CPU
+        logits = F.interpolate(output, labels.shape[1:], mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+        total = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), ignore_index=IGNORE, reduction="sum")
         return total / counts[0].clamp(min=1).to(total.dtype)
 
 

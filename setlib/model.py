@@ -173,7 +173,9 @@ class Segmenter(nn.Module, ModelHubMixin):
                 output = self(view.images[part].to(DEVICE), own)
                 scores.append(self.pixel_probabilities(output, view.images.shape[-2:]).cpu())
             blended = blend(torch.cat(scores), view)
-            total = total + F.interpolate(blended[None], views[0].size, mode="bilinear", align_corners=False)[0]
+            if blended.shape[1:] != views[0].size:
+                blended = F.interpolate(blended[None], views[0].size, mode="bilinear", align_corners=False)[0]
+            total = total + blended
         return total / len(views)
 
     def use(self, experiment: Experiment) -> None:

@@ -99,14 +99,13 @@ def _collate(views: list[View]) -> tuple[Tensor, Tensor, list[str]]:
 class Bank:
     """Views with the features of the frozen first layers, computed once. Shared by refiners and seeds."""
 
-    images: Tensor  # (V, 3, h, w) uint8
-    labels: Tensor  # (V, h, w) uint8
-    prefix: Prefix | None  # None when no layer is frozen
+    views: list[tuple[Tensor, Tensor, Prefix | None]]  # (1, 3, h, w) and (1, h, w) uint8; None when no layer is frozen
 
     def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, Prefix | None]:
         """Images, labels and frozen features of some views."""
-        prefix = self.prefix and self.prefix.map(lambda kept: kept[indices].to(DEVICE))
-        return self.images[indices].float() / 255, self.labels[indices].long(), prefix
+        images, labels, prefixes = zip(*(self.views[i] for i in indices), strict=True)
+        prefix = Prefix.cat(prefixes).map(lambda kept: kept.to(DEVICE)) if prefixes[0] else None
+        return torch.cat(images).float() / 255, torch.cat(labels).long(), prefix
 
 
 def make_bank(model: Segmenter, domain: domains.Domain, progress: bool = True) -> Bank:
@@ -117,10 +116,10 @@ def make_bank(model: Segmenter, domain: domains.Domain, progress: bool = True) -
         chunks = torch.arange(experiment.train.views).split(experiment.train.batch_size)
         for images, labels in views.batches([chunk.tolist() for chunk in chunks]):
             prefix = model.prefix(images)
-            kept.append(Bank((images * 255).round().byte(), labels.byte(), prefix and prefix.map(Tensor.cpu)))
+            parts = [prefix and prefix.map(lambda kept, i=i: kept[i : i + 1].cpu()) for i in range(len(images))]
+            kept += zip((images * 255).round().byte().split(1), labels.byte().split(1), parts, strict=True)
             bar.update(len(images))
-    prefix = Prefix.cat([bank.prefix for bank in kept]) if model.frozen_until else None
-    return Bank(torch.cat([bank.images for bank in kept]), torch.cat([bank.labels for bank in kept]), prefix)
+    return Bank(kept)
 
 
 def batch_indices(experiment: Experiment, step: int) -> list[int]:
@@ -387,7 +386,8 @@ def summary(trained: dict[str, tuple[Segmenter, list[dict]]], window: int = 10) 
         parts = {f"parameters of the {part}": count for part, count in model.num_trainable().items()}
         ends = {"first loss": float(np.mean(losses[:window])), "last loss": float(np.mean(losses[-window:]))}
         seconds = {"seconds per step": float(np.median([entry["seconds"] for entry in history] or [math.nan]))}
-        rows.append({"model": name} | parts | {"steps": model.experiment.train.steps} | ends | seconds)
+        steps = {"steps": model.experiment.train.steps, "precision": model.precision}
+        rows.append({"model": name} | parts | steps | ends | seconds)
     return rows
 
 

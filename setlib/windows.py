@@ -60,6 +60,8 @@ def label_map(scores: Tensor, size: tuple[int, int]) -> np.ndarray:
     Rows are done in strips, so that a picture of 100 megapixels needs no K x 100 megapixels of memory.
     """
     h, w = size
+    if size == scores.shape[1:]:
+        return scores.max(0).indices.byte().numpy()
     rows = ((torch.arange(h) + 0.5) * scores.shape[1] / h - 0.5).clamp(0, scores.shape[1] - 1)
     above = rows.long()
     below = (above + 1).clamp(max=scores.shape[1] - 1)
@@ -68,5 +70,5 @@ def label_map(scores: Tensor, size: tuple[int, int]) -> np.ndarray:
     for strip in torch.arange(h).split(max(1, STRIP_PIXELS // w)):
         mixed = torch.lerp(scores[:, above[strip]], scores[:, below[strip]], share[:, strip])
         wide = F.interpolate(mixed[None], size=(len(strip), w), mode="bilinear", align_corners=False)[0]
-        labels[strip.numpy()] = wide.argmax(0).numpy()
+        labels[strip.numpy()] = wide.max(0).indices.numpy()
     return labels

@@ -1,11 +1,13 @@
 """The metric: counts, absent classes, ignored pixels, merged classes, credit to the right domain."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from setlib import domains, evaluate
+from setlib import analysis, domains, evaluate
 from setlib.evaluate import MeanIoU
 from setlib.experiment import Data, Experiment, Run
 from setlib.labels import CAMVID, CITYSCAPES
@@ -99,6 +101,25 @@ def test_scores_are_those_of_predict(folder, model):
         metric.add(prediction=model.predict(sample.image), reference=sample.label)
         counts += metric.counts
     assert np.array_equal(score.counts, counts)
+
+
+def test_a_damaged_picture_stops_the_scoring_or_is_passed_over_and_said(folder, model, tmp_path, capsys):
+    shutil.copytree(folder / "train", tmp_path / "set")
+    damaged = tmp_path / "set" / "images" / "1.png"
+    damaged.write_bytes(damaged.read_bytes()[:-9000])  # the header is whole
+    text = f"folder@{tmp_path}/set"
+    domain = domains.load(text, Data())
+    with pytest.raises(ValueError, match="'1.*' cannot be decoded"):
+        evaluate.evaluate_models({"a": model}, domain, progress=False)
+    with pytest.raises(ValueError, match="'1.*' cannot be decoded"):
+        analysis.survey(domain, CITYSCAPES)
+    domain = domains.load(text, Data(on_error="skip"))
+    found = evaluate.evaluate_models({"a": model}, domain, progress=False)["a"]
+    assert [place for place, _, _ in found.pictures] == [0, 2, 3, 4]
+    assert analysis.survey(domain, CITYSCAPES).brightness > 0
+    assert len(analysis.examples(domain, (0, 1, 2), CITYSCAPES)) == 4
+    out = capsys.readouterr().out
+    assert out.count("cannot be decoded") == 1 and "Passed over" in out
 
 
 def test_a_domain_without_labels_is_not_scored(tmp_path, model):

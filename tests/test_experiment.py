@@ -185,6 +185,25 @@ def test_what_an_older_file_does_not_say_has_its_default():
             Experiment.from_dict(values | {group: values.get(group, {}) | {field: value}})
 
 
+def test_a_file_of_an_older_version_may_name_options_that_changed_no_result():
+    values = Experiment.build("smoke").to_dict()
+    values["train"] |= {"shard": False, "compile": True, "cache_gb": 4.0}
+    assert Experiment.from_dict(values) == Experiment.build("smoke")
+
+
+@pytest.mark.parametrize("text", ["set", "set=", "set=0", "set=fast", "=0.1", "set=-1", "set:0.1"])
+def test_a_refiners_rate_is_a_name_and_a_number_above_0(text):
+    with pytest.raises(ValueError, match="train.refiner_rates expects NAME=RATE"):
+        Experiment.build("smoke", overrides=[f"train.refiner_rates={text}"])
+
+
+def test_rates_are_those_of_the_quick_profile_and_one_for_all_as_released_in_the_papers():
+    assert Experiment.build("quick").train.refiner_rate("set-phase", 1.0) < 1
+    for profile in ("paper", "paper-1024"):
+        train = Experiment.build(profile, "gtav@x", ["acdc@y"]).train
+        assert {train.refiner_rate(name, 1.0) for name in ("none", "rein", "set", "set-released")} == {1.0}
+
+
 @pytest.mark.parametrize("profile", ["paper", "paper-1024"])
 def test_profiles_without_domains_ask_for_them(profile):
     with pytest.raises(ValueError, match=f"Profile {profile} has no domains of its own"):

@@ -221,6 +221,15 @@ def test_spectra_stay_in_float32_under_autocast(monkeypatch):
     assert seen == [{torch.float32}] * 2
 
 
+@pytest.mark.parametrize(("units", "expected"), [((False, False), "float32"), ((True, False), "bfloat16")])
+def test_auto_is_bfloat16_where_the_processor_multiplies_in_it(units, expected, monkeypatch):
+    monkeypatch.setattr("setlib.model.DEVICE", torch.device("cpu"))
+    for name, has in zip(("_is_avx512_bf16_supported", "_is_amx_tile_supported"), units, strict=True):
+        monkeypatch.setattr(torch.cpu, name, lambda has=has: has)
+    assert build("train.precision=auto").precision == expected
+    assert build("train.precision=float32").precision == "float32"  # said is said
+
+
 def test_an_unknown_precision_is_refused():
     with pytest.raises(ValueError, match="train.precision must be auto, float32 or bfloat16, got 'half'"):
         build("train.precision=half")

@@ -97,6 +97,56 @@ def test_a_bin_that_is_its_own_partner_has_phase_0_or_pi():
     assert ((own == 0) | (own == torch.tensor(math.pi))).all() and 0 < (own == 0).float().mean() < 1
 
 
+def striped(columns: int = 8) -> torch.Tensor:
+    """(1, 4, columns, 2): every row alike, so that all but one row of the spectrum is nothing; then rounded anew."""
+    x = torch.randn(1, 1, columns, 2, generator=torch.Generator().manual_seed(0)).expand(1, 4, columns, 2)
+    return x * (1 + 1e-7 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("largest", [spectral.LARGEST_GRID, 0])
+def test_what_is_nothing_has_phase_0_and_no_gradient(largest, monkeypatch):
+    monkeypatch.setattr(spectral, "LARGEST_GRID", largest)
+    x = striped().requires_grad_()
+    amplitude, phase = spectral.split_spectrum(x)
+    assert spectral.is_empty(amplitude)[:, 1:].all() and not spectral.is_empty(amplitude)[:, 0].any()
+    assert (phase[:, 1:] == 0).all() and (phase[:, 0] != 0).any()
+    (phase[:, 1:].sum() + amplitude[:, 1:].sum()).backward()
+    assert (x.grad == 0).all()
+    assert (spectral.unit_phasor(spectral.transform(x.detach()))[:, 1:] == 1).all()
+
+
+def test_what_is_nothing_is_so_at_every_brightness_and_in_each_channel():
+    x = striped()
+    x[..., 1] *= 1e-4
+    for scale in (1, 1e-6, 1e6):
+        empty = spectral.is_empty(spectral.split_spectrum(scale * x).amplitude)
+        assert empty[:, 1:].all() and not empty[:, 0].any()
+
+
+@pytest.mark.parametrize("largest", [spectral.LARGEST_GRID, 0])
+def test_bins_that_are_their_own_partners_are_real_in_both_forms(largest, monkeypatch):
+    monkeypatch.setattr(spectral, "LARGEST_GRID", largest)
+    parts = spectral.to_parts(features((6, 8), 3, batch=5).float())
+    assert (parts[:, 1, ::3, ::4] == 0).all() and (parts[:, 1, 1, 1] != 0).any()
+    phase = spectral.split_spectrum(features((6, 8), 3, batch=5).float()).phase[:, ::3, ::4]
+    assert (phase >= 0).all()  # pi, never -pi
+
+
+def test_the_picture_of_a_phase_has_nothing_where_nothing_is():
+    picture = spectral.phase_picture(striped()[..., 0])
+    middle = picture.shape[1] // 2
+    rest = torch.cat([picture[:, :middle], picture[:, middle + 1 :]], 1)
+    assert rest.isnan().all() and picture[:, middle].isfinite().all()
+
+
+def test_half_way_between_opposed_phases_the_contents_stays():
+    content = features((6, 8), 0).float()
+    turned = spectral.split_spectrum(spectral.mix_phase(content, -content, weight=0.5))
+    torch.testing.assert_close(spectral.join_spectrum(turned, (6, 8)), content)
+    full = spectral.mix_phase(content, -content, weight=1.0)
+    torch.testing.assert_close(full, -content)
+
+
 @few
 @given(sizes, seeds)
 def test_swap_with_itself_changes_nothing(size, seed):

@@ -90,6 +90,26 @@ def test_killed_and_resumed_is_as_never_killed(source, tmp_path, monkeypatch, op
     assert not (run.path / "checkpoint.safetensors").exists()
 
 
+def test_resumed_without_its_history_ends_with_the_same_weights(source, tmp_path, monkeypatch):
+    settings = experiment(source, "train.steps=4", "train.checkpoint_every=2")
+    whole, _ = train.train(Run.open(tmp_path / "whole", settings), progress=False)
+    run, save = Run.open(tmp_path / "cut", settings), train.Trainer.save
+
+    def killed(self):
+        save(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Trainer, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(run, progress=False)
+    monkeypatch.setattr(train.Trainer, "save", save)
+    (run.path / "history.jsonl").unlink()
+    model, history = train.train(run, progress=False)
+    assert [entry["step"] for entry in history] == [3, 4]
+    expected = whole.trainable_state()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.trainable_state().items())
+
+
 def test_a_finished_run_is_loaded_not_trained_again(source, tmp_path, monkeypatch):
     run = Run.open(tmp_path, experiment(source, "train.steps=2"))
     model, history = train.train(run, progress=False)
@@ -115,6 +135,18 @@ def test_kept_features_give_the_same_loss_as_the_plain_path(source):
     torch.testing.assert_close(model(images, prefix), model(images), rtol=1e-5, atol=1e-5)
 
 
+def test_a_head_alone_reads_kept_features_and_runs_no_layer(source, monkeypatch):
+    settings = experiment(source, "model.refiner=none")
+    model, domain = Segmenter(settings), load(source, settings.data, role="source")
+    bank = train.make_bank(model, domain, progress=False)
+    images, _, prefix = bank.batch([5, 1])
+    expected = model(images)
+    monkeypatch.setattr(model.backbone, "_run", None)
+    torch.testing.assert_close(model(images, prefix), expected, rtol=1e-5, atol=1e-5)
+    shared = train.make_bank(Segmenter(experiment(source, "model.refiner=set")), domain, progress=False)
+    torch.testing.assert_close(model(images, shared.batch([5, 1])[2]), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_bank_serves_refiners_that_start_later_and_layers_from_the_first(source, tmp_path):
     runs = {
         name: Run.open(tmp_path / name, experiment(source, "train.steps=2", f"model.refiner={name}"))
@@ -135,15 +167,35 @@ def test_a_loss_that_is_not_finite_stops_at_once(source, tmp_path, monkeypatch):
     assert not (tmp_path / "model").exists()
 
 
-def test_only_matrices_decay(source):
-    model = Segmenter(experiment(source))
-    decayed, others = sorted(train.make_optimiser(model).param_groups, key=lambda group: -group["weight_decay"])
+def test_only_matrices_decay_and_the_refiner_learns_at_its_own_rate(source):
+    model = Segmenter(experiment(source, "train.refiner_rates=set=0.3"))
+    groups = train.make_optimiser(model).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
-    assert decayed["weight_decay"] > 0 == others["weight_decay"]
-    assert all(names[id(p)].endswith("weight") for p in decayed["params"])
-    assert {"refiner.phase.tokens.a", "head.maps.0.0.weight"} <= {names[id(p)] for p in others["params"]}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert len(decayed["params"]) + len(others["params"]) == len(trained)
+    settings = {names[id(p)]: (g["weight_decay"], g["share"]) for g in groups for p in g["params"]}
+    assert settings.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(name.endswith("weight") for name, (decay, _) in settings.items() if decay)
+    assert not settings["refiner.phase.tokens.a"][0] and not settings["head.maps.0.0.weight"][0]
+    assert any(decay and name.startswith("refiner.") for name, (decay, _) in settings.items())
+    for name, (_, share) in settings.items():
+        assert share == (1 if name.startswith("head.") else 0.3), name
+
+
+@pytest.mark.parametrize(
+    ("refiner", "rates", "share"),
+    [
+        ("set", "", 1),
+        ("set-phase", "set=0.1", 0.1),
+        ("set-released", "set=0.1,set-released=3", 3),
+        ("rein", "set=0.1", 1),
+        ("full", "", 0.1),  # source: Rein's released backbone rate
+        ("full", "full=1", 1),
+    ],
+)
+def test_a_refiners_rate_is_its_own_entry_or_its_familys(source, refiner, rates, share):
+    model = Segmenter(experiment(source, f"model.refiner={refiner}", f"train.refiner_rates={rates}"))
+    groups = train.make_optimiser(model).param_groups
+    learning = {id(p) for name, p in model.named_parameters() if not name.startswith("head.")}
+    assert {g["share"] for g in groups for p in g["params"] if id(p) in learning} == {share}
 
 
 def test_views_repeat_and_every_epoch_shows_every_picture(source):
