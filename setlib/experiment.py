@@ -121,7 +121,7 @@ class Ablation:
 
     variants: tuple[str, ...] = ("none", "rein", "set", "set-amplitude", "set-phase", "set-unnormalised")
     seeds: tuple[int, ...] = (0, 1)
-    overrides: tuple[str, ...] = ("train.steps=50", "train.views=120", "train.batch_size=2", "data.eval_images=6")
+    overrides: tuple[str, ...] = ("train.steps=50", "train.views=100", "train.batch_size=2", "data.eval_images=6")
 
 
 @dataclass(frozen=True)

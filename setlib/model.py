@@ -26,6 +26,7 @@ from setlib.files import load_json, write_atomic
 from setlib.heads import Mask2FormerHead, Masks, PerPixelHead
 from setlib.labels import CITYSCAPES, IGNORE
 from setlib.pictures import read_picture
+from setlib.processes import keep_freed_memory
 from setlib.refiners import Refiner, build_refiner
 from setlib.transforms import fit, resize
 from setlib.windows import Windows, blend, cut, label_map
@@ -55,6 +56,7 @@ class Segmenter(nn.Module, ModelHubMixin):
 
     def __init__(self, experiment: Experiment, backbone: FrozenBackbone | None = None) -> None:
         super().__init__()
+        keep_freed_memory()
         config = experiment.model
         self.experiment = experiment
         self.results: list[dict] = []  # of metrics.json, for the model card
@@ -147,7 +149,7 @@ class Segmenter(nn.Module, ModelHubMixin):
         long_edge: of the picture at scale 1, pixels; 0 = data.long_edge.
         """
         data, settings = self.experiment.data, self.experiment.inference
-        pixels = torch.as_tensor(np.array(image)).permute(2, 0, 1)[None].float() / 255
+        pixels = torch.as_tensor(np.array(image)).permute(2, 0, 1)[None].float().div_(255)
         found = []
         for scale in settings.scales:
             size = fit(pixels, long_edge or data.long_edge, scale)
