@@ -72,7 +72,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("evaluate", "Score a run's model on its targets or on others.", options, target).add_argument(
         "run", metavar="RUN"
     )
-    text = "Predict pictures of any size and format: a colour overlay and a PNG of train ids each."
+    text = "Predict pictures of up to 268 million pixels: a colour overlay and a PNG of train ids each."
     predict = add("predict", text, options)
     predict.add_argument("run", metavar="RUN", help="run folder")
     predict.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
@@ -99,7 +99,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     imported.add_argument("--out", metavar="RUN", type=Path, required=True, help="a new run folder")
     imported.add_argument("--backbone", metavar="NAME", default="", help="default: the DINOv2 of its size")
     exported = add("export", "Write a run's model as a checkpoint under the names of the releases.")
-    exported.add_argument("run", metavar="RUN", help="run folder with the refiner rein or set-released")
+    exported.add_argument("run", metavar="RUN", help="run folder with the refiner rein or set-released, or none")
     exported.add_argument("--out", metavar="FILE.pth", type=Path, required=True)
     verify = add(
         "verify", "Compare refiners and the mask head with golden numbers of the public releases; exit 1 above 1e-5."

@@ -207,7 +207,7 @@ def predictions(
     """
     found = []
     for domain, index in chosen:
-        sample = domain.sample(index)
+        _, sample = next(domain.samples([*range(index, len(domain)), *range(index)]))
         label = None if sample.label is None else label_lookup(domain, class_set)[sample.label]
         found.append((sample.image, label, {name: model.predict(sample.image) for name, model in models.items()}))
     return found

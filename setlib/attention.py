@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -141,7 +142,8 @@ def attention_table(reading: Reading, top: int = 3) -> list[dict]:
 @torch.no_grad()
 def frozen_features(model: Segmenter, domain: Domain, count: int = 3) -> Tensor:
     """Features (count, H, W, C) of a domain's pictures after the first refined layer (else the last), unrefined."""
-    cut = [model.windows(domain.sample(i % len(domain)).image)[0].images[0] for i in range(count)]
+    samples = islice(domain.samples(i % len(domain) for i in range(len(domain) + count)), count)
+    cut = [model.windows(sample.image)[0].images[0] for _, sample in samples]
     h, w = (min(window.shape[axis] for window in cut) for axis in (1, 2))
     layer = (model.refiner.layers or (model.backbone.num_layers,))[0]
     images = torch.stack([window[:, :h, :w] for window in cut]).to(model.backbone.mean.device)

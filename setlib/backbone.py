@@ -156,7 +156,7 @@ class FrozenBackbone(nn.Module):
 
     @torch.no_grad()
     def prefix(self, images: Tensor, stop: int, layers: Sequence[int] = ()) -> Prefix:
-        """Runs layers 1 to `stop` once, for any number of later calls of `forward` with the same images.
+        """Runs layers 1 to `stop`, or to the last of `layers`, once for any number of later calls with the same images.
 
         images: (B, 3, h, w) in [0, 1]. layers: whose maps are kept; with those behind `stop` too, a model that refines
         nothing need not run at all.

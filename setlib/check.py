@@ -234,16 +234,16 @@ def _copy(pair: Pair, root: Path, out: Path, short_edge: int, ids: IdMap, stored
     size = tuple(max(1, round(side * factor)) for side in sides)
     pixels = Image.fromarray(read_picture(pair.image, 2 * max(size)))
     if label is not None:
-        if ids.form == "colours":
-            with Image.open(pair.label) as picture:
-                label_pixels = np.asarray(picture.convert("RGB"))
-        else:
-            try:
+        try:
+            if ids.form == "colours":
+                with Image.open(pair.label) as picture:
+                    label_pixels = np.asarray(picture.convert("RGB"))
+            else:
                 label_pixels = read_label(pair.label, ids)
-            except LabelError as error:
-                raise ValueError(f"label of '{pair.name}' {error}.") from None
-            except UNREADABLE as error:
-                raise ValueError(f"{pair.label} cannot be decoded ({error}): download or export it again.") from None
+        except LabelError as error:
+            raise ValueError(f"label of '{pair.name}' {error}.") from None
+        except UNREADABLE as error:
+            raise ValueError(f"{pair.label} cannot be decoded ({error}): download or export it again.") from None
         drawn = Image.fromarray(fitting(label_pixels, pair.image, stored))
         _save(drawn.resize(size, Image.Resampling.NEAREST), label)
     _save(pixels.resize(size, Image.Resampling.LANCZOS) if factor < 1 else pixels, image)

@@ -220,6 +220,8 @@ def _from_files(spec: Spec, data: Data, role: str, limit: int) -> Domain:
     for note in found.notes + turned_note(sum(one.turned for one in heads), data):
         say(f"{text}: {note}")
     pairs = [pair for pair, one in zip(pairs, heads, strict=True) if not one.problem]
+    if not pairs:
+        raise ValueError(f"{text}: none of its pictures can be used.")
     columns = {"image": [str(p.image) for p in pairs], "name": [p.name for p in pairs], "domain": [text] * len(pairs)}
     if has_labels:
         columns["label"] = [str(p.label) for p in pairs]
@@ -282,7 +284,8 @@ def _from_hub(spec: Spec, data: Data, role: str, limit: int) -> Domain:
 
 def _place(spec: Spec) -> str:
     """The folder of a domain, or its data set of the hub."""
-    return spec.split.partition(":")[0] if spec.name == "hub" else os.path.realpath(os.path.expanduser(spec.folder))
+    place = spec.split.partition(":")[0] if spec.name == "hub" else os.path.expanduser(spec.folder)
+    return place if spec.name == "hub" and not os.path.exists(place) else os.path.realpath(place)
 
 
 def shared(source: str, text: str, data: Data) -> int:

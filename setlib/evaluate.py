@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +111,11 @@ class Score:
         }
 
 
+def share_prefix(frozen_until: Mapping[str, int]) -> tuple[str, int]:
+    """Whose frozen layers serve all models (those of the one that leaves most as they are), and where they go on."""
+    return max(frozen_until, key=frozen_until.get), min(filter(None, frozen_until.values()), default=0)
+
+
 def evaluate_models(models: dict[str, Segmenter], domain: domains.Domain, progress: bool = True) -> dict[str, Score]:
     """Scores models that share one backbone on a domain; the first layers, which they leave as they are, run once.
 
@@ -121,7 +125,7 @@ def evaluate_models(models: dict[str, Segmenter], domain: domains.Domain, progre
     """
     if not domain.has_labels:
         raise ValueError(f"Domain '{domain.spec.text}' has no labels: it can be predicted and looked at, not scored.")
-    first = min(models.values(), key=lambda model: model.frozen_until or math.inf)
+    first, stop = share_prefix({name: model.frozen_until for name, model in models.items()})
     layers = sorted({layer for model in models.values() for layer in model.feature_layers})
     classes = domain.class_set
     merge = torch.from_numpy(classes.merge_matrix())
@@ -131,9 +135,9 @@ def evaluate_models(models: dict[str, Segmenter], domain: domains.Domain, progre
     with tqdm(part(len(domain)), desc=f"evaluate {domain.spec.text}", unit="img", disable=not shown) as bar:
         for index, sample in domain.samples(bar):
             reference = domain.to_score(sample.label)
-            edge = first.experiment.data.edge(domain.spec.name, max(sample.image.shape[:2]))
-            views = first.windows(sample.image, edge)
-            prefixes = [first.prefix(view.images, layers=layers) for view in views]
+            edge = models[first].experiment.data.edge(domain.spec.name, max(sample.image.shape[:2]))
+            views = models[first].windows(sample.image, edge)
+            prefixes = [models[first].prefix(view.images, stop, layers) for view in views]
             for name, model in models.items():
                 merged = torch.einsum("khw,kc->chw", model.probabilities(views, prefixes), merge)
                 prediction, before = label_map(merged, reference.shape), metrics[name].counts.copy()
@@ -176,8 +180,8 @@ def summary(table: dict[str, list[Score]], source: str) -> list[dict]:
         row: dict[str, Any] = {"domain": score.domain + (" (source)" if score.domain == source else "")}
         row |= {name: scores[place].miou for name, scores in table.items()}
         row |= {f"drop {name}": drop(scores, scores[place], source) for name, scores in table.items()}
-        row |= {"pictures": len(score.pictures), "classes": score.class_set.name, "precision": score.precision}
-        rows.append(row)
+        how = {"classes": score.class_set.name, "precision": score.precision}
+        rows.append(row | {"pictures": len(score.pictures)} | how)
     return rows
 
 

@@ -14,6 +14,7 @@ import tempfile
 import types
 import typing
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 
 from setlib.files import PROJECT, load_json, peak_bytes, plain, write_atomic
@@ -38,7 +39,7 @@ class Data:
     eval_edges: tuple[str, ...] = ()  # long edge by data set where it is another: acdc=960; mapillary=0.5 is half
     class_set: str = ""  # a smaller convention to score the 19 classes in: synthia-16, synthia-13; empty = all
     exif_labels: str = "shown"  # labels of turned pictures, if sizes do not tell: drawn on them as shown, or as stored
-    on_error: str = "stop"  # at a damaged file in training: stop, or skip it and count
+    on_error: str = "stop"  # at a picture that is damaged or has no label: stop, or skip it and say so
     workers: int = 0  # processes that decode and augment fresh crops (train.views=0); 0 = the training's own
 
     def edge(self, name: str, own: int) -> int:
@@ -121,7 +122,7 @@ class Ablation:
 
     variants: tuple[str, ...] = ("none", "rein", "set", "set-amplitude", "set-phase", "set-unnormalised")
     seeds: tuple[int, ...] = (0, 1)
-    overrides: tuple[str, ...] = ("train.steps=50", "train.views=100", "train.batch_size=2", "data.eval_images=6")
+    overrides: tuple[str, ...] = ("train.steps=50", "train.views=120", "train.batch_size=2", "data.eval_images=6")
 
 
 @dataclass(frozen=True)
@@ -162,14 +163,9 @@ class Experiment:
 
     def override(self, *options: str) -> Experiment:
         """This experiment with dotted `key=value` options put in. Raises ValueError as `build` does."""
-        experiment = self
-        for option in options:
-            experiment = _override(experiment, option)
+        experiment = reduce(_override, options, self)
         _validate(experiment)
-        small = experiment
-        for option in experiment.ablation.overrides:
-            small = _override(small, option)
-        _validate(small)
+        _validate(reduce(_override, experiment.ablation.overrides, experiment))
         return experiment
 
     def flat(self) -> dict[str, typing.Any]:
@@ -189,6 +185,7 @@ class Experiment:
         groups = {"data": Data, "model": Model, "train": Train, "inference": Inference, "ablation": Ablation}
         try:
             read = {k: {f: v for f, v in values.get(k, {}).items() if f"{k}.{f}" not in RETIRED} for k in groups}
+            read["train"] = {"refiner_rates": []} | read["train"]  # an older file: one rate for all
             parts = {
                 k: groups[k](**{f: tuple(v) if isinstance(v, list) else v for f, v in fields.items()})
                 for k, fields in read.items()

@@ -7,12 +7,10 @@ are random.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -188,17 +186,9 @@ def compared(refiner: str, *options: str) -> dict:
 
 
 def machine() -> dict:
-    """Card, and the versions of torch, CUDA and the driver; empty where there is none."""
-    found = {
-        "card": torch.cuda.get_device_name(DEVICE) if has_gpu() else "",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "",
-        "driver": "",
-    }
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.partition("\n")[0]
-    return found
+    """Card, and the versions of torch and CUDA; empty where there is none."""
+    card = torch.cuda.get_device_name(DEVICE) if has_gpu() else ""
+    return {"card": card, "torch": torch.__version__, "cuda": torch.version.cuda or ""}
 
 
 # The rows

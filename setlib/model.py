@@ -82,14 +82,16 @@ class Segmenter(nn.Module, ModelHubMixin):
         """Number of first layers whose own answer nothing trainable can change: it can be computed once."""
         return min(self.refiner.frozen_until(self.backbone.num_layers), max(self.feature_layers))
 
-    def prefix(self, images: Tensor, layers: Sequence[int] = ()) -> Prefix | None:
-        """What the frozen first layers make of images, for `forward`.
+    def prefix(self, images: Tensor, stop: int = 0, layers: Sequence[int] = ()) -> Prefix | None:
+        """What the frozen first layers make of images, for `forward`. None if no layer is frozen.
 
-        layers: whose maps are kept, by default those that the head reads. None if no layer is frozen.
+        stop: where other models go on from, by default behind the last frozen one. layers: whose maps are kept where
+        they are frozen, by default those that the head reads.
         """
         if not self.frozen_until:
             return None
-        wanted, stop = layers or self.feature_layers, self.frozen_until
+        wanted = [layer for layer in layers or self.feature_layers if layer <= self.frozen_until]
+        stop = stop or self.frozen_until
         parts = images.split(self.experiment.inference.windows)
         with self.autocast():
             kept = [self.backbone.prefix(part.to(DEVICE), stop, wanted) for part in parts]

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from setlib import domains
 from setlib.backbone import FrozenBackbone, Prefix
-from setlib.evaluate import evaluate_models
+from setlib.evaluate import evaluate_models, share_prefix
 from setlib.experiment import Experiment, Run, Train
 from setlib.files import write_atomic
 from setlib.model import DEVICE, FILES, Segmenter
@@ -108,14 +108,14 @@ class Bank:
         return torch.cat(images).float() / 255, torch.cat(labels).long(), prefix
 
 
-def make_bank(model: Segmenter, domain: domains.Domain, progress: bool = True) -> Bank:
-    """Cuts train.views crops of the source and runs the layers that nothing trainable touches over them, once."""
+def make_bank(model: Segmenter, domain: domains.Domain, progress: bool = True, stop: int = 0) -> Bank:
+    """Cuts train.views crops of the source and runs the frozen layers over them, once; stop: see `Segmenter.prefix`."""
     experiment = model.experiment
     views, kept = Views(domain, experiment), []
     with tqdm(total=experiment.train.views, desc="frozen features", unit="crop", disable=not progress) as bar:
         chunks = torch.arange(experiment.train.views).split(experiment.train.batch_size)
         for images, labels in views.batches([chunk.tolist() for chunk in chunks]):
-            prefix = model.prefix(images)
+            prefix = model.prefix(images, stop)
             parts = [prefix and prefix.map(lambda kept, i=i: kept[i : i + 1].cpu()) for i in range(len(images))]
             kept += zip((images * 255).round().byte().split(1), labels.byte().split(1), parts, strict=True)
             bar.update(len(images))
@@ -354,8 +354,8 @@ def train_together(runs: dict[str, Run], progress: bool = True) -> dict[str, tup
     source = domains.load(first.data.source, first.data, role="source")
     bank = None
     if first.train.views and not all(is_finished(run) for run in runs.values()):
-        models = (Segmenter(run.experiment, backbone) for run in runs.values())  # one at a time: some hold a backbone
-        bank = make_bank(min(models, key=lambda model: model.frozen_until or math.inf), source, progress)
+        maker, stop = share_prefix({n: Segmenter(run.experiment, backbone).frozen_until for n, run in runs.items()})
+        bank = make_bank(Segmenter(runs[maker].experiment, backbone), source, progress, stop)
     return {
         name: train(run, source=source, backbone=backbone, bank=bank, progress=progress) for name, run in runs.items()
     }

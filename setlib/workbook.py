@@ -313,16 +313,16 @@ def _scores(run: Run) -> dict[str, dict[str, float | None]]:
 
 
 def metric_rows(run: Run) -> list[list[str]]:
-    """Header and rows: mIoU of each scored domain by model, class set, pictures; [] if nothing is scored."""
+    """Header and rows: mIoU of each scored domain by model, class set, pictures, precision; [] if nothing is scored."""
     if not (run.path / "metrics.json").is_file():
         return []
     scored, miou = {result["domain"]: result for result in run.read_json("metrics.json")["results"]}, _scores(run)
-    rows = [["domain", *(f"mIoU % {name}" for name in miou), "class set", "pictures"]]
+    rows = [["domain", *(f"mIoU % {name}" for name in miou), "class set", "pictures", "precision"]]
     for domain in miou.get(run.experiment.model.refiner, ()):
         result = scored.get(domain, {})
         values = [_percent(by_domain.get(domain)) for by_domain in miou.values()]
         name = domain if result else f"{domain} (source)"
-        rows.append([name, *values, result.get("class_set", "-"), str(result.get("images", "-"))])
+        rows.append([name, *values, *(str(result.get(key, "-")) for key in ("class_set", "images", "precision"))])
     return rows
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is first imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.pop("MPLBACKEND", None)  # set to Agg it would drop every figure of the notebooks
@@ -16,7 +16,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 matplotlib.use("Agg")
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 hypothesis.settings.register_profile("setlib", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("setlib")
 

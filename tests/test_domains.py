@@ -26,6 +26,15 @@ def root(tmp_path):
     return tmp_path
 
 
+def test_a_folder_of_which_no_picture_can_be_used_is_a_sentence(tmp_path):
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "a.png").write_bytes(b"nothing")
+    for role in ("source", "target"):
+        with pytest.raises(ValueError, match="none of its pictures can be used"):
+            domains.load(f"folder@{tmp_path}", Data(on_error="skip"), role=role)
+
+
 def test_labels_come_back_id_by_id(root):
     domain = domains.load(f"camvid:day@{root}", Data())
     assert domain.dataset.column_names == ["image", "name", "domain", "label"]

@@ -103,6 +103,24 @@ def test_scores_are_those_of_predict(folder, model):
     assert np.array_equal(score.counts, counts)
 
 
+def test_models_are_scored_together_as_alone(folder):
+    """Also beside one whose own backbone is changed, from the first layer or a later one."""
+    models = {}
+    for name in ("lora", "none", "set", "full"):
+        models[name] = Segmenter(Experiment.build("smoke", overrides=[f"model.refiner={name}"])).eval()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for key, p in models[name].named_parameters():
+                if p.requires_grad and not key.startswith("head."):
+                    p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    domain = domains.load(f"folder@{folder}/train", Data(eval_images=2))
+    together = evaluate.evaluate_models(models, domain, progress=False)
+    for name, model in models.items():
+        alone = evaluate.evaluate_models({name: model}, domain, progress=False)[name]
+        assert np.abs(together[name].counts - alone.counts).sum() <= 20, name  # of 16,384 pixels: rounding
+    assert np.abs(together["lora"].counts - together["none"].counts).sum() > 200
+
+
 def test_a_damaged_picture_stops_the_scoring_or_is_passed_over_and_said(folder, model, tmp_path, capsys):
     shutil.copytree(folder / "train", tmp_path / "set")
     damaged = tmp_path / "set" / "images" / "1.png"

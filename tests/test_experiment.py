@@ -185,6 +185,12 @@ def test_what_an_older_file_does_not_say_has_its_default():
             Experiment.from_dict(values | {group: values.get(group, {}) | {field: value}})
 
 
+def test_an_older_file_was_trained_at_one_rate_for_all():
+    values = Experiment.build("smoke").to_dict()
+    del values["train"]["refiner_rates"]
+    assert Experiment.from_dict(values).train.refiner_rates == ()
+
+
 def test_a_file_of_an_older_version_may_name_options_that_changed_no_result():
     values = Experiment.build("smoke").to_dict()
     values["train"] |= {"shard": False, "compile": True, "cache_gb": 4.0}

@@ -177,7 +177,7 @@ def test_evaluate_adds_to_the_metrics(trained, capsys, tmp_path):
     assert Experiment.from_dict(metrics["config"]).data.source == own
     table = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     for result in metrics["results"]:
-        assert table[result["domain"]] == [f"{result['miou']:.1f}", "cityscapes-19", str(result["images"])]
+        assert table[result["domain"]] == [f"{result['miou']:.1f}", "cityscapes-19", str(result["images"]), "float32"]
     unlabelled = f"folder@{make_domain(tmp_path / 'unlabelled', labels=False)}"
     assert cli.main(["evaluate", str(trained), "--target", unlabelled]) == 2
     assert "no labels" in read_error(capsys)
@@ -337,6 +337,19 @@ def test_check_finds_pictures_that_two_domains_share(capsys, tmp_path):
     captured = capsys.readouterr()
     assert "p1.png of 'folder@" in captured.out and "is the same picture as" in captured.err
     assert str(source / "images" / "p0.png") in captured.err
+
+
+def test_prepare_passes_over_a_damaged_label_in_colours(capsys, tmp_path):
+    pictures, labels = tmp_path / "set" / "701_StillsRaw_full", tmp_path / "set" / "LabeledApproved_full"
+    for folder, ending in ((pictures, ""), (labels, "_L")):
+        folder.mkdir(parents=True)
+        for name in ("a", "b"):
+            Image.new("RGB", (40, 30), (128, 64, 128)).save(folder / f"{name}{ending}.png")
+    (labels / "b_L.png").write_bytes((labels / "b_L.png").read_bytes()[:-30])
+    command = ["prepare", f"camvid@{tmp_path / 'set'}", "--out", str(tmp_path / "out"), "--short-edge", "12"]
+    assert cli.main(command) == 2 and "b_L.png cannot be decoded" in capsys.readouterr().err
+    assert cli.main([*command, "-o", "data.on_error=skip"]) == 0
+    assert [path.name for path in (tmp_path / "out").rglob("*_L.png")] == ["a_L.png"]
 
 
 def test_prepare_writes_a_resized_copy_once(capsys, tmp_path):

@@ -105,12 +105,25 @@ def test_a_person_sees_the_same_pictures(here, there):
         same_words(board.words, there["boards"][name].words)
 
 
+def test_spectra_are_drawn_alike():
+    images = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(0))
+    images[..., 32:] = images[..., :32]  # every other column of its spectrum is nothing
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    one, other = (analysis.spectrum_pictures(x) for x in (images, images * (1 + ROUNDING * noise)))
+    for name in one:
+        assert np.array_equal(np.isnan(one[name]), np.isnan(other[name]))
+        turn = np.exp(1j * one[name]) - np.exp(1j * other[name]) if "phase" in name else one[name] - other[name]
+        assert np.nanmax(np.abs(turn)) < 0.05, name
+    assert np.isnan(one["phase (rad)"]).any()
+
+
 def same_words(one: str, other: str) -> None:
     """Equal but for numbers, which may differ by one in their last place."""
     number = r"-?\d+\.?\d*"
     assert re.sub(number, "n", one) == re.sub(number, "n", other)
     for x, y in zip(*(re.findall(number, text) for text in (one, other)), strict=True):
-        assert abs(float(x) - float(y)) <= 1.01 * 10.0 ** -len(x.partition(".")[2]), (one, other)
+        decimals = len(x.partition(".")[2])
+        assert abs(float(x) - float(y)) <= (1.01 * 10.0**-decimals if decimals else 0), (one, other)
 
 
 def test_tables_are_the_same(here, there):
