@@ -39,8 +39,9 @@ TURN = 0.2  # seconds that a turn lasts at least: a short step is taken several 
 SIZES: tuple[Size, ...] = ((4, 32, 32, 1024), (2, 16, 32, 384))
 GRIDS: tuple[Size, ...] = ((16, 16, 16, 384), (4, 32, 32, 384), (1, 64, 64, 384))  # of as many patches each
 TOKENS, RANK = 100, 16
-PROFILE, ALL_LAYERS = "quick", "model.refined_layers="  # of a training step
-CHECKPOINTING = {"without": ((ALL_LAYERS,), False), "with": ((ALL_LAYERS, "train.checkpointing=true"), False)}
+PROFILE = "quick"  # of a training step
+ALL_LAYERS = ("model.refined_layers=", "train.batch_size=4", "train.precision=float32")
+CHECKPOINTING = {"without": (ALL_LAYERS, False), "with": ((*ALL_LAYERS, "train.checkpointing=true"), False)}
 HEAVY = 3  # repeats of the paper's step
 BASELINES = ("none", "full", "lora", "vpt", "adaptformer", "rein", "fada", "set")
 
@@ -130,7 +131,7 @@ def step_cases() -> list[Case]:
     from setlib import gpu
 
     return [
-        Case("step", name, f"{PROFILE}, all layers", partial(gpu.profile_step, PROFILE, name, ALL_LAYERS, kept=False))
+        Case("step", name, f"{PROFILE}, all layers", partial(gpu.profile_step, PROFILE, name, *ALL_LAYERS, kept=False))
         for name in BASELINES
     ]
 
