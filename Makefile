@@ -79,7 +79,7 @@ $(READY): pyproject.toml constraints.txt
 	  $(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))" 2>/dev/null || { \
 	    echo "setlib needs Python 3.10 to 3.13, but PYTHON=$(PYTHON) is `$(PYTHON) --version 2>/dev/null || echo not there`:" \
 	      "name another, for example make PYTHON=python3.12"; exit 1; }; \
-	  echo "Setting up .venv: about a minute and 2 GB of disk"; \
+	  echo "Setting up .venv: 1 to 3 minutes and 2 GB of disk"; \
 	  base=`$(PYTHON) -c "import sys; print(getattr(sys, '_base_executable', sys.executable))"`; \
 	  rm -rf .venv && mkdir .venv && touch $(UNFINISHED) || exit 1; \
 	  if [ -n "$(UV)" ]; then "$(UV)" venv --quiet --seed --allow-existing --python "$$base" .venv; \
