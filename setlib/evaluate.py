@@ -16,7 +16,7 @@ from setlib import domains
 from setlib.experiment import Experiment, Run
 from setlib.labels import IGNORE, ClassSet
 from setlib.model import DEVICE, Segmenter
-from setlib.processes import add_up, collect, part, state
+from setlib.processes import add_up, collect, keep_freed_memory, part, state
 from setlib.windows import label_map
 
 
@@ -125,6 +125,7 @@ def evaluate_models(models: dict[str, Segmenter], domain: domains.Domain, progre
     """
     if not domain.has_labels:
         raise ValueError(f"Domain '{domain.spec.text}' has no labels: it can be predicted and looked at, not scored.")
+    keep_freed_memory()
     first, stop = share_prefix({name: model.frozen_until for name, model in models.items()})
     layers = sorted({layer for model in models.values() for layer in model.feature_layers})
     classes = domain.class_set

@@ -26,7 +26,6 @@ from setlib.files import load_json, write_atomic
 from setlib.heads import Mask2FormerHead, Masks, PerPixelHead
 from setlib.labels import CITYSCAPES, IGNORE
 from setlib.pictures import read_picture
-from setlib.processes import keep_freed_memory
 from setlib.refiners import Refiner, build_refiner
 from setlib.transforms import fit, resize
 from setlib.windows import Windows, blend, cut, label_map
@@ -56,7 +55,6 @@ class Segmenter(nn.Module, ModelHubMixin):
 
     def __init__(self, experiment: Experiment, backbone: FrozenBackbone | None = None) -> None:
         super().__init__()
-        keep_freed_memory()
         config = experiment.model
         self.experiment = experiment
         self.results: list[dict] = []  # of metrics.json, for the model card

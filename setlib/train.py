@@ -29,7 +29,7 @@ from setlib.evaluate import evaluate_models, share_prefix
 from setlib.experiment import Experiment, Run, Train
 from setlib.files import write_atomic
 from setlib.model import DEVICE, FILES, Segmenter
-from setlib.processes import accelerator, add_up, state
+from setlib.processes import accelerator, add_up, keep_freed_memory, state
 from setlib.transforms import augment
 
 
@@ -185,6 +185,7 @@ class Trainer:
 
     def __init__(self, model: Segmenter, run: Run) -> None:
         self.model, self.run, self.train = model, run, model.experiment.train
+        keep_freed_memory()
         unread = max(model.refiner.layers, default=0) > max(model.feature_layers)
         self.engine = accelerator(some_unused=unread or model.refiner.adapt is not None)
         parts = self.engine.num_processes * self.train.accumulate

@@ -218,13 +218,13 @@ def test_tables_hold_every_model_and_domain(run):
     write_results(run)
     assert workbook.cost_rows(run) == [["notebook", "seconds", "peak memory"], ["04_cross_domain", "12.3", "2.00 GB"]]
     assert workbook.metric_rows(run) == [
-        ["domain", "mIoU % none", "mIoU % set", "class set", "pictures"],
-        ["scenes:game (source)", "55.0", "60.0", "-", "-"],
-        ["scenes:fog", "30.0", "41.3", "set-0", "4"],
-        ["camvid@<b>", "-", "-", "set-1", "2"],
+        ["domain", "mIoU % none", "mIoU % set", "class set", "pictures", "precision"],
+        ["scenes:game (source)", "55.0", "60.0", "-", "-", "-"],
+        ["scenes:fog", "30.0", "41.3", "set-0", "4", "-"],
+        ["camvid@<b>", "-", "-", "set-1", "2", "-"],
     ]
     (run.path / "results" / "04_cross_domain.json").unlink()
-    assert workbook.metric_rows(run)[1] == ["scenes:fog", "41.3", "set-0", "4"]
+    assert workbook.metric_rows(run)[1] == ["scenes:fog", "41.3", "set-0", "4", "-"]
 
 
 def test_the_report_stands_alone(tmp_path):
