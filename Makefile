@@ -50,7 +50,7 @@ test-browser: $(READY)  ## the explorer in a real JupyterLab in a headless Chrom
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -rs -m browser
 
 screenshots: $(READY)  ## the pictures of the README, from the trained run runs/quick, by the browser check
-	SETLIB_RUN=runs/quick SETLIB_SCREENSHOTS=data/screenshots $(VENV_PYTHON) -m pytest -rs -m browser tests/test_browser.py
+	SETLIB_RUN=runs/quick SETLIB_SCREENSHOTS=data/screenshots $(VENV_PYTHON) -m pytest -rs -m browser tests/explorer/test_browser.py
 
 lab: $(READY)  ## JupyterLab on the notebooks and their explorers, this machine only, with a token
 	$(VENV_PYTHON) -m jupyterlab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" \

@@ -15,11 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from setlib.experiment import Data, Experiment, Run, default_run_folder, nearest
-from setlib.files import PROJECT, write_atomic
+from setlib.experiment import Data, Experiment, Run, default_run_folder
+from setlib.files import PROJECT, nearest, write_atomic
 
 if TYPE_CHECKING:
-    from setlib.check import Check
+    from setlib.data.check import Check
 
 BAR = 40  # characters of a class that covers everything
 FREE = (  # after training
@@ -126,9 +126,9 @@ def open_run(args: argparse.Namespace) -> Run:
     used, and a folder of another configuration.
     """
     experiment = Experiment.build(args.profile, args.source, args.target, args.seed, args.options)
-    from setlib import domains
+    from setlib.data import domains
     from setlib.refiners import build_refiner
-    from setlib.weights import check_name
+    from setlib.weights.load import check_name
 
     check_name(experiment.model.backbone)
     rates = [text.partition("=")[0] for text in experiment.train.refiner_rates]
@@ -146,7 +146,7 @@ def open_run(args: argparse.Namespace) -> Run:
 
 def check_labelled(names: Sequence[str], data: Data, every: bool) -> None:
     """Raises ValueError if a domain cannot be listed, or if none (with `every`: not every one) can be scored."""
-    from setlib import domains
+    from setlib.data import domains
 
     bare = [n for n in names if domains.parse(n).name != "scenes" and not domains.load(n, data).has_labels]
     if bare and (every or len(bare) == len(names)):
@@ -158,7 +158,7 @@ def check_labelled(names: Sequence[str], data: Data, every: bool) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     """run: notebooks, tables, report."""
-    from setlib import workbook
+    from setlib.workbook import notebooks as workbook
 
     workbook.find_notebooks(args.only)
     run, stopped = open_run(args), None
@@ -183,9 +183,9 @@ def run_command(args: argparse.Namespace) -> int:
 def train_command(args: argparse.Namespace) -> int:
     """train: the model alone."""
     run = open_run(args)
-    from setlib.processes import state
+    from setlib.distributed import state
     from setlib.train import train
-    from setlib.workbook import shown
+    from setlib.workbook.notebooks import shown
 
     model, history = train(run)
     if not state().is_main_process:
@@ -202,7 +202,7 @@ def freely(experiment: Experiment, options: Sequence[str]) -> Experiment:
     if trained := [option for option in options if "=" in option and not option.startswith(FREE)]:
         raise ValueError(f"Option '{trained[0]}' was settled by training: only {', '.join(FREE)} are free.")
     used = experiment.override(*options)
-    from setlib import domains
+    from setlib.data import domains
 
     domains.check_edges(used.data)
     return used
@@ -216,9 +216,10 @@ def evaluate_command(args: argparse.Namespace) -> int:
         raise ValueError(f"{run.path} names no targets: name them with --target.")
     scored = Run(run.path, freely(run.experiment, args.options))
     check_labelled(targets, scored.experiment.data, every=True)
-    from setlib import evaluate, workbook
+    from setlib import evaluate
+    from setlib.distributed import state
     from setlib.model import Segmenter
-    from setlib.processes import state
+    from setlib.workbook import notebooks as workbook
 
     with state().main_process_first():
         name, model = run.experiment.model.refiner, Segmenter.load(run.path / "model")
@@ -242,7 +243,7 @@ def predict_command(args: argparse.Namespace) -> int:
             raise ValueError(
                 f"{path} is a folder: name its pictures." if path.is_dir() else f"There is no file {path}."
             )
-    from setlib import predict
+    from setlib.workbook import predict
 
     labels = predict.label_ids(args.labels) if args.labels else None
     outputs = dict(zip(images, predict.output_names(images), strict=True))
@@ -272,7 +273,7 @@ def predict_command(args: argparse.Namespace) -> int:
 def check_command(args: argparse.Namespace) -> int:
     """check: what each domain holds; 1 if one of them cannot be used."""
     data = Experiment.build(args.profile, args.domains[0], args.domains, overrides=args.options).data
-    from setlib import check
+    from setlib.data import check
 
     found = []
     for text in args.domains:
@@ -295,7 +296,7 @@ def check_command(args: argparse.Namespace) -> int:
 
 def prepare_command(args: argparse.Namespace) -> int:
     """prepare: a resized copy."""
-    from setlib import check
+    from setlib.data import check
 
     if args.short_edge < 1:
         raise ValueError(f"A short edge of {args.short_edge} pixels is none: expected at least 1.")
@@ -311,7 +312,8 @@ def explore_command(args: argparse.Namespace) -> int:
     import signal
     import subprocess
 
-    from setlib import domains, workbook
+    from setlib.data import domains
+    from setlib.workbook import notebooks as workbook
 
     if args.run is None:
         experiment = Experiment.build(args.profile)
@@ -337,7 +339,7 @@ def explore_command(args: argparse.Namespace) -> int:
 
 def backbones_command(args: argparse.Namespace) -> int:
     """backbones: one row a preset."""
-    from setlib.weights import PRESETS, is_here
+    from setlib.weights.load import PRESETS, is_here
 
     rows = [["backbone", "M parameters", "patch", "layers", "here", "licence", "from"]]
     for name, preset in PRESETS.items():
@@ -353,8 +355,8 @@ def backbones_command(args: argparse.Namespace) -> int:
 
 def import_command(args: argparse.Namespace) -> int:
     """import: a release as a run folder."""
-    from setlib import release
-    from setlib.workbook import shown
+    from setlib.release import checkpoint as release
+    from setlib.workbook.notebooks import shown
 
     run = release.import_checkpoint(args.checkpoint, args.out, args.backbone)
     model = run.experiment.model
@@ -365,7 +367,7 @@ def import_command(args: argparse.Namespace) -> int:
 
 def export_command(args: argparse.Namespace) -> int:
     """export: a run as a release."""
-    from setlib import release
+    from setlib.release import checkpoint as release
 
     release.export_checkpoint(Run.load(args.run), args.out)
     print(f"Checkpoint: {args.out}")
@@ -374,7 +376,7 @@ def export_command(args: argparse.Namespace) -> int:
 
 def verify_command(args: argparse.Namespace) -> int:
     """verify: the largest difference of each item; 1 if one is above the tolerance."""
-    from setlib import release
+    from setlib.release import checkpoint as release
 
     wrong = []
     for path in args.files:
@@ -386,7 +388,7 @@ def verify_command(args: argparse.Namespace) -> int:
 
 def bench_command(args: argparse.Namespace) -> int:
     """bench: seconds and peak memory of each case, and their ratios to the head alone."""
-    from setlib import bench
+    from setlib.bench import measure as bench
 
     found = bench.bench(args.only)
     print(", ".join(f"{name} {value}" for name, value in found.items() if value and name != "rows"))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from setlib.weights import IMAGENET, fingerprint, load_model, normalisation
+from setlib.weights.load import IMAGENET, fingerprint, load_model, normalisation
 
 Colour = Sequence[float]  # red, green, blue
 Grid = tuple[int, int]  # patches in height and width

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from setlib import domains
+from setlib.data import domains
+from setlib.data.labels import IGNORE, ClassSet
+from setlib.distributed import add_up, collect, keep_freed_memory, part, state
 from setlib.experiment import Experiment, Run
-from setlib.labels import IGNORE, ClassSet
 from setlib.model import DEVICE, Segmenter
-from setlib.processes import add_up, collect, keep_freed_memory, part, state
 from setlib.windows import label_map
 
 

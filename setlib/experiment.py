@@ -6,7 +6,6 @@ No data is read and no model is built here.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 
-from setlib.files import PROJECT, load_json, peak_bytes, plain, write_atomic
+from setlib.files import PROJECT, load_json, nearest, peak_bytes, plain, write_atomic
 
 
 @dataclass(frozen=True)
@@ -247,13 +246,6 @@ def _paper(crop: int = 512) -> Experiment:
 
 
 PROFILES = {made.profile: made for made in (_smoke(), Experiment(), _paper(), _paper(crop=1024))}
-
-
-def nearest(name: str, choices: typing.Iterable[str]) -> str:
-    """The end of an error sentence: the nearest known names, or all of them."""
-    choices = list(choices)
-    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.4)
-    return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(choices) or 'none'}"
 
 
 def _override(experiment: Experiment, text: str) -> Experiment:

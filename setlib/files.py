@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import http.client
 import json
 import os
 import sys
+import threading
 import typing
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
+PROBE_SECONDS = 3.0  # for the hub to answer
 STATIC = "SETLIB_STATIC"  # environment variable: nobody moves a slider, explorers show a picture
 
 
@@ -64,3 +71,29 @@ def load_json(path: Path) -> typing.Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read ({error}): delete the run folder or restore the file.") from None
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The end of an error sentence: the nearest known names, or all of them."""
+    choices = list(choices)
+    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.4)
+    return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(choices) or 'none'}"
+
+
+def hub_answers(endpoint: str) -> bool:
+    """Whether the endpoint answers at all within 3 s, the look-up of its name (which has no limit) included."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS).close()
+        except urllib.error.HTTPError:
+            pass  # an error status is an answer
+        except (OSError, ValueError, http.client.HTTPException):
+            return
+        answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return answered.is_set()

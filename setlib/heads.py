@@ -30,7 +30,7 @@ from transformers.models.mask2former.modeling_mask2former import (
     sigmoid_cross_entropy_loss,
 )
 
-from setlib.labels import IGNORE
+from setlib.data.labels import IGNORE
 from setlib.pixels import CrossAttention, MaskPredictor, PixelDecoder, ReadMasks, Size
 
 STRIDES = (4, 2, 1, 0.5)  # of the four maps of a mask head, in maps per patch: strides 4, 8, 16, 32 at patches of 16

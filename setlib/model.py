@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from setlib.backbone import FrozenBackbone, Prefix
+from setlib.data.augment import fit, resize
+from setlib.data.decode import read_picture
+from setlib.data.labels import CITYSCAPES, IGNORE
 from setlib.experiment import Experiment, Model
 from setlib.files import load_json, write_atomic
 from setlib.heads import Mask2FormerHead, Masks, PerPixelHead
-from setlib.labels import CITYSCAPES, IGNORE
-from setlib.pictures import read_picture
 from setlib.refiners import Refiner, build_refiner
-from setlib.transforms import fit, resize
 from setlib.windows import Windows, blend, cut, label_map
 
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")

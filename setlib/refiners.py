@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from setlib import spectral
-from setlib.experiment import nearest
+from setlib.files import nearest
 from setlib.tokens import Refiner, Rein, ReleasedSpectralTokens, SpectralTokens, TokenBranch, TokenRefiner
 
 ADAPTER_SCALE = 0.1  # of what an adapter adds. Source: AdaptFormer, Sec. 4

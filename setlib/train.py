@@ -23,14 +23,14 @@ from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from setlib import domains
 from setlib.backbone import FrozenBackbone, Prefix
+from setlib.data import domains
+from setlib.data.augment import augment
+from setlib.distributed import accelerator, add_up, keep_freed_memory, state
 from setlib.evaluate import evaluate_models, share_prefix
 from setlib.experiment import Experiment, Run, Train
 from setlib.files import write_atomic
 from setlib.model import DEVICE, FILES, Segmenter
-from setlib.processes import accelerator, add_up, keep_freed_memory, state
-from setlib.transforms import augment
 
 
 class View(NamedTuple):

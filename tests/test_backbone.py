@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from setlib.backbone import FrozenBackbone, resize_patches
 from setlib.refiners import build_refiner
-from setlib.weights import load_model
+from setlib.weights.load import load_model
 
 SIZES = dict(
     hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, patch_size=8, image_size=32,

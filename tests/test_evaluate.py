@@ -7,10 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from setlib import analysis, domains, evaluate
+from setlib import evaluate
+from setlib.analysis import spectra as analysis
+from setlib.data import domains
+from setlib.data.labels import CAMVID, CITYSCAPES
 from setlib.evaluate import MeanIoU
 from setlib.experiment import Data, Experiment, Run
-from setlib.labels import CAMVID, CITYSCAPES
 from setlib.model import Segmenter
 from setlib.windows import label_map
 

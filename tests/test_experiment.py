@@ -6,9 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from setlib import plots
-from setlib.experiment import PROFILES, Experiment, Run, default_run_folder, nearest
-from setlib.files import write_atomic
+from setlib.experiment import PROFILES, Experiment, Run, default_run_folder
+from setlib.files import nearest, write_atomic
+from setlib.plots import charts as plots
 
 
 @pytest.mark.parametrize("profile", ["smoke", "quick"])

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 from transformers.models.mask2former import modeling_mask2former as theirs
 
+from setlib.data.labels import IGNORE
 from setlib.heads import LOSS_WEIGHTS, NO_OBJECT, Mask2FormerHead, Masks, PerPixelHead
-from setlib.labels import IGNORE
 
 SMALL = {"attention_heads": 4, "pixel_layers": 2, "pixel_width": 48, "decoder_layers": 3, "decoder_width": 64}
 

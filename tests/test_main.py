@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from setlib import __main__ as cli
-from setlib import predict
+from setlib.data.labels import CITYSCAPES, id_map
+from setlib.data.layouts import LAYOUTS
 from setlib.experiment import Experiment
-from setlib.labels import CITYSCAPES, id_map
-from setlib.readers import LAYOUTS
+from setlib.workbook import predict
 
 TINY = ["-o", "train.steps=2", "train.views=2", "data.height=32", "data.width=32", "data.long_edge=64"]
 HEAVY = {"torch", "transformers", "papermill", "datasets", "matplotlib", "numpy"}
@@ -411,7 +411,7 @@ def test_check_looks_at_all_domains_and_names_what_is_unusable(spoil, capsys, tm
 
 
 def test_backbones_lists_every_preset(capsys: pytest.CaptureFixture):
-    from setlib.weights import PRESETS
+    from setlib.weights.load import PRESETS
 
     assert cli.main(["backbones"]) == 0
     head, *rows, advice = capsys.readouterr().out.splitlines()

@@ -13,9 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from setlib import analysis, attention, backbone, domains, evaluate, spectral, train
+from setlib import backbone, evaluate, spectral, train
+from setlib.analysis import spectra as analysis
+from setlib.analysis import tokens as attention
+from setlib.data import domains
 from setlib.experiment import Experiment, Run
-from setlib.views import Studio
+from setlib.explorer.studio import Studio
 
 ROUNDING = 1e-6  # relative; a kernel that sums in another order differs by less
 GAME, NIGHT = "scenes:game", "scenes:night"

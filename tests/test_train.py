@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from setlib import train
-from setlib.domains import load
+from setlib.data.domains import load
 from setlib.experiment import Experiment, Run
 from setlib.model import Segmenter
 

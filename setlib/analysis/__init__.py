@@ -1,0 +1,1 @@
+"""Amplitude, phase and tokens measured, and the ablation."""

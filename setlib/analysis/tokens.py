@@ -1,0 +1,203 @@
+"""What tokens do, in numbers: where they attend, over the spectrum and over the picture, and what they change.
+
+Also what goes wrong in the released code: images of a batch that change each other's features, and attention that
+cannot leave the mean. Everything here measures; drawing is in `plots.py`, the refiners are in `tokens.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from setlib import spectral
+from setlib.analysis.spectra import PARTS, as_picture, compare
+from setlib.data.domains import Domain
+from setlib.model import Segmenter
+from setlib.refiners import build_refiner
+from setlib.tokens import LowRankTokens, Refiner, TokenBranch
+
+TOKENS, RANK = 100, 16  # as the paper has them
+BANDS = ("low", "high")  # branches of tokens that read wavelets
+
+
+class Attention(NamedTuple):
+    """What one branch of a refiner attends to after one layer.
+
+    spectrum: share of each token at each position of the half spectrum, (H, W // 2 + 1, M), for a branch that reads
+    amplitude or phase, else None. picture: (H, W, M), the share at each patch for a branch that reads patches or
+    wavelets; for the others `over_picture`. influence: (M,) mean share times the length of what a token adds; token 0
+    adds nothing.
+    """
+
+    layer: int
+    branch: str
+    spectrum: np.ndarray | None
+    picture: np.ndarray
+    influence: np.ndarray
+
+    @property
+    def share(self) -> np.ndarray:
+        """The attention itself: sums to 1 over the tokens."""
+        return self.picture if self.spectrum is None else self.spectrum
+
+
+class Reading(NamedTuple):
+    """`read_tokens`: the window (h, w, 3) uint8 that was read, attention by branch and layer, change by layer."""
+
+    picture: np.ndarray
+    attention: list[Attention]
+    changes: list[dict]
+
+
+@torch.no_grad()
+def read_tokens(model: Segmenter, image: np.ndarray | Tensor) -> Reading:
+    """What the tokens attend to and change on one picture (h, w, 3) uint8 (the middle window of a large one).
+
+    A tensor (1, 3, h, w) in [0, 1] is read as it is.
+
+    The branches' own inputs are caught while the model runs. changes: per refined layer, `compare` of the features
+    before and after the refiner. Without tokens (refiner none) attention and changes are empty.
+    """
+    if isinstance(image, Tensor):
+        window = image
+    else:
+        windows = model.windows(image)[0].images
+        window = windows[len(windows) // 2][None]
+    inputs: dict[str, Tensor] = {}
+    attention: list[Attention] = []
+    changes: list[dict] = []
+
+    def catch(name: str, _: TokenBranch, given: tuple[Tensor, int]) -> None:
+        inputs[name] = given[0]
+
+    def read(refiner: Refiner, given: tuple[Tensor, int], refined: Tensor) -> None:
+        features, layer = given
+        changes.append({"layer": layer, **compare(features, refined)})
+        for name, branch in refiner.branches().items():
+            attention.append(_attend(branch, refiner.layers.index(layer), inputs[name], features, (layer, name)))
+
+    branches = model.refiner.branches().items()
+    hooks = [branch.register_forward_pre_hook(partial(catch, name)) for name, branch in branches]
+    hooks.append(model.refiner.register_forward_hook(read))
+    try:
+        model.backbone(window.to(model.backbone.mean.device), model.refiner)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Reading(as_picture(window), attention, changes)
+
+
+def _attend(branch: TokenBranch, index: int, x: Tensor, features: Tensor, place: tuple[int, str]) -> Attention:
+    """One branch on its own input x, for the features (1, H, W, C) of a layer."""
+    share, (height, width) = branch.attention(x, index), features.shape[1:3]
+    if place[1] in BANDS:  # of wavelets, (1 or 3, H'W', M): the mean over the bands, at the patches of each square
+        share = share.mean(0).unflatten(0, (-(-height // 2), -1)).repeat_interleave(2, 0).repeat_interleave(2, 1)
+        share = share[:height, :width]
+    else:
+        share = share.flatten(0, 1).unflatten(0, (height, -1))
+    added = branch.token_map(branch.tokens.of_layer(index)) @ branch.delta_map.weight.T  # (M, C)
+    influence = share.mean((0, 1)) * added.norm(dim=1)
+    influence[0] = 0
+    is_spectral = place[1] in PARTS and len(x) == 1  # the released form reads patch by patch: (N, 1, C)
+    picture = over_picture(features, share) if is_spectral else share
+    return Attention(
+        *place, share.cpu().numpy() if is_spectral else None, picture.cpu().numpy(), influence.cpu().numpy()
+    )
+
+
+def over_picture(features: Tensor, share: Tensor) -> Tensor:
+    """Attention over the spectrum, mapped back over the picture: (H, W, M).
+
+    The spectrum of features (1, H, W, C) is weighted with each token's share (H, W // 2 + 1, M) and transformed back;
+    these parts of the features sum to the features. Returned is the length of a token's part of a patch's feature, in
+    units of the feature's length: where in the picture the frequencies lie that a token attends to.
+    """
+    parts, size = spectral.to_parts(features), features.shape[1:3]
+    own = [spectral.from_parts(parts * one[..., None], size)[0].norm(dim=-1) for one in share.unbind(-1)]
+    return torch.stack(own, -1) / features[0].norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+def entropy(share: np.ndarray) -> float:
+    """Mean entropy of shares (..., M) over the positions, in units of the most possible: 1 = even over all tokens."""
+    return float(-(share * np.log(np.maximum(share, 1e-30))).sum(-1).mean() / math.log(share.shape[-1]))
+
+
+def attention_table(reading: Reading, top: int = 3) -> list[dict]:
+    """Per layer and branch: entropy (1 = spread evenly over all tokens), share of token 0, most influential tokens."""
+    rows = []
+    for one in reading.attention:
+        strongest = [int(i) for i in np.argsort(-one.influence, kind="stable")[:top] if one.influence[i] > 0]
+        row = {"layer": one.layer, "branch": one.branch, "entropy": entropy(one.share)}
+        rows.append(row | {"token 0 (%)": 100 * one.share[..., 0].mean(), "top tokens": strongest})
+    return rows
+
+
+@torch.no_grad()
+def frozen_features(model: Segmenter, domain: Domain, count: int = 3) -> Tensor:
+    """Features (count, H, W, C) of a domain's pictures after the first refined layer (else the last), unrefined."""
+    samples = islice(domain.samples(i % len(domain) for i in range(len(domain) + count)), count)
+    cut = [model.windows(sample.image)[0].images[0] for _, sample in samples]
+    h, w = (min(window.shape[axis] for window in cut) for axis in (1, 2))
+    layer = (model.refiner.layers or (model.backbone.num_layers,))[0]
+    images = torch.stack([window[:, :h, :w] for window in cut]).to(model.backbone.mean.device)
+    return model.backbone(images, layers=(layer,))[layer]
+
+
+@torch.no_grad()
+def batch_leak(features: Tensor, names: Sequence[str] = ("rein", "set", "set-released"), seed: int = 0) -> list[dict]:
+    """How far what a refiner adds to an image depends on the other images of the batch, at initialisation.
+
+    features: (3, H, W, C) of three pictures. Rows of percentages, |difference| / |what is added in company|: "another
+    mate": the second image of the batch is replaced; "another place": the two change places; "alone": the image comes
+    by itself. The output maps, which SET starts at 0, are drawn as Rein's are, so that there is something to compare.
+    """
+    rows = []
+    for name in names:
+        torch.manual_seed(seed)
+        refiner = build_refiner(name, (1,), features.shape[-1], TOKENS, RANK).to(features.device)
+        for branch in refiner.branches().values():
+            nn.init.kaiming_uniform_(branch.delta_map.weight, a=math.sqrt(5))
+
+        def added(*images: int, refiner: Refiner = refiner) -> Tensor:
+            """What the refiner adds to picture 0 in a batch of these pictures."""
+            batch = features[list(images)]
+            return (refiner(batch, 1) - batch)[images.index(0)]
+
+        base = added(0, 1)
+        others = {"another mate (%)": (0, 2), "another place (%)": (1, 0), "alone (%)": (0,)}
+        leaks = {title: 100 * ((added(*images) - base).norm() / base.norm()).item() for title, images in others.items()}
+        rows.append({"refiner": name, **leaks})
+    return rows
+
+
+@torch.no_grad()
+def normalisation_table(features: Tensor, seed: int = 0) -> list[dict]:
+    """Attention over 100 fresh tokens from the amplitudes of features (B, H, W, C), by what is normalised first.
+
+    Over the positions of an image every token keeps a mean of 0 and a spread of 1: some places attend to it, others do
+    not. Over the M tokens of a position (as released, then divided by sqrt(C)) the largest similarity possible is
+    sqrt(M - 1) and all others are equal: "bound" is the share that this leaves to one token.
+    """
+    amplitude, channels = spectral.split_spectrum(features).amplitude.flatten(1, 2), features.shape[-1]
+    highest = math.exp(math.sqrt((TOKENS - 1) / channels))
+    lowest = math.exp(-1 / math.sqrt((TOKENS - 1) * channels))
+    bounds = {"": 100.0, "positions": 100.0, "tokens": 100 * highest / (highest + (TOKENS - 1) * lowest)}
+    rows = []
+    for normalise, title in (("positions", "over positions (set)"), ("tokens", "over tokens (released)"), ("", "not")):
+        torch.manual_seed(seed)
+        tokens = LowRankTokens(1, TOKENS, channels, RANK).to(features.device)
+        share = TokenBranch(tokens, channels, normalise).to(features.device).attention(amplitude, 0).cpu().numpy()
+        row = {
+            "similarities normalised": title,
+            "entropy": entropy(share),
+            "largest share (%)": 100 * float(share.max()),
+        }
+        rows.append(row | {"bound (%)": bounds[normalise]})
+    return rows

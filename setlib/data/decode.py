@@ -1,0 +1,197 @@
+"""Files -> arrays: pictures of any mode as RGB, labels of any encoding as class ids."""
+
+from __future__ import annotations
+
+import json
+import struct
+import warnings
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, ImageDraw, ImageOps
+from PIL import Image as PILImage
+
+from setlib.data.labels import IdMap
+
+# what Pillow and json raise for a damaged file
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    LookupError,
+    RecursionError,
+    struct.error,
+    PILImage.DecompressionBombError,
+)
+MOST_PIXELS = 2**28  # of one picture; decoded it is 0.8 GB
+PILImage.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses twice that
+warnings.filterwarnings("ignore", category=PILImage.DecompressionBombWarning)
+TURNED = 5  # EXIF orientations from here on swap width and height
+TURNS = dict(enumerate((None, None, 0, 3, 1, 5, 4, 6, 2)))  # what each orientation asks of PIL's transpose
+
+
+class LabelError(ValueError):
+    """A label that can be decoded but not used; the message begins with a verb: the label's name goes in front."""
+
+
+def open_picture(source: Any) -> PILImage.Image:
+    """Pillow's open. Raises ValueError also for what it cannot read or finds too large, with the way round."""
+    try:
+        return PILImage.open(source)
+    except PILImage.DecompressionBombError:
+        raise ValueError(f"more than {MOST_PIXELS / 1e6:.0f} million pixels: cut or shrink it first") from None
+    except PILImage.UnidentifiedImageError as error:
+        media = not isinstance(source, BytesIO) and b"ftyp" in Path(source).read_bytes()[:12]
+        raise ValueError("HEIC or its like, which is not read: export it as JPG or PNG") if media else error from None
+
+
+def read_picture(image: Any, long_edge: int = 0) -> np.ndarray:
+    """A path, PIL picture or array as (h, w, 3) uint8 RGB, EXIF rotation applied, transparency on white.
+
+    Greys of more than 8 bits fill as many of 8, 10, 12, 14 or 16 bits as the largest needs; floats are up to 1 or it.
+    long_edge: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as its long edge does not
+    fall below this; 0: at its own size. Raises ValueError if it cannot be read.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"Expected a picture (h, w, 3) of uint8, got {image.dtype} {image.shape}.")
+        return image
+    try:
+        picture = image if isinstance(image, PILImage.Image) else open_picture(image)
+        if long_edge and picture.format == "JPEG":
+            least = min(1.0, long_edge / max(picture.size))
+            picture.draft(None, tuple(-int(-side * least // 1) for side in picture.size))
+        if picture is image:
+            picture = ImageOps.exif_transpose(picture)
+        else:  # our own: spare a copy
+            ImageOps.exif_transpose(picture, in_place=True)
+        if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit and float greys
+            grey = np.asarray(picture)
+            depths = (8, 10, 12, 14, 16) if picture.mode.startswith("I") else ()
+            limit = next((2**bits - 1 for bits in depths if grey.max() < 2**bits), max(1.0, float(grey.max())))
+            rows = [(row.astype(np.float64) / limit * 255).clip(0, 255).astype(np.uint8) for row in grey]
+            picture = PILImage.fromarray(np.stack(rows))
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = PILImage.alpha_composite(PILImage.new("RGBA", picture.size, "white"), picture)
+        return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+    except UNREADABLE as error:
+        name = "this row" if isinstance(image, BytesIO) else image
+        raise ValueError(f"{name} cannot be read as a picture ({error}).") from None
+
+
+def measure(source: Any, whole: bool = False) -> tuple[tuple[int, int], int]:
+    """(w, h) of a picture as it is shown, and the EXIF orientation that makes it so. Reads the header.
+
+    whole: decodes the picture, so that a PNG's EXIF, which may stand at the file's end, counts too.
+    """
+    if str(source).endswith(".json"):
+        content = json.loads(Path(source).read_bytes())
+        return (int(content["imgWidth"]), int(content["imgHeight"])), 1
+    with open_picture(source) as picture:
+        w, h = picture.size
+        if whole:
+            picture.load()
+        told = whole or picture.format != "PNG" or "exif" in picture.info
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1) if told else 1
+    return ((h, w) if orientation >= TURNED else (w, h)), orientation
+
+
+def fitting(label: np.ndarray, picture: Any, stored: bool = False) -> np.ndarray:
+    """A label (h, w) or (h, w, 3) as its picture is shown: turned with it, if it was drawn on the stored pixels.
+
+    Where the sizes say that it was, it is turned; where they do not tell (orientations 2 to 4, squares), if `stored`.
+    """
+    for whole in (stored, True):
+        size, orientation = measure(picture, whole)
+        own = size[::-1] if orientation >= TURNED else size
+        if label.shape[1::-1] in (size, own):
+            break
+    if 1 < orientation < len(TURNS) and label.shape[1::-1] == own and (stored or own != size):
+        return np.asarray(PILImage.fromarray(label).transpose(TURNS[orientation]))
+    return label
+
+
+def read_label(source: str | Path | PILImage.Image, ids: IdMap) -> np.ndarray:
+    """The raw class ids (h, w) uint8 of a label, a file or a picture, in the form that its data set uses.
+
+    Raises LabelError for another form or unknown ids, one of UNREADABLE for a damaged file.
+    """
+    if str(source).endswith(".json"):
+        return _draw_polygons(Path(source), ids)
+    with source if isinstance(source, PILImage.Image) else open_picture(source) as picture:
+        if ids.form == "wide" and len(picture.getbands()) > 1:
+            label = _first_of_wide(picture)
+        else:
+            label = np.asarray(ImageOps.exif_transpose(picture))
+    if ids.form == "colours":
+        if label.ndim != 3:
+            raise LabelError("holds class ids: expected a picture of the classes' colours")
+        return _colours_to_ids(label[..., :3], ids)
+    if label.ndim != 2 or label.dtype not in (np.uint8, np.int32, np.uint16, bool):
+        raise LabelError(f"is a colour picture of shape {label.shape}: expected one channel of class ids")
+    if label.dtype != np.uint8 and (label.min(initial=0) < 0 or label.max(initial=0) > 255):
+        raise LabelError(f"holds ids from {label.min()} to {label.max()}: expected {_known(ids)}")
+    label = label.astype(np.uint8, copy=False)
+    pixels = np.array(PILImage.fromarray(label).histogram())
+    unknown = np.flatnonzero((pixels > 0) & ~ids.known)
+    if len(unknown):
+        hint = " (they look like Cityscapes label ids, not train ids)" if ids.name == "cityscapes" else ""
+        hint = hint if unknown.max() <= 34 else ""
+        found = f"holds the unknown ids {unknown[:5].tolist()} ({pixels[unknown].sum()} pixels)"
+        raise LabelError(f"{found}: expected {_known(ids)}{hint}")
+    return label
+
+
+def _known(ids: IdMap) -> str:
+    return ", ".join(str(i) for i in np.flatnonzero(ids.known))
+
+
+def _first_of_wide(picture: PILImage.Image) -> np.ndarray:
+    """The first channel's low bytes of a PNG of 16 bits, of which Pillow would keep the high ones (SYNTHIA)."""
+    raw = picture.tile[0].args if picture.tile else ""
+    if not str(raw).endswith(";16B"):
+        raise LabelError(f"is a picture of mode {picture.mode} and 8 bits: expected 16 bits, ids in the first channel")
+    if raw == "LA;16B":  # four bytes a pixel, as RGBA has them
+        picture._mode, own, channel = "RGBA", "RGBA", 1
+    else:
+        own, channel = raw.replace("16B", "16L"), 0
+    picture.tile = [picture.tile[0]._replace(args=own)]
+    label = np.asarray(picture)
+    return label if label.ndim == 2 else label[..., channel]
+
+
+def _colours_to_ids(label: np.ndarray, ids: IdMap) -> np.ndarray:
+    """(h, w, 3) uint8 colours -> (h, w) uint8 ids."""
+    packed = label.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+    known = np.array(sorted((r << 16 | g << 8 | b, i) for (r, g, b), i in ids.colours.items()), np.uint32)
+    place = np.searchsorted(known[:, 0], packed).clip(max=len(known) - 1)
+    wrong = known[place, 0] != packed
+    if wrong.any():
+        raise LabelError(f"holds the unknown colour {label[wrong][0].tolist()}: expected those of {ids.name}.csv")
+    return known[place, 1].astype(np.uint8)
+
+
+def _draw_polygons(path: Path, ids: IdMap) -> np.ndarray:
+    """The polygons of a Cityscapes-like JSON file, drawn in their order (IDD)."""
+    places = {name: i for i, name in ids.names.items()}
+    try:
+        content = json.loads(path.read_bytes())
+        size = int(content["imgWidth"]), int(content["imgHeight"])
+        if not 0 < size[0] * size[1] <= 2 * (PILImage.MAX_IMAGE_PIXELS or 2**31):
+            raise LabelError(f"is {size[0]} x {size[1]}: expected the size of a picture")
+        drawn = PILImage.new("L", size, places["unlabeled"])
+        pen = ImageDraw.Draw(drawn)
+        for shape in content["objects"]:
+            if shape.get("deleted"):
+                continue
+            name = shape["label"] if shape["label"] in places else shape["label"].removesuffix("group")
+            if name not in places:
+                raise LabelError(f"holds the unknown class '{name}': expected those of {ids.name}.csv")
+            if len(shape["polygon"]) > 1:
+                pen.polygon([tuple(point) for point in shape["polygon"]], fill=places[name])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise LabelError(f"is not a file of polygons ({error})") from None
+    return np.array(drawn)

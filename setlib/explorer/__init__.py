@@ -1,0 +1,1 @@
+"""The four interactive views: pure functions first, widgets over them."""

@@ -1,0 +1,1 @@
+"""Figures, tables and boards of pictures: data in, drawing out."""

@@ -1,0 +1,1 @@
+"""What the public releases of Rein and SET did: their names, checkpoints, golden numbers."""

@@ -1,0 +1,1 @@
+"""Rendered streets: the same content in eight styles, with exact labels and depth."""

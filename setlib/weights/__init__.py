@@ -1,0 +1,1 @@
+"""Where frozen backbones come from: presets, folders, files, the hub."""
