@@ -1,6 +1,6 @@
 """Every refiner by name: those of `tokens.py`, and the baselines that a reviewer asks for beside them.
 
-All are trained with the same data, head, schedule and seeds. A new refiner is one class and one line in REFINERS.
+All are trained with the same data, head, schedule and seeds. A new refiner is a class and its line in `build_refiner`.
 """
 
 from __future__ import annotations
@@ -8,36 +8,16 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from setlib import spectral
 from setlib.files import nearest
-from setlib.tokens import Refiner, Rein, ReleasedSpectralTokens, SpectralTokens, TokenBranch, TokenRefiner
+from setlib.tokens import LowRankTokens, Refiner, Rein, SpectralTokens, TokenBranch
 
 ADAPTER_SCALE = 0.1  # of what an adapter adds. Source: AdaptFormer, Sec. 4
 QUERY_AND_VALUE = ("q_proj", "v_proj", "query", "value", "qkv")  # SAM and timm keep query, key and value in one map
-
-
-class Intervened(Refiner):
-    """A refiner with something else done behind one layer: `change(features, layer)` in place of its own call."""
-
-    def __init__(self, refiner: Refiner, layer: int, change: Callable[[Tensor, int], Tensor]) -> None:
-        super().__init__(sorted({*refiner.layers, layer}))
-        self.refiner, self.layer, self.change = refiner, layer, change
-        if refiner.prompts is not None:
-            self.prompts = self._prompts
-
-    def forward(self, features: Tensor, layer: int) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
-        return (self.change if layer == self.layer else self.refiner)(features, layer)
-
-    def _prompts(self, layer: int) -> Tensor:
-        known = layer in self.refiner.layers
-        return self.refiner.prompts(layer) if known else self.refiner.prompts(self.refiner.layers[0])[:0]
 
 
 class FullFineTuning(Refiner):
@@ -50,7 +30,7 @@ class FullFineTuning(Refiner):
     rate = 0.1
 
     def adapt(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
-        """Wakes the embeddings and the layers; what a model does behind its layers (norm, pooler, neck) is not used."""
+        """Unfreezes the embeddings and the layers; what stands behind the layers (norm, pooler, neck) is not used."""
         named, in_layers = list(model.named_parameters()), {id(p) for layer in layers for p in layer.parameters()}
         last = max(place for place, (_, p) in enumerate(named) if id(p) in in_layers)
         for name, p in named[: last + 1]:
@@ -70,7 +50,7 @@ class LowRankAdaptation(Refiner):
 
     inside = True
 
-    def __init__(self, layers: Sequence[int], lora_rank: int = 8, **_: int | str) -> None:
+    def __init__(self, layers: Sequence[int], lora_rank: int) -> None:
         super().__init__(layers)
         self.rank = lora_rank
         if importlib.util.find_spec("peft") is None:
@@ -101,7 +81,7 @@ class Prompts(Refiner):
 
     inside = True
 
-    def __init__(self, layers: Sequence[int], channels: int, num_prompts: int = 150, **_: int | str) -> None:
+    def __init__(self, layers: Sequence[int], channels: int, num_prompts: int) -> None:
         super().__init__(layers)
         bound = math.sqrt(6 / (3 * 16**2 + channels))
         self.tokens = nn.Parameter(torch.empty(len(self.layers), num_prompts, channels).uniform_(-bound, bound))
@@ -118,7 +98,7 @@ class Adapters(Refiner):
     paper's stands beside the layer's MLP and sees every token.
     """
 
-    def __init__(self, layers: Sequence[int], channels: int, adapter_width: int = 64, **_: int | str) -> None:
+    def __init__(self, layers: Sequence[int], channels: int, adapter_width: int) -> None:
         super().__init__(layers)
         self.down = nn.ModuleList(nn.Linear(channels, adapter_width) for _ in self.layers)
         self.up = nn.ModuleList(nn.Linear(adapter_width, channels) for _ in self.layers)
@@ -133,59 +113,103 @@ class Adapters(Refiner):
         return features + ADAPTER_SCALE * self.up[index](F.relu(self.down[index](features)))
 
 
-class WaveletTokens(TokenRefiner):
+class WaveletTokens(Refiner):
     """FADA: tokens refine the low and the high half of a Haar transform over the patch grid, f + s * inverse(beta).
 
     The low band (content) has a branch as Rein's; the three high bands (style) share one whose similarities are
     instance normalised, per image, band and token; s is a learnable scalar from 1e-3. Queries come from the low tokens.
     Source: FADA (NeurIPS 2024), Sec. 3. Departures: the high bands share tokens of all C channels, and the similarities
     are normalised over positions, as SET's; the paper prints 11.65 M values at DINOv2-L, where this has 5.52 M. The
-    released code (2.05 M) differs more: it transforms reshaped memory, in which neighbours are not neighbours in the
-    picture, splits the channels over the bands, normalises over tokens, and does not transform back.
+    released code (2.05 M) transforms reshaped memory, not the patch grid, and does not transform back.
     """
 
     linked = "low"
 
-    def __init__(self, layers: Sequence[int], channels: int, *sizes: int, **options: int | str) -> None:
-        super().__init__(layers, channels, *sizes, **options)
-        self.low = TokenBranch(self.low_rank(), channels)
-        self.high = TokenBranch(self.low_rank(), channels, normalise="positions")
+    def __init__(self, layers: Sequence[int], channels: int, num_tokens: int, rank: int, query_channels: int) -> None:
+        super().__init__(layers, channels, query_channels)
+        sizes = (len(layers), num_tokens, channels, rank)
+        self.low = TokenBranch(LowRankTokens(*sizes), channels)
+        self.high = TokenBranch(LowRankTokens(*sizes), channels, normalise="positions")
         self.scale = nn.Parameter(torch.tensor(1e-3))
 
     def forward(self, features: Tensor, layer: int) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        bands, index = spectral.split_haar(features), self.layers.index(layer)  # (4, B, H', W', C)
-        low = self.low(bands[0].flatten(1, 2), index)
+        bands, index = split_haar(features), self.layers.index(layer)  # (4, B, H', W', C)
+        low = self.low(bands[0].flatten(1, 2), index)  # (B, H'W', C)
         high = self.high(bands[1:].flatten(0, 1).flatten(1, 2), index)  # (3 B, H'W', C)
-        change = spectral.join_haar(torch.cat([low, high]).view_as(bands).to(bands.dtype), features.shape[1:3])
+        change = join_haar(torch.cat([low, high]).view_as(bands).to(bands.dtype), features.shape[1:3])
         return features + (self.scale * change).to(features.dtype)
 
 
-REFINERS: dict[str, Callable[..., Refiner]] = {
-    "none": Refiner,
-    "full": FullFineTuning,
-    "lora": LowRankAdaptation,
-    "vpt": Prompts,
-    "adaptformer": Adapters,
-    "rein": Rein,
-    "fada": WaveletTokens,
-    "set": SpectralTokens,
-    "set-amplitude": partial(SpectralTokens, phase=False),
-    "set-phase": partial(SpectralTokens, amplitude=False),
-    "set-unnormalised": partial(SpectralTokens, normalise=""),
-    "set-released": ReleasedSpectralTokens,
-}
+def split_haar(x: Tensor) -> Tensor:
+    """One step of the Haar wavelet transform over the patch grid, orthonormal: four bands at half the resolution.
+
+    x: (B, H, W, C); odd sides are lengthened by repeating their last patches. Returns (4, B, H', W', C), H' and W' half
+    of H and W, rounded up: the mean of each 2 x 2 square (doubled), then its differences along W, along H and across.
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    x = torch.cat([x, x[:, -1:]], 1) if x.shape[1] % 2 else x
+    x = torch.cat([x, x[:, :, -1:]], 2) if x.shape[2] % 2 else x
+    return _haar(x[:, 0::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 0::2], x[:, 1::2, 1::2])
+
+
+def join_haar(bands: Tensor, size: tuple[int, int]) -> Tensor:
+    """The inverse of `split_haar`; size: (H, W), which tells odd sides from even ones."""
+    one, right, below, across = _haar(*bands)  # (B, H', W', C) each
+    top, bottom = torch.stack([one, right], 3).flatten(2, 3), torch.stack([below, across], 3).flatten(2, 3)
+    return torch.stack([top, bottom], 2).flatten(1, 2)[:, : size[0], : size[1]]
+
+
+def _haar(one: Tensor, right: Tensor, below: Tensor, across: Tensor) -> Tensor:
+    """Sums and differences over 2 x 2 squares, or over their four bands, (4, ...); its own inverse."""
+    top, bottom, top_step, bottom_step = one + right, below + across, one - right, below - across
+    return torch.stack([top + bottom, top_step + bottom_step, top - bottom, top_step - bottom_step]) / 2
+
+
+REFINERS = ("none", "full", "lora", "vpt", "adaptformer", "rein", "fada", "set")
+REFINERS += ("set-amplitude", "set-phase", "set-unnormalised", "set-released")
 
 
 def build_refiner(
-    name: str, layers: Sequence[int], channels: int, num_tokens: int, rank: int, **options: int | str
+    name: str,
+    layers: Sequence[int],
+    channels: int,
+    num_tokens: int = 100,
+    rank: int = 16,
+    query_channels: int = 0,
+    any_batch: bool = False,
+    num_prompts: int = 150,
+    adapter_width: int = 64,
+    lora_rank: int = 8,
 ) -> Refiner:
-    """The refiner called `name`.
+    """The refiner called `name` for features of C channels; each takes the options in its line.
 
-    options: query_channels and any_batch of `TokenRefiner`; num_prompts, adapter_width, lora_rank.
+    layers: that it refines, from 1. num_tokens, rank: M tokens per layer of rank r. query_channels: Q of the queries
+    for a mask head, 0 = none. any_batch: lets set-released, whose output depends on the batch, be evaluated at another
+    batch size than it was trained with.
     Raises ValueError for an unknown name (the nearest are listed) and for lora without peft.
     """
+    makers: dict[str, Callable[[], Refiner]] = {
+        "none": lambda: Refiner(),
+        "full": lambda: FullFineTuning(layers),
+        "lora": lambda: LowRankAdaptation(layers, lora_rank),
+        "vpt": lambda: Prompts(layers, channels, num_prompts),
+        "adaptformer": lambda: Adapters(layers, channels, adapter_width),
+        "rein": lambda: Rein(layers, channels, num_tokens, rank, query_channels),
+        "fada": lambda: WaveletTokens(layers, channels, num_tokens, rank, query_channels),
+        "set": lambda: SpectralTokens(layers, channels, num_tokens, rank, query_channels),
+        "set-amplitude": lambda: SpectralTokens(layers, channels, num_tokens, rank, query_channels, phase=False),
+        "set-phase": lambda: SpectralTokens(layers, channels, num_tokens, rank, query_channels, amplitude=False),
+        "set-unnormalised": lambda: SpectralTokens(layers, channels, num_tokens, rank, query_channels, normalise=""),
+        "set-released": lambda: _released_set()(layers, channels, num_tokens, rank, query_channels, any_batch),
+    }
     if name not in REFINERS:
         raise ValueError(f"Unknown refiner '{name}' ({nearest(name, REFINERS)}).")
-    layers = () if name == "none" else layers
-    return REFINERS[name](layers=layers, channels=channels, num_tokens=num_tokens, rank=rank, **options)
+    return makers[name]()
+
+
+def _released_set() -> Callable[..., Refiner]:
+    """SET as released: apart, in the room above that knows the releases, so it is imported when it is asked for."""
+    from setlib.release.released_set import ReleasedSpectralTokens
+
+    return ReleasedSpectralTokens

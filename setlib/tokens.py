@@ -1,4 +1,4 @@
-"""Learnable tokens that change the features between the frozen layers: Rein, SET, and SET as released.
+"""Learnable tokens that change the features between the frozen layers: Rein and SET.
 
 A refiner is called as `refiner(features: (B, H, W, C), layer)` for each of its `layers` (counted from 1) and returns
 refined features of the same shape; `refiner.queries()` gives its tokens to a mask head. Every refiner by name, and
@@ -9,37 +9,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from setlib import spectral
+# The fast forms of the three functions: `from setlib.spectral import ...` gives their definitions, and the same numbers
+from setlib._kernels import change_phase, join_spectrum, split_spectrum
+from setlib.spectral import Spectrum
 
 
 class Refiner(nn.Module):
     """No refiner: the frozen features as they are. Base of all refiners.
 
+    layers: numbers of the layers that it refines. channels, query_channels: C of the features, Q of the queries that a
+    refiner with tokens makes for a mask head; 0 = none.
     inside: whether it works inside its layers (on what they read, or on their weights) instead of behind them.
     adapt: `adapt(model, layers)`, for a refiner that changes weights in a copy of the backbone's model; None = it does
     not. rate: learning rate of all that it has learn, here and there, in units of the head's (`train.refiner_rates`
     sets others).
     prompts: `prompts(layer) -> (P, C)`, tokens that a layer reads beside its own; None = it has none.
+    linked: name of the branch whose tokens become queries.
     """
 
     inside = False
     rate = 1.0  # source: the releases of Rein and SET
     adapt: Callable[[nn.Module, Sequence[nn.Module]], object] | None = None
     prompts: Callable[[int], Tensor] | None = None
+    linked = ""
 
-    def __init__(self, layers: Sequence[int] = (), **_: int | str) -> None:
+    def __init__(self, layers: Sequence[int] = (), channels: int = 0, query_channels: int = 0) -> None:
         super().__init__()
         self.layers = tuple(layers)
+        self.query_map = TokenQueries(channels, query_channels) if query_channels else None
 
     def frozen_until(self, depth: int) -> int:
         """Number of first layers, of `depth`, whose own answer nothing trainable can change."""
-        return min(self.layers, default=depth + self.inside) - self.inside
+        if not self.layers:
+            return depth
+        return min(self.layers) - 1 if self.inside else min(self.layers)
 
     def forward(self, features: Tensor, layer: int) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C), after frozen layer `layer` (counted from 1)."""
@@ -50,8 +58,8 @@ class Refiner(nn.Module):
         return {name: child for name, child in self.named_children() if isinstance(child, TokenBranch)}
 
     def queries(self) -> Tensor | None:
-        """Queries (M, Q) for a mask head, made from the tokens; None where there are none."""
-        return None
+        """Queries (M, Q) for a mask head, made from the linked tokens of all layers; None where there are none."""
+        return None if self.query_map is None else self.query_map(self.branches()[self.linked].tokens())
 
 
 class LowRankTokens(nn.Module):
@@ -72,23 +80,6 @@ class LowRankTokens(nn.Module):
     def of_layer(self, index: int) -> Tensor:
         """Tokens of one layer, (M, C)."""
         return self.a[index] @ self.b[index]
-
-
-class FullRankTokens(nn.Module):
-    """M free tokens of C channels for each of L layers, as the released code has them in its amplitude branch."""
-
-    def __init__(self, num_layers: int, num_tokens: int, channels: int) -> None:
-        super().__init__()
-        bound = math.sqrt(6 / (3 * 16**2 + channels))
-        self.t = nn.Parameter(torch.empty(num_layers, num_tokens, channels).uniform_(-bound, bound))
-
-    def forward(self) -> Tensor:
-        """Tokens of all layers, (L, M, C)."""
-        return self.t
-
-    def of_layer(self, index: int) -> Tensor:
-        """Tokens of one layer, (M, C)."""
-        return self.t[index]
 
 
 class TokenBranch(nn.Module):
@@ -114,7 +105,7 @@ class TokenBranch(nn.Module):
             nn.init.zeros_(self.delta_map.bias)
 
     def attention(self, x: Tensor, index: int) -> Tensor:
-        """Share of each token, (B, P, M), sums to 1 over the tokens; x: (B, P, C)."""
+        """Share of each token, (B, P, M), sums to 1 over the tokens; x: (B, P, C), P positions."""
         return self._attend(x, self.tokens.of_layer(index))
 
     def _attend(self, x: Tensor, tokens: Tensor) -> Tensor:
@@ -128,9 +119,10 @@ class TokenBranch(nn.Module):
 
     def forward(self, x: Tensor, index: int) -> Tensor:
         """beta(x), (B, P, C) -> (B, P, C); index: place of the layer in the stack, from 0."""
-        tokens = self.tokens.of_layer(index)
+        tokens = self.tokens.of_layer(index)  # (M, C)
         values = self.token_map(tokens[1:])  # (M - 1, C)
-        return self.delta_map(self._attend(x, tokens)[..., 1:] @ values + x)
+        mixed = self._attend(x, tokens)[..., 1:] @ values  # (B, P, C)
+        return self.delta_map(mixed + x)
 
 
 class TokenQueries(nn.Module):
@@ -146,59 +138,28 @@ class TokenQueries(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(L, M, C) -> (M, Q)."""
-        tokens = self.transform(tokens)
+        tokens = self.transform(tokens)  # (L, M, Q)
         pooled = torch.stack([tokens.amax(0), tokens.mean(0), tokens[-1]], dim=-1)  # (M, Q, 3)
         return self.merge(pooled.flatten(1))
 
 
-class TokenRefiner(Refiner):
-    """Base of the refiners with tokens: what they share, and their queries.
-
-    query_channels: Q of the queries, 0 = none; they are made of the tokens of the `linked` branch, or of the only one.
-    any_batch: lets a refiner whose output depends on the batch (set-released) be evaluated at another batch size than
-    it was trained with.
-    """
-
-    linked = "phase"
-
-    def __init__(
-        self,
-        layers: Sequence[int],
-        channels: int,
-        num_tokens: int,
-        rank: int,
-        query_channels: int = 0,
-        any_batch: bool = False,
-        **_: int,
-    ) -> None:
-        super().__init__(layers)
-        self.any_batch = any_batch
-        self.low_rank = partial(LowRankTokens, len(self.layers), num_tokens, channels, rank)
-        self.query_map = TokenQueries(channels, query_channels) if query_channels else None
-
-    def queries(self) -> Tensor | None:
-        """(M, Q) from the tokens of all layers; None without query channels."""
-        if self.query_map is None:
-            return None
-        branches = self.branches()
-        return self.query_map(branches.get(self.linked, next(iter(branches.values()))).tokens())
-
-
-class Rein(TokenRefiner):
+class Rein(Refiner):
     """f + s * beta(f) on the patches themselves, s a learnable scalar from 1e-3. Source: Rein (CVPR 2024), Sec. 3.3."""
 
-    def __init__(self, layers: Sequence[int], channels: int, *sizes: int, **options: int | str) -> None:
-        super().__init__(layers, channels, *sizes, **options)
-        self.patches = TokenBranch(self.low_rank(), channels)
+    linked = "patches"
+
+    def __init__(self, layers: Sequence[int], channels: int, num_tokens: int, rank: int, query_channels: int) -> None:
+        super().__init__(layers, channels, query_channels)
+        self.patches = TokenBranch(LowRankTokens(len(layers), num_tokens, channels, rank), channels)
         self.scale = nn.Parameter(torch.tensor(1e-3))
 
     def forward(self, features: Tensor, layer: int) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        delta = self.patches(features.flatten(1, 2), self.layers.index(layer))
+        delta = self.patches(features.flatten(1, 2), self.layers.index(layer))  # (B, N, C)
         return features + self.scale * delta.view_as(features)
 
 
-class SpectralTokens(TokenRefiner):
+class SpectralTokens(Refiner):
     """SET: tokens refine amplitude and phase of the features over the patch grid, each beta(x) + x.
 
     The refined amplitude is kept >= 0 and the change of phase odd, so that the spectrum stays that of a real signal.
@@ -211,73 +172,31 @@ class SpectralTokens(TokenRefiner):
         self,
         layers: Sequence[int],
         channels: int,
-        *sizes: int,
+        num_tokens: int,
+        rank: int,
+        query_channels: int,
         amplitude: bool = True,
         phase: bool = True,
         normalise: str = "positions",
-        **options: int | str,
     ) -> None:
-        super().__init__(layers, channels, *sizes, **options)
-        self.amplitude = TokenBranch(self.low_rank(), channels, normalise, zero=True) if amplitude else None
-        self.phase = TokenBranch(self.low_rank(), channels, zero=True) if phase else None
+        super().__init__(layers, channels, query_channels)
+        self.linked = "phase" if phase else "amplitude"
+        sizes = (len(layers), num_tokens, channels, rank)
+        self.amplitude = TokenBranch(LowRankTokens(*sizes), channels, normalise, zero=True) if amplitude else None
+        self.phase = TokenBranch(LowRankTokens(*sizes), channels, zero=True) if phase else None
 
-    def refine_spectrum(self, features: Tensor, layer: int) -> spectral.Spectrum:
+    def refine_spectrum(self, features: Tensor, layer: int) -> Spectrum:
         """The refined half spectrum of features (B, H, W, C): amplitude >= 0, and phase in radians (not wrapped)."""
-        amplitude, phase = spectral.split_spectrum(features)
-        index, positions = self.layers.index(layer), amplitude.shape
+        amplitude, phase = split_spectrum(features)  # (B, H, W // 2 + 1, C) each
+        index, shape = self.layers.index(layer), amplitude.shape
         if self.phase is not None:
-            change = self.phase(phase.flatten(1, 2), index).view(positions)
-            phase = spectral.change_phase(phase, change, features.shape[2])
+            change = self.phase(phase.flatten(1, 2), index).view(shape)  # each bin (u, v) is a position
+            phase = change_phase(phase, change, features.shape[2])  # beta(rho) + rho
         if self.amplitude is not None:
-            change = self.amplitude(amplitude.flatten(1, 2), index).view(positions)
-            amplitude = (amplitude + change).relu_()
-        return spectral.Spectrum(amplitude, phase)
+            change = self.amplitude(amplitude.flatten(1, 2), index).view(shape)
+            amplitude = (amplitude + change).relu_()  # beta(alpha) + alpha
+        return Spectrum(amplitude, phase)
 
     def forward(self, features: Tensor, layer: int) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        return spectral.join_spectrum(self.refine_spectrum(features, layer), features.shape[1:3]).to(features.dtype)
-
-
-class ReleasedSpectralTokens(TokenRefiner):
-    """The function that the authors' released code computes, to the digit, kept to compare with: not the paper's.
-
-    What is wrong with it: it transforms over batch and channel, not over the patch grid, so an image's result depends
-    on its batch mates and their order, and no spatial frequency is ever seen; its inverse reads only half of a
-    spectrum that belongs to no real signal and scales by sqrt(B / 2); "amplitudes" may be negative; the normalisation
-    runs over the tokens of a position, so that with M tokens none can get more than about 1.4 / M of the attention;
-    the amplitude tokens have full rank. In eval mode it refuses another batch size than the one it was trained with;
-    `any_batch=True` lets it run all the same.
-    Source: the code released with SET.
-    """
-
-    def __init__(self, layers: Sequence[int], channels: int, num_tokens: int, rank: int, **options: int | str) -> None:
-        super().__init__(layers, channels, num_tokens, rank, **options)
-        tokens = FullRankTokens(len(self.layers), num_tokens, channels)
-        self.amplitude = TokenBranch(tokens, channels, normalise="tokens")
-        self.phase = TokenBranch(self.low_rank(), channels)
-        self.scale = nn.Parameter(torch.tensor(1e-3))
-        self.register_buffer("trained_batch", torch.tensor(0))
-
-    def forward(self, features: Tensor, layer: int) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C). Raises ValueError in eval mode for another batch size than that of training."""
-        batch, channels = features.shape[0], features.shape[-1]
-        self._check_batch(batch)
-        patches = features.flatten(1, 2).transpose(0, 1)  # (N, B, C)
-        patches = patches if patches.dtype == torch.float64 else patches.float()
-        spectrum, index = torch.fft.fft2(patches, dim=(1, 2)), self.layers.index(layer)
-        amplitude, phase = self.amplitude(spectrum.abs(), index), self.phase(spectrum.angle(), index)
-        amplitude, phase = amplitude.to(patches.dtype), phase.to(patches.dtype)  # lower under autocast
-        refined = torch.complex(
-            amplitude * phase.cos(), amplitude * phase.sin()
-        )  # polar's gradient wants amplitude >= 0
-        delta = math.sqrt(batch / 2) * torch.fft.irfft2(refined, s=(batch, channels), dim=(1, 2))  # (N, B, C)
-        return features + (self.scale * delta.transpose(0, 1).reshape(features.shape)).to(features.dtype)
-
-    def _check_batch(self, batch: int) -> None:
-        if self.training:
-            self.trained_batch.fill_(batch)
-        elif not self.any_batch and self.trained_batch not in (0, batch):
-            raise ValueError(
-                f"Refiner set-released was trained with batches of {int(self.trained_batch)}, and its output depends "
-                f"on the batch: evaluate it with the same size instead of {batch}, or set model.any_batch=true."
-            )
+        return join_spectrum(self.refine_spectrum(features, layer), features.shape[1:3]).to(features.dtype)

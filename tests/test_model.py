@@ -207,16 +207,16 @@ def test_lower_precision_says_nearly_the_same():
 
 
 def test_spectra_stay_in_float32_under_autocast(monkeypatch):
-    from setlib import spectral
+    from setlib import tokens
 
-    seen, split = [], spectral.split_spectrum
+    seen, split = [], tokens.split_spectrum
 
     def watch(x, *args):
         found = split(x, *args)
         seen.append({part.dtype for part in found})
         return found
 
-    monkeypatch.setattr(spectral, "split_spectrum", watch)
+    monkeypatch.setattr(tokens, "split_spectrum", watch)
     build("train.precision=bfloat16")(torch.rand(1, 3, 64, 128)).sum().backward()
     assert seen == [{torch.float32}] * 2
 

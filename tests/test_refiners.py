@@ -4,12 +4,14 @@ import importlib.util
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from setlib import refiners, spectral
+from setlib import refiners
 from setlib.experiment import Experiment
 from setlib.model import Segmenter
-from setlib.refiners import build_refiner
+from setlib.refiners import REFINERS, build_refiner
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is an optional extra")
 LORA = pytest.param("lora", marks=needs_peft)
@@ -25,14 +27,29 @@ def images():
 
 
 # Sizes at C = 1024 and 24 layers, as Rein's table prints them (LoRA 0.79 M, VPT 3.69 M, AdaptFormer 3.17 M), and ours
+SIZES = {"none": 0, "vpt": 3_686_400, "adaptformer": 3_171_840, "rein": 2_990_081, "fada": 5_520_897, "set": 5_520_896}
+SIZES |= {"set-released": 7_546_881}
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"), [("none", 0), ("vpt", 3_686_400), ("adaptformer", 3_171_840), ("fada", 5_520_897)]
-)
+@pytest.mark.parametrize(("name", "expected"), SIZES.items())
 def test_trainable_values_at_the_papers_size(name, expected):
     refiner = build_refiner(name, range(1, 25), 1024, num_tokens=100, rank=16, query_channels=256)
     assert sum(p.numel() for p in refiner.parameters() if p.requires_grad) == expected
+
+
+@pytest.mark.parametrize("name", [LORA if name == "lora" else name for name in REFINERS])
+def test_every_name_is_a_refiner_that_starts_with_the_same_weights(name):
+    states = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        states.append(build_refiner(name, (2, 5), 12).state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_an_unknown_name_names_the_nearest():
+    with pytest.raises(ValueError, match="Unknown refiner 'rien' .nearest: rein"):
+        build_refiner("rien", (2, 5), 12)
 
 
 @needs_peft
@@ -109,14 +126,31 @@ def test_fada_is_its_formula():
     refiner, x = build_refiner("fada", (2, 5), 12, 7, 3), torch.randn(2, 4, 6, 12)
     for p in refiner.parameters():
         nn.init.normal_(p, std=0.5)
-    bands = spectral.split_haar(x)
+    bands = refiners.split_haar(x)
     changed = [refiner.low(bands[0].flatten(1, 2), 1), *(refiner.high(b.flatten(1, 2), 1) for b in bands[1:])]
-    expected = x + refiner.scale * spectral.join_haar(torch.stack(changed).view_as(bands), (4, 6))
+    expected = x + refiner.scale * refiners.join_haar(torch.stack(changed).view_as(bands), (4, 6))
     torch.testing.assert_close(refiner(x, 5), expected)
 
 
-def test_a_linked_mask_head_reads_the_low_tokens_of_fada():
-    refiner = build_refiner("fada", (2, 5), 12, 7, 3, query_channels=5)
-    refiner.queries().sum().backward()
-    assert refiner.queries().shape == (7, 5)
-    assert refiner.low.tokens.a.grad is not None and refiner.high.tokens.a.grad is None
+# The Haar transform over the patch grid
+
+
+@settings(max_examples=40)
+@given(st.tuples(st.integers(1, 13), st.integers(1, 13)), st.integers(0, 2**31))
+def test_haar_bands_joined_are_the_features_and_keep_the_energy(size, seed):
+    x = torch.randn(2, *size, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    bands = refiners.split_haar(x)
+    assert bands.shape == (4, 2, -(-size[0] // 2), -(-size[1] // 2), 3)
+    torch.testing.assert_close(refiners.join_haar(bands, size), x)
+    if size[0] % 2 == size[1] % 2 == 0:
+        torch.testing.assert_close(bands.square().sum(), x.square().sum())
+
+
+def test_haar_bands_are_the_mean_and_the_differences_of_each_square():
+    x = torch.randn(2, 4, 6, 3, generator=torch.Generator().manual_seed(0))
+    one, right, below, across = (x[:, i::2, j::2] for i in (0, 1) for j in (0, 1))
+    signs = ((1, 1, 1), (-1, 1, -1), (1, -1, -1), (-1, -1, 1))  # of right, below and across
+    for band, (r, b, a) in zip(refiners.split_haar(x), signs, strict=True):
+        torch.testing.assert_close(band, (one + r * right + b * below + a * across) / 2)
+    assert not refiners.split_haar(torch.ones(1, 5, 7, 2))[1:].any()  # odd sides repeat their last patches
+    assert refiners.split_haar(x.half()).dtype == torch.float32

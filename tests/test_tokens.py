@@ -1,4 +1,4 @@
-"""Refiners: identity at the start, one image at a time, valid spectra, gradients everywhere."""
+"""Refiners with tokens: identity at the start, one image at a time, valid spectra, gradients everywhere."""
 
 import math
 
@@ -14,9 +14,9 @@ SPECTRAL = [name for name in REFINERS if name.startswith("set") and name != "set
 OURS = ["rein", "fada", "adaptformer", *SPECTRAL]  # what changes features behind the layers, one image at a time
 
 
-def build(name, scramble=False):
+def build(name, scramble=False, **options):
     torch.manual_seed(0)
-    refiner = build_refiner(name, LAYERS, CHANNELS, num_tokens=7, rank=3)
+    refiner = build_refiner(name, LAYERS, CHANNELS, num_tokens=7, rank=3, **options)
     if scramble:
         for parameter in refiner.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
@@ -51,6 +51,22 @@ def test_rein_is_its_formula():
     mixed = share[..., 1:] @ branch.token_map(tokens[1:])
     expected = x + refiner.scale * branch.delta_map(mixed + x.flatten(1, 2)).view_as(x)
     torch.testing.assert_close(refiner(x, 5), expected)
+
+
+def test_set_is_its_formula():
+    refiner, x = build("set", scramble=True), features(2, 4, 6)
+    amplitude, phase = spectral.split_spectrum(x)
+    changes = [
+        branch(part.flatten(1, 2), 1).view_as(part)
+        for branch, part in ((refiner.amplitude, amplitude), (refiner.phase, phase))
+    ]
+    refined = (amplitude + changes[0]).relu(), spectral.change_phase(phase, changes[1], 6)
+    torch.testing.assert_close(refiner(x, 5), spectral.join_spectrum(refined, (4, 6)), rtol=1e-4, atol=1e-4)
+    without = {"set-amplitude": (refined[0], phase), "set-phase": (amplitude, refined[1])}
+    for name, parts in without.items():
+        part = build(name)
+        part.load_state_dict({key: value for key, value in refiner.state_dict().items() if key in part.state_dict()})
+        torch.testing.assert_close(part(x, 5), spectral.join_spectrum(parts, (4, 6)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -124,14 +140,32 @@ def test_half_precision_comes_back_as_it_came():
     assert build("set")(features(1, 4, 6).bfloat16(), 2).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("name", "expected"), [("rein", 2_990_081), ("set-released", 7_546_881), ("set", 5_520_896)])
-def test_trainable_values_at_the_papers_size(name, expected):
-    refiner = build_refiner(name, range(1, 25), 1024, num_tokens=100, rank=16, query_channels=256)
-    assert sum(p.numel() for p in refiner.parameters() if p.requires_grad) == expected
-    assert expected <= 5_600_000 or name == "set-released"
+@pytest.mark.parametrize(
+    ("name", "linked", "others"),
+    [
+        ("rein", "patches", []),
+        ("set", "phase", ["amplitude"]),
+        ("set-amplitude", "amplitude", []),
+        ("fada", "low", ["high"]),
+    ],
+)
+def test_queries_pool_the_linked_tokens_of_all_layers(name, linked, others):
+    refiner = build(name, query_channels=5)
+    tokens = getattr(refiner, linked).tokens
+    projected = refiner.query_map.transform(tokens())  # (L, M, Q)
+    pooled = torch.stack([projected.max(0).values, projected.mean(0), projected[-1]], -1).flatten(1)
+    assert refiner.queries().shape == (7, 5)
+    torch.testing.assert_close(refiner.queries(), refiner.query_map.merge(pooled))
+    refiner.queries().square().sum().backward()
+    assert tokens.a.grad.abs().sum() > 0
+    assert all(getattr(refiner, other).tokens.a.grad is None for other in others)
 
 
-# The released code, and queries
+def test_without_query_channels_there_are_no_queries():
+    assert build("set").queries() is None and build("none", query_channels=5).queries() is None
+
+
+# SET as released
 
 
 def test_the_released_form_leaks_from_image_to_image_and_ours_does_not():
@@ -150,7 +184,7 @@ def test_the_released_form_refuses_another_batch_size_than_that_of_training():
     assert refiner(x, 2).shape == x.shape
     with pytest.raises(ValueError, match="trained with batches of 4.* instead of 1, or set model.any_batch=true"):
         refiner(x[:1], 2)
-    copy = build_refiner("set-released", LAYERS, CHANNELS, num_tokens=7, rank=3, any_batch=True).eval()
+    copy = build("set-released", any_batch=True).eval()
     copy.load_state_dict(refiner.state_dict())
     assert copy(x[:1], 2).isfinite().all()
 
@@ -161,19 +195,3 @@ def test_normalising_over_tokens_makes_the_attention_all_but_uniform():
     share = released.amplitude.attention(100 * torch.rand(1, 500, 384), 0)
     assert share.max() < math.exp(math.sqrt(99 / 384)) / 100 * 1.01
     assert -(share * share.log()).sum(-1).min() / math.log(100) > 0.998
-
-
-def test_queries_pool_the_tokens_of_all_layers():
-    refiner = build_refiner("set", LAYERS, CHANNELS, num_tokens=7, rank=3, query_channels=5)
-    projected = refiner.query_map.transform(refiner.phase.tokens())  # (L, M, Q)
-    pooled = torch.stack([projected.max(0).values, projected.mean(0), projected[-1]], -1).flatten(1)
-    torch.testing.assert_close(refiner.queries(), refiner.query_map.merge(pooled))
-    refiner.queries().square().sum().backward()
-    assert refiner.phase.tokens.a.grad.abs().sum() > 0 and refiner.amplitude.tokens.a.grad is None
-    assert build("set").queries() is None and build("none").queries() is None
-    assert build_refiner("set-amplitude", LAYERS, CHANNELS, 7, 3, query_channels=5).queries().shape == (7, 5)
-
-
-def test_unknown_refiner_names_the_nearest():
-    with pytest.raises(ValueError, match="Unknown refiner 'rien' .nearest: rein"):
-        build_refiner("rien", LAYERS, CHANNELS, 7, 3)

@@ -52,21 +52,44 @@ def spectrum_pictures(x: Tensor) -> dict[str, np.ndarray]:
 
     Log amplitude of grey values of 0 to 255, phase, and the phase minus that of the first picture; NaN: no phase.
     """
-    phase = spectral.phase_picture(x.mean(1))
+    phase = phase_picture(x.mean(1))
     against = torch.remainder(phase - phase[:1] + math.pi, 2 * math.pi) - math.pi
-    parts = {"log(1 + amplitude)": spectral.log_amplitude_picture(255 * x), "phase (rad)": phase}
+    parts = {"log(1 + amplitude)": log_amplitude_picture(255 * x), "phase (rad)": phase}
     return {name: part.numpy() for name, part in (parts | {"phase - first's (rad)": against}).items()}
 
 
-def _counts(size: tuple[int, int], axes: tuple[int, int]) -> Tensor:
+def phase_picture(x: Tensor) -> Tensor:
+    """Phase (radians, -pi to pi) of the full spectra of (B, h, w), zero frequency in the middle; NaN where it is empty.
+
+    To be drawn on cyclic colours, on which -pi and pi look the same.
+    """
+    spectrum = torch.fft.fftshift(torch.fft.fft2(x), dim=(1, 2))
+    return spectrum.angle().masked_fill(spectral.is_empty(spectrum.abs(), (1, 2)), math.nan)
+
+
+def log_amplitude_picture(x: Tensor, axes: spectral.Axes = spectral.PIXELS) -> Tensor:
+    """log(1 + amplitude) of the full spectrum, zero frequency in the middle, averaged over channels; (B, h, w)."""
+    amplitude = torch.fft.fft2(x.float(), dim=axes, norm="ortho").abs()
+    return torch.fft.fftshift(amplitude, dim=axes).log1p().mean(spectral.CHANNEL_AXIS[axes])
+
+
+def radial_profile(images: Tensor, bins: int = 32) -> tuple[Tensor, Tensor]:
+    """Mean log amplitude of (B, 3, h, w) by frequency radius: radii (bins,) and profile (B, bins)."""
+    amplitude = spectral.transform(images, spectral.PIXELS).abs().log1p().mean(1)  # (B, h, w // 2 + 1)
+    radius = spectral.frequency_radius(images.shape[2:]).flatten()
+    index = (radius / radius.max().clamp(min=1e-9) * bins).long().clamp(max=bins - 1)
+    total = torch.zeros(len(images), bins, dtype=amplitude.dtype).index_add_(1, index, amplitude.flatten(1))
+    count = torch.bincount(index, minlength=bins)
+    return (torch.arange(bins) + 0.5) / bins * radius.max(), total / count.clamp(min=1)
+
+
+def _counts(size: tuple[int, int], axes: spectral.Axes) -> Tensor:
     """How often a position of the half spectrum occurs in the full one, 1 or 2, shaped to go with a 4-D spectrum."""
-    counts = torch.full((size[1] // 2 + 1,), 2.0)
-    counts[0] = 1
-    counts[-1] = 2 - (size[1] % 2 == 0)
+    counts = torch.where(spectral.own_partners(size[1])[: size[1] // 2 + 1], 1.0, 2.0)
     return counts[:, None] if axes == spectral.GRID else counts
 
 
-def round_trip(x: Tensor, axes: tuple[int, int] = spectral.PIXELS) -> dict[str, float]:
+def round_trip(x: Tensor, axes: spectral.Axes = spectral.PIXELS) -> dict[str, float]:
     """What splitting into amplitude and phase and joining again changes: largest error, and energy on both sides.
 
     x: 4-D. Parseval: the energies (sums of squares) of x and of its orthonormal spectrum are equal.
@@ -78,7 +101,7 @@ def round_trip(x: Tensor, axes: tuple[int, int] = spectral.PIXELS) -> dict[str, 
     return {"largest error": error, "energy": x.double().square().sum().item(), "energy of the spectrum": inside}
 
 
-def compare(x: Tensor, y: Tensor, axes: tuple[int, int] = spectral.GRID) -> dict[str, float]:
+def compare(x: Tensor, y: Tensor, axes: spectral.Axes = spectral.GRID) -> dict[str, float]:
     """How far apart two tensors are in amplitude and in phase; x, y: 4-D of one shape, transformed over `axes`.
 
     Over all images, channels and frequencies but zero (a mean has no phase), with the weights w = sqrt(A_x A_y):
@@ -95,7 +118,7 @@ def compare(x: Tensor, y: Tensor, axes: tuple[int, int] = spectral.GRID) -> dict
     a, b = (z.abs().clamp(min=smallest) for z in (one, other))
     kept = (spectral.frequency_radius(size) > 0).to(a)
     weights = (a * b).sqrt() * ~empty * _counts(size, axes).to(a)
-    weights = weights * (kept[:, :, None] if axes == spectral.GRID else kept)
+    weights = weights * kept.unsqueeze(spectral.CHANNEL_AXIS[axes] - 1)
     total = weights.sum().clamp(min=smallest)
     turned = (1 - (spectral.unit_phasor(one, axes) * spectral.unit_phasor(other, axes).conj()).real).clamp(min=0)
     moved = {"amplitude": (a.log() - b.log()).abs(), "phase": turned}
@@ -230,9 +253,9 @@ def survey(domain: domains.Domain, class_set: ClassSet, limit: int = 100) -> Sur
 
 
 def domain_profile(domain: domains.Domain, long_edge: int, limit: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """`spectral.radial_profile` averaged over pictures of one long edge (grey values 0 to 255): radii, profile."""
+    """`radial_profile` averaged over pictures of one long edge (grey values 0 to 255): radii, profile."""
     images = [as_tensor(sample.image) for _, sample in domain.samples(_evenly(len(domain), limit))]
-    found = [spectral.radial_profile(255 * resize(image, fit(image, long_edge))) for image in images]
+    found = [radial_profile(255 * resize(image, fit(image, long_edge))) for image in images]
     return found[0][0].numpy(), torch.cat([profile for _, profile in found]).mean(0).numpy()
 
 

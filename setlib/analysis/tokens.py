@@ -7,7 +7,7 @@ cannot leave the mean. Everything here measures; drawing is in `plots.py`, the r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from setlib import spectral
+from setlib import _kernels, spectral
 from setlib.analysis.spectra import PARTS, as_picture, compare
 from setlib.data.domains import Domain
 from setlib.model import Segmenter
@@ -25,6 +25,24 @@ from setlib.tokens import LowRankTokens, Refiner, TokenBranch
 
 TOKENS, RANK = 100, 16  # as the paper has them
 BANDS = ("low", "high")  # branches of tokens that read wavelets
+
+
+class Intervened(Refiner):
+    """A refiner with something else done behind one layer: `change(features, layer)` in place of its own call."""
+
+    def __init__(self, refiner: Refiner, layer: int, change: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__(sorted({*refiner.layers, layer}))
+        self.refiner, self.layer, self.change = refiner, layer, change
+        if refiner.prompts is not None:
+            self.prompts = self._prompts
+
+    def forward(self, features: Tensor, layer: int) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        return (self.change if layer == self.layer else self.refiner)(features, layer)
+
+    def _prompts(self, layer: int) -> Tensor:
+        known = layer in self.refiner.layers
+        return self.refiner.prompts(layer) if known else self.refiner.prompts(self.refiner.layers[0])[:0]
 
 
 class Attention(NamedTuple):
@@ -119,8 +137,8 @@ def over_picture(features: Tensor, share: Tensor) -> Tensor:
     these parts of the features sum to the features. Returned is the length of a token's part of a patch's feature, in
     units of the feature's length: where in the picture the frequencies lie that a token attends to.
     """
-    parts, size = spectral.to_parts(features), features.shape[1:3]
-    own = [spectral.from_parts(parts * one[..., None], size)[0].norm(dim=-1) for one in share.unbind(-1)]
+    parts, size = _kernels.to_parts(features), features.shape[1:3]
+    own = [_kernels.from_parts(parts * one[..., None], size)[0].norm(dim=-1) for one in share.unbind(-1)]
     return torch.stack(own, -1) / features[0].norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from setlib import spectral
+from setlib import _kernels
 from setlib.distributed import MALLOC
 from setlib.files import nearest
 from setlib.refiners import build_refiner
@@ -88,11 +88,11 @@ def part_step(part: str, size: Size) -> Step:
     torch.manual_seed(0)
     x, grid = torch.randn(size, device=DEVICE), size[1:3]
     if part == "spectrum":
-        return backward_step([x], lambda y: [spectral.join_spectrum(spectral.split_spectrum(y), grid)])
+        return backward_step([x], lambda y: [_kernels.join_spectrum(_kernels.split_spectrum(y), grid)])
     if part == "Fourier":
-        return lambda: [spectral.from_parts(spectral.to_parts(x), grid) for _ in range(2)]
+        return lambda: [_kernels.from_parts(_kernels.to_parts(x), grid) for _ in range(2)]
     refiner = build_refiner("set", (1,), size[-1], TOKENS, RANK).to(DEVICE)
-    positions = [half.flatten(1, 2) for half in spectral.split_spectrum(x)]
+    positions = [half.flatten(1, 2) for half in _kernels.split_spectrum(x)]
     branches = list(refiner.branches().values())
     calls = {
         "attention": lambda *p: [branch.attention(y, 0) for branch, y in zip(branches, p, strict=True)],

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from setlib import spectral
 from setlib.analysis.spectra import as_tensor
-from setlib.analysis.tokens import Reading, read_tokens
+from setlib.analysis.tokens import Intervened, Reading, read_tokens
 from setlib.backbone import FrozenBackbone
 from setlib.data import domains
 from setlib.data.augment import fit, resize
@@ -35,7 +35,7 @@ from setlib.evaluate import iou_per_class, mean_iou, pixel_counts
 from setlib.experiment import Run
 from setlib.files import PROJECT, write_atomic
 from setlib.model import DEVICE, FILES, Segmenter
-from setlib.refiners import Intervened, build_refiner
+from setlib.refiners import build_refiner
 
 LONG_EDGE, KEPT_EDGE = 448, 1024  # pixels, at most: of a picture in the views, and of an uploaded file
 MOST_PIXELS, NARROWEST = 60_000_000, 16  # of a picture: decoded whole it needs 10 bytes a pixel; long by short side

@@ -16,15 +16,21 @@ import torch
 from torch import Tensor
 
 from setlib import spectral
-from setlib.analysis.spectra import PARTS, as_picture, compare, feature_pictures
-from setlib.analysis.tokens import Attention
+from setlib.analysis.spectra import (
+    PARTS,
+    as_picture,
+    compare,
+    feature_pictures,
+    log_amplitude_picture,
+    phase_picture,
+)
+from setlib.analysis.tokens import Attention, Intervened
 from setlib.data.labels import IGNORE, ClassSet
 from setlib.experiment import Run
 from setlib.explorer.board import Board, Panel, in_colour, marked, over_grey
 from setlib.explorer.material import Material, Segmented, find_folder
 from setlib.plots import charts as plots
 from setlib.plots.charts import short_name
-from setlib.refiners import Intervened
 
 HIGHEST = 1.5  # of a band; the corner of the spectrum lies at sqrt(2)
 ALL = "all classes"
@@ -336,13 +342,12 @@ def _spectra(
     A mean over channels has a phase of its own: shown is that of the channel in which the first map varies most, grey
     where it has no amplitude.
     """
-    channel_axis = 6 - sum(axes)
     scale = 255 if axes == spectral.PIXELS else 1
-    amplitudes = [spectral.log_amplitude_picture(scale * z, axes)[0].numpy() for z in maps]
+    amplitudes = [log_amplitude_picture(scale * z, axes)[0].numpy() for z in maps]
     limits = min(float(a.min()) for a in amplitudes), max(float(a.max()) for a in amplitudes)
     strongest = int(maps[0].var(axes).argmax())
-    channels = [z.select(channel_axis, strongest) for z in maps]
-    phases = [spectral.phase_picture(c - c.mean())[0].numpy() for c in channels]
+    channels = [z.select(spectral.CHANNEL_AXIS[axes], strongest) for z in maps]
+    phases = [phase_picture(c - c.mean())[0].numpy() for c in channels]
     name = ("red", "green", "blue")[strongest] if axes == spectral.PIXELS else f"channel {strongest}"
     return [
         [
@@ -358,7 +363,7 @@ def _spectra(
 
 def _moved(x: Tensor, y: Tensor, part: str, axes: tuple[int, int]) -> np.ndarray:
     """How far each place of x moves when it takes y's amplitude or phase, in units of the mean length of x."""
-    channel = 6 - sum(axes)
+    channel = spectral.CHANNEL_AXIS[axes]
     moved = (swap(x, y, part, 0.0, HIGHEST, 1.0, axes) - x).norm(dim=channel)[0]
     return (moved / x.norm(dim=channel).mean().clamp(min=1e-12)).numpy()
 

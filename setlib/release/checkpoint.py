@@ -25,7 +25,7 @@ from setlib.files import write_atomic
 from setlib.heads import Mask2FormerHead
 from setlib.model import even_layers, write_model
 from setlib.refiners import build_refiner
-from setlib.tokens import TokenRefiner
+from setlib.tokens import Refiner
 from setlib.weights.load import check_name
 
 TOLERANCE = 1e-5
@@ -200,7 +200,7 @@ def load_strictly(
         raise ValueError(f"These are not the parameters of {what}: {', '.join(wrong)}.")
 
 
-def load_release(refiner: str, parameters: dict[str, Tensor]) -> TokenRefiner:
+def load_release(refiner: str, parameters: dict[str, Tensor]) -> Refiner:
     """The refiner that a release's parameters make, under the release's names; all sizes are read off them.
 
     refiner: "rein" or "set-released". Raises ValueError if parameters are missing, left over or of other sizes.
@@ -419,13 +419,13 @@ def _under(values: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key[len(prefix) :]: value for key, value in values.items() if key.startswith(prefix)}
 
 
-def _apply(refiner: TokenRefiner, tokens: Tensor, layer: int) -> Tensor:
+def _apply(refiner: Refiner, tokens: Tensor, layer: int) -> Tensor:
     """A refiner on tokens (B, 1 + N, C), class token first, after layer `layer`, counted from 0 as the releases do."""
     patches = refiner(tokens[:, None, 1:], layer + 1)  # (B, 1, N, C)
     return torch.cat([tokens[:, :1], patches[:, 0]], dim=1)
 
 
-def _compare(refiner: TokenRefiner, branch: str, part: dict[str, Tensor], golden: dict[str, Tensor]) -> list[tuple]:
+def _compare(refiner: Refiner, branch: str, part: dict[str, Tensor], golden: dict[str, Tensor]) -> list[tuple]:
     """(item, largest difference) of a module's golden numbers."""
     rows = []
     for key, expected in part.items():

@@ -144,6 +144,27 @@ def test_spectrum_pictures_are_full_spectra_with_zero_frequency_amid():
     assert np.cos(against[1]) == pytest.approx(np.cos(phase[1] - phase[0]), abs=1e-5)
 
 
+def test_the_picture_of_a_phase_has_nothing_where_nothing_is():
+    picture = analysis.phase_picture(noise(1, 1, 8).expand(1, 4, 8))  # every row alike: all but one of its spectrum
+    assert picture[:, 2].isfinite().all()
+    assert picture[:, [0, 1, 3]].isnan().all()
+
+
+def test_radial_profile_finds_a_wave():
+    x = torch.arange(64).float()
+    image = torch.cos(2 * math.pi * 16 * x / 64).expand(1, 3, 64, 64)  # 16 cycles in 64 pixels: half of Nyquist
+    radii, profile = analysis.radial_profile(image, bins=28)
+    assert abs(radii[profile[0].argmax()].item() - 0.5) < 0.06
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 37), (37, 1), (5, 4)])
+def test_profiles_and_pictures_of_any_size(size):
+    x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    radii, profile = analysis.radial_profile(x, bins=4)
+    assert radii.isfinite().all() and profile.isfinite().all() and profile[:, 0].min() > 0
+    assert analysis.log_amplitude_picture(x).isfinite().all()
+
+
 def test_survey_counts_what_is_there(tmp_path):
     source = make_domain(tmp_path / "a", label=3)
     found = analysis.survey(source, CITYSCAPES)

@@ -101,7 +101,7 @@ def test_the_tokens_parts_of_the_features_sum_to_the_features(size):
     assert attention.over_picture(x, alone)[..., 1:].abs().max() == 0
     even = torch.full_like(share, 1 / num)
     assert attention.over_picture(x, even).numpy() == pytest.approx(1 / num, abs=1e-5)
-    parts = [spectral.from_parts(spectral.to_parts(x) * one[..., None], size) for one in share.unbind(-1)]
+    parts = [spectral.invert(spectral.transform(x) * one[..., None], size) for one in share.unbind(-1)]
     torch.testing.assert_close(sum(parts), x)
     lengths = torch.stack([part[0].norm(dim=-1) for part in parts], -1) / x[0].norm(dim=-1, keepdim=True)
     torch.testing.assert_close(attention.over_picture(x, share), lengths)
