@@ -2,7 +2,8 @@
 
 SET's layers call these. The same three names imported from `spectral` instead do the same, in more time and memory:
 the FFT must first bring each channel's patches together, where two products with small matrices take less than half its
-time; and the gradients here are written out, so that only amplitude and phase are kept, and work in place.
+time; and the gradients here are written out, in place, and need only amplitude and phase. `to_parts` and `from_parts`
+are the transform alone, which `analysis/tokens.py` takes a hundred times a picture.
 """
 
 from __future__ import annotations

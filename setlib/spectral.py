@@ -52,14 +52,14 @@ def split_spectrum(x: Tensor, axes: Axes = GRID) -> Spectrum:
     x: 4-D, real. Returns two half spectra, float32 for half precision. Raises ValueError if x is not 4-D.
     Source: SET, Sec. 3.1.
     """
-    spectrum, height, width = transform(x, axes), x.shape[axes[0]], x.shape[axes[1]]
+    spectrum = transform(x, axes)
+    height, width = x.shape[axes[0]], x.shape[axes[1]]
     own = own_partners(height)[:, None] & own_partners(width)[: width // 2 + 1]  # (H, W // 2 + 1)
-    own = own.unsqueeze(CHANNEL_AXIS[axes] - 1).to(x.device)  # as a spectrum without its batch
-    imaginary = spectrum.imag.masked_fill(own, 0)  # it is 0 but for rounding
-    spectrum = torch.complex(spectrum.real, imaginary + 0.0)  # + 0.0 makes -0 to 0, lest a phase of pi become -pi
+    imaginary = spectrum.imag.masked_fill(per_bin(own, axes).to(x.device), 0)  # it is 0 but for rounding
+    spectrum = torch.complex(spectrum.real, imaginary + 0.0)  # -0 + 0.0 is 0, lest a phase of pi become -pi
     amplitude = spectrum.detach().abs()
     empty = is_empty(amplitude, axes)
-    known = torch.where(empty, 1, spectrum)
+    known = torch.where(empty, 1, spectrum)  # what has no phase becomes 1, of phase 0, and passes on no gradient
     return Spectrum(torch.where(empty, amplitude, known.abs()), known.angle())
 
 
@@ -95,6 +95,11 @@ def full_spectrum(half: Tensor, width: int) -> Tensor:
     """The full complex spectrum (B, H, W, C) of a half one (B, H, W // 2 + 1, C), by Hermitian symmetry."""
     rest = half[:, :, 1 : (width + 1) // 2].conj().resolve_conj()
     return torch.cat([half, mirror_rows(rest).flip(2)], dim=2)
+
+
+def per_bin(values: Tensor, axes: Axes) -> Tensor:
+    """One value for each bin, (H, W // 2 + 1), shaped to go with a 4-D half spectrum over `axes`."""
+    return values[:, :, None] if axes == GRID else values
 
 
 def is_empty(amplitude: Tensor, axes: Axes = GRID) -> Tensor:
@@ -164,8 +169,8 @@ def _pair(
         )
     size = (content.shape[axes[0]], content.shape[axes[1]])
     one, other = transform(content, axes), transform(style, axes)
-    share = weight * band_mask(size, low, high).to(one.real).unsqueeze(CHANNEL_AXIS[axes] - 1)
-    return one, other, share.expand_as(one), size
+    share = weight * band_mask(size, low, high).to(one.real)
+    return one, other, per_bin(share, axes).expand_as(one), size
 
 
 def _checked(x: Tensor) -> Tensor:

@@ -83,22 +83,15 @@ def test_bins_that_are_their_own_partners_have_phase_0_or_pi():
     assert (spectral.split_spectrum(checked[None, :, :, None]).phase >= 0).all()
 
 
-def test_what_is_nothing_has_phase_0_and_no_gradient():
-    x = striped().requires_grad_()
+@pytest.mark.parametrize("scale", [1, 1e-6, 1e6])
+def test_what_is_nothing_has_phase_0_and_no_gradient_at_every_brightness(scale):
+    x = (scale * striped() * torch.tensor([1, 1e-4])).requires_grad_()  # one channel is darker
     amplitude, phase = spectral.split_spectrum(x)
     assert spectral.is_empty(amplitude)[:, 1:].all() and not spectral.is_empty(amplitude)[:, 0].any()
     assert (phase[:, 1:] == 0).all() and (phase[:, 0] != 0).any()
     (phase[:, 1:].sum() + amplitude[:, 1:].sum()).backward()
     assert (x.grad == 0).all()
     assert (spectral.unit_phasor(spectral.transform(x.detach()))[:, 1:] == 1).all()
-
-
-def test_what_is_nothing_is_so_at_every_brightness_and_in_each_channel():
-    x = striped()
-    x[..., 1] *= 1e-4
-    for scale in (1, 1e-6, 1e6):
-        empty = spectral.is_empty(spectral.split_spectrum(scale * x).amplitude)
-        assert empty[:, 1:].all() and not empty[:, 0].any()
 
 
 def test_gradients_are_finite_where_the_amplitude_is_zero():
@@ -144,6 +137,7 @@ def test_low_band_swap_leaves_high_frequencies_alone():
     content, style = features((12, 20), 0), features((12, 20), 1)
     result = spectral.transform(spectral.mix_amplitude(content, style, high=0.3))
     outside = spectral.frequency_radius((12, 20)) > 0.3
+    assert torch.equal(spectral.band_mask((12, 20), high=0.3), (~outside).float()) and not outside[0, 0]
     torch.testing.assert_close(result[:, outside], spectral.transform(content)[:, outside])
     inside = spectral.transform(style).abs()[:, ~outside]
     torch.testing.assert_close(result.abs()[:, ~outside], inside)
@@ -155,23 +149,9 @@ def test_half_way_between_opposed_phases_the_contents_stays():
     torch.testing.assert_close(spectral.mix_phase(content, -content, weight=1.0), -content)
 
 
-@few
-@given(sizes, seeds, st.integers(0, 12), st.integers(0, 12))
-def test_shifting_the_image_leaves_amplitude_unchanged(size, seed, down, right):
-    x = features(size, seed)
-    moved = x.roll((down, right), (1, 2))
-    torch.testing.assert_close(spectral.transform(moved).abs(), spectral.transform(x).abs())
-
-
 def test_only_the_grid_is_transformed():
     x = features((6, 8), 0)
     changed = x.clone()
     changed[1] += 1
     changed[..., 2] += 1
     assert torch.equal(spectral.transform(changed)[0, ..., :2], spectral.transform(x)[0, ..., :2])
-
-
-def test_bands_cover_the_spectrum_once():
-    low, high = spectral.band_mask((9, 12), 0, 0.5), spectral.band_mask((9, 12), 0.5 + 1e-6, 1.5)
-    assert (low + high).eq(1).all()
-    assert low[0, 0] == 1 and high[0, 0] == 0

@@ -86,7 +86,7 @@ def radial_profile(images: Tensor, bins: int = 32) -> tuple[Tensor, Tensor]:
 def _counts(size: tuple[int, int], axes: spectral.Axes) -> Tensor:
     """How often a position of the half spectrum occurs in the full one, 1 or 2, shaped to go with a 4-D spectrum."""
     counts = torch.where(spectral.own_partners(size[1])[: size[1] // 2 + 1], 1.0, 2.0)
-    return counts[:, None] if axes == spectral.GRID else counts
+    return spectral.per_bin(counts[None], axes)
 
 
 def round_trip(x: Tensor, axes: spectral.Axes = spectral.PIXELS) -> dict[str, float]:
@@ -116,9 +116,8 @@ def compare(x: Tensor, y: Tensor, axes: spectral.Axes = spectral.GRID) -> dict[s
     smallest = torch.finfo(one.real.dtype).tiny
     empty = spectral.is_empty(one.abs(), axes) | spectral.is_empty(other.abs(), axes)
     a, b = (z.abs().clamp(min=smallest) for z in (one, other))
-    kept = (spectral.frequency_radius(size) > 0).to(a)
-    weights = (a * b).sqrt() * ~empty * _counts(size, axes).to(a)
-    weights = weights * kept.unsqueeze(spectral.CHANNEL_AXIS[axes] - 1)
+    kept = spectral.per_bin(spectral.frequency_radius(size) > 0, axes)
+    weights = (a * b).sqrt() * ~empty * _counts(size, axes).to(a) * kept.to(a)
     total = weights.sum().clamp(min=smallest)
     turned = (1 - (spectral.unit_phasor(one, axes) * spectral.unit_phasor(other, axes).conj()).real).clamp(min=0)
     moved = {"amplitude": (a.log() - b.log()).abs(), "phase": turned}
