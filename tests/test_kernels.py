@@ -55,6 +55,14 @@ def test_split_is_its_definition_in_float32(size):
     assert ((own == 0) | (own == torch.tensor(torch.pi))).all()  # never -pi
 
 
+def test_a_phase_of_pi_is_so_beside_minus_zero(monkeypatch):
+    negative = torch.complex(-torch.ones(1, 3, 3, 1), torch.full((1, 3, 3, 1), -0.0))  # as some processors sum
+    monkeypatch.setattr(spectral, "transform", lambda x, axes: negative)
+    monkeypatch.setattr(_kernels, "to_parts", lambda x: torch.stack([negative.real, negative.imag], 1))
+    for split in (spectral.split_spectrum, _kernels.split_spectrum):
+        assert (split(torch.zeros(1, 3, 4, 1)).phase == torch.tensor(torch.pi)).all()
+
+
 @every_size
 def test_join_is_its_definition(size):
     amplitude, phase = spectral.split_spectrum(noise(2, *size, 3))
