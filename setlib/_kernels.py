@@ -50,16 +50,23 @@ class _Split(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, along: Tensor, around: Tensor) -> Tensor:
-        """Gradients along the amplitude and around the phase -> that of x; 0 where the amplitude is empty."""
         amplitude, phase = ctx.saved_tensors
-        empty = is_empty(amplitude)
-        around = amplitude.reciprocal().masked_fill_(empty, 0).mul_(around)
-        parts = amplitude.new_empty(len(amplitude), 2, *amplitude.shape[1:])
-        real, imaginary = parts.unbind(1)
-        cos, sin = phase.cos().masked_fill_(empty, 0), torch.sin(phase, out=real)  # the sine is 0 there
-        torch.mul(sin, along, out=imaginary).addcmul_(cos, around)
-        torch.sub(cos.mul_(along), sin.mul_(around), out=real)
-        return from_parts(parts, ctx.size, transposed=True)
+        return from_parts(_turn_back(amplitude, phase, along, around), ctx.size, transposed=True)
+
+
+def _turn_back(amplitude: Tensor, phase: Tensor, along: Tensor, around: Tensor) -> Tensor:
+    """Gradients along the amplitude and around the phase -> those of real and imaginary part; 0 where it is empty.
+
+    A function of its own, so that what it needs on the way is freed before these are transformed.
+    """
+    empty = is_empty(amplitude)
+    around = amplitude.reciprocal().masked_fill_(empty, 0).mul_(around)
+    parts = amplitude.new_empty(len(amplitude), 2, *amplitude.shape[1:])
+    real, imaginary = parts.unbind(1)
+    cos, sin = phase.cos().masked_fill_(empty, 0), torch.sin(phase, out=real)  # the sine is 0 there
+    torch.mul(sin, along, out=imaginary).addcmul_(cos, around)
+    torch.sub(cos.mul_(along), sin.mul_(around), out=real)
+    return parts
 
 
 class _Join(torch.autograd.Function):
