@@ -15,8 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from setlib.experiment import Data, Experiment, Run, default_run_folder
+from setlib.experiment import Data, Experiment
 from setlib.files import PROJECT, nearest, write_atomic
+from setlib.run import Run, default_run_folder
 
 if TYPE_CHECKING:
     from setlib.data.check import Check
@@ -217,13 +218,13 @@ def evaluate_command(args: argparse.Namespace) -> int:
     scored = Run(run.path, freely(run.experiment, args.options))
     check_labelled(targets, scored.experiment.data, every=True)
     from setlib import evaluate
+    from setlib.checkpoint import load_segmenter, use
     from setlib.distributed import state
-    from setlib.model import Segmenter
     from setlib.workbook import notebooks as workbook
 
     with state().main_process_first():
-        name, model = run.experiment.model.refiner, Segmenter.load(run.path / "model")
-    model.use(scored.experiment)
+        name, model = run.experiment.model.refiner, load_segmenter(run.path)
+    use(model, scored.experiment)
     scores = evaluate.evaluate_run(scored, {name: model}, targets)[name]
     if not state().is_main_process:
         return 0
@@ -254,10 +255,10 @@ def predict_command(args: argparse.Namespace) -> int:
             raise ValueError(f"{path} would be overwritten by a prediction: name another folder with --out.")
     from tqdm import tqdm
 
-    from setlib.model import Segmenter
+    from setlib.checkpoint import load_segmenter, use
 
-    model, problems = Segmenter.load(run.path / "model"), []
-    model.use(used)
+    model, problems = load_segmenter(run.path), []
+    use(model, used)
     for path, name in tqdm(outputs.items(), desc="predict", unit="img"):
         try:
             for kind, content in predict.predict_picture(model, path, labels).items():

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
+import pandas
 import torch
 from tqdm import tqdm
 
+from setlib._memory import keep_freed_memory
 from setlib.data import domains
+from setlib.data.domains import Domain
 from setlib.data.labels import IGNORE, ClassSet
-from setlib.distributed import add_up, collect, keep_freed_memory, part, state
-from setlib.experiment import Experiment, Run
-from setlib.model import DEVICE, Segmenter
-from setlib.windows import label_map
+from setlib.distributed import all_gather, all_reduce, shard_indices, state
+from setlib.experiment import Experiment
+from setlib.features import SharedFeatures
+from setlib.inference import class_probabilities, cut_picture, label_map
+from setlib.run import Run
+from setlib.segmenter import Segmenter
 
 
 class MeanIoU(evaluate.Metric):
@@ -39,14 +44,16 @@ class MeanIoU(evaluate.Metric):
             features=datasets.Features({"predictions": pixels, "references": pixels}),
         )
 
-    def add(self, *, prediction: np.ndarray, reference: np.ndarray, **_: Any) -> None:
-        """Counts one picture. Raises ValueError if the shapes differ."""
-        self.add_batch(predictions=[prediction], references=[reference])
+    def add(self, *, prediction: np.ndarray, reference: np.ndarray, **_: Any) -> np.ndarray:
+        """Counts one picture, and returns its counts (K, K). Raises ValueError if the shapes differ."""
+        counts = pixel_counts(prediction, reference, len(self.counts))
+        self.counts += counts
+        return counts
 
     def add_batch(self, *, predictions: Sequence[np.ndarray], references: Sequence[np.ndarray], **_: Any) -> None:
-        """Counts pictures, each (h, w). Raises ValueError if a prediction and its reference differ in shape."""
+        """Counts pictures, each (h, w)."""
         for prediction, reference in zip(predictions, references, strict=True):
-            self.counts += pixel_counts(prediction, reference, len(self.counts))
+            self.add(prediction=prediction, reference=reference)
 
     def compute(self, **inputs: Any) -> dict[str, Any]:
         """{"miou": percent, "iou": (K,) percent} of all that was added, now (by keywords as in add_batch) or before."""
@@ -79,11 +86,14 @@ def mean_iou(iou: np.ndarray) -> float:
 
 @dataclass
 class Score:
-    """One model on one domain. `pictures` holds (place in the domain, name, mIoU of that picture alone)."""
+    """One model on one domain. counts: (K, K) pixels by label (row) and prediction (column).
+
+    `pictures` holds (place in the domain, name, mIoU of that picture alone).
+    """
 
     domain: str
     class_set: ClassSet
-    counts: np.ndarray
+    counts: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
     pictures: list[tuple[int, str, float]] = field(default_factory=list)
     precision: str = "float32"  # of the matrix products
 
@@ -111,44 +121,39 @@ class Score:
         }
 
 
-def share_prefix(frozen_until: Mapping[str, int]) -> tuple[str, int]:
-    """Whose frozen layers serve all models (those of the one that leaves most as they are), and where they go on."""
-    return max(frozen_until, key=frozen_until.get), min(filter(None, frozen_until.values()), default=0)
-
-
-def evaluate_models(models: dict[str, Segmenter], domain: domains.Domain, progress: bool = True) -> dict[str, Score]:
+def evaluate_models(models: dict[str, Segmenter], domain: Domain, progress: bool = True) -> dict[str, Score]:
     """Scores models that share one backbone on a domain; the first layers, which they leave as they are, run once.
 
     The 19 classes are merged into the domain's own by summed probabilities. Of several processes each takes its part
     of the pictures, and all get the whole score.
-    Raises ValueError if the domain has no labels.
+
+    Raises
+    ------
+    ValueError : the domain has no labels.
     """
     if not domain.has_labels:
         raise ValueError(f"Domain '{domain.spec.text}' has no labels: it can be predicted and looked at, not scored.")
     keep_freed_memory()
-    first, stop = share_prefix({name: model.frozen_until for name, model in models.items()})
-    layers = sorted({layer for model in models.values() for layer in model.feature_layers})
-    classes = domain.class_set
-    merge = torch.from_numpy(classes.merge_matrix())
+    shared, any_model, classes = SharedFeatures(models.values()), next(iter(models.values())), domain.class_set
     metrics = {name: MeanIoU(len(classes)) for name in models}
-    scores = {n: Score(domain.spec.text, classes, metrics[n].counts, precision=m.precision) for n, m in models.items()}
+    scores = {name: Score(domain.spec.text, classes, precision=model.precision) for name, model in models.items()}
     shown = progress and state().is_main_process
-    with tqdm(part(len(domain)), desc=f"evaluate {domain.spec.text}", unit="img", disable=not shown) as bar:
+    with tqdm(shard_indices(len(domain)), desc=f"evaluate {domain.spec.text}", unit="img", disable=not shown) as bar:
         for index, sample in domain.samples(bar):
             reference = domain.to_score(sample.label)
-            edge = models[first].experiment.data.edge(domain.spec.name, max(sample.image.shape[:2]))
-            views = models[first].windows(sample.image, edge)
-            prefixes = [models[first].prefix(view.images, stop, layers) for view in views]
+            edge = any_model.experiment.data.edge(domain.spec.name, max(sample.image.shape[:2]))
+            passes = cut_picture(any_model, sample.image, edge)
+            frozen = [shared(windows.images) for windows in passes]
             for name, model in models.items():
-                merged = torch.einsum("khw,kc->chw", model.probabilities(views, prefixes), merge)
-                prediction, before = label_map(merged, reference.shape), metrics[name].counts.copy()
-                metrics[name].add(prediction=prediction, reference=reference)
-                alone = mean_iou(iou_per_class(metrics[name].counts - before))
-                scores[name].pictures.append((index, sample.name, alone))
-            bar.set_postfix({name: f"{score.miou:.1f}" for name, score in list(scores.items())[:3]}, refresh=False)
-    for score in scores.values():
-        score.counts = add_up(torch.from_numpy(score.counts).to(DEVICE)).cpu().numpy()
-        score.pictures = sorted(collect(score.pictures))
+                merged = classes.merged(class_probabilities(model, passes, frozen))
+                counts = metrics[name].add(prediction=label_map(merged, reference.shape), reference=reference)
+                scores[name].pictures.append((index, sample.name, mean_iou(iou_per_class(counts))))
+            bar.set_postfix(
+                {name: f"{m.compute()['miou']:.1f}" for name, m in list(metrics.items())[:3]}, refresh=False
+            )
+    for name, score in scores.items():
+        score.counts = all_reduce(torch.from_numpy(metrics[name].counts).to(any_model.device)).cpu().numpy()
+        score.pictures = sorted(all_gather(score.pictures))
     return scores
 
 
@@ -171,57 +176,69 @@ def evaluate_run(
     return table
 
 
-def summary(table: dict[str, list[Score]], source: str) -> list[dict]:
-    """Rows of mIoU per domain, one column per model, and each model's drop against the source; percent and points.
+# What the scores show: `table` is what `evaluate_run` returns, {model: [Score, ...]}
 
-    There is no drop between different class sets.
+
+def results(table: Mapping[str, Sequence[Score]], source: str) -> pandas.DataFrame:
+    """One row a model and domain: model, domain, class_set, miou (percent), drop, pictures, precision, unseen.
+
+    drop: points below the same model on the source in the same class set, NaN without it. unseen: of no source, with
+    labelled pixels. mIoU of different class sets is never averaged or compared.
     """
+    columns = ["model", "domain", "class_set", "miou", "pictures", "precision", "unseen"]
+    rows = [
+        (
+            *(name, score.domain, score.class_set.name, score.miou, len(score.pictures), score.precision),
+            score.domain != source and bool(score.counts.any()),
+        )
+        for name, scores in table.items()
+        for score in scores
+    ]
+    frame = pandas.DataFrame(rows, columns=columns)
+    own = frame[frame.domain == source].set_index(["model", "class_set"]).miou.rename("own")
+    frame["drop"] = frame.join(own, on=["model", "class_set"]).own - frame.miou
+    return frame
+
+
+def summary(table: Mapping[str, Sequence[Score]], source: str) -> list[dict]:
+    """Rows of mIoU per domain, one column per model, and each model's drop against the source; percent and points."""
     rows = []
-    for place, score in enumerate(next(iter(table.values()))):
-        row: dict[str, Any] = {"domain": score.domain + (" (source)" if score.domain == source else "")}
-        row |= {name: scores[place].miou for name, scores in table.items()}
-        row |= {f"drop {name}": drop(scores, scores[place], source) for name, scores in table.items()}
-        how = {"classes": score.class_set.name, "precision": score.precision}
-        rows.append(row | {"pictures": len(score.pictures)} | how)
+    for domain, found in results(table, source).groupby("domain", sort=False):
+        first, by_model = found.iloc[0], found.set_index("model")
+        row = {"domain": domain + " (source)" * (domain == source)} | by_model["miou"].to_dict()
+        row |= {f"drop {name}": points for name, points in by_model["drop"].items()}
+        rows.append(row | {"pictures": first.pictures, "classes": first.class_set, "precision": first.precision})
     return rows
 
 
-def drop(scores: Sequence[Score], score: Score, source: str) -> float:
-    """Points of mIoU that a score lies below the source's; NaN if the source is not scored in the same class set."""
-    own = (one.miou for one in scores if one.domain == source and one.class_set == score.class_set)
-    return next(own, float("nan")) - score.miou
+def unseen(scores: Iterable[Score], source: str) -> dict[ClassSet, list[Score]]:
+    """The scores of all domains but the source in which a pixel is labelled, by class set."""
+    return by_class_set([score for score in scores if score.domain != source and score.counts.any()])
 
 
-def by_class_set(scores: Sequence[Score]) -> dict[ClassSet, list[Score]]:
-    """The scores by their class set: mIoU of different class sets is never averaged or compared."""
+def by_class_set(scores: Iterable[Score]) -> dict[ClassSet, list[Score]]:
+    """The scores by their class set."""
     groups: dict[ClassSet, list[Score]] = {}
     for score in scores:
         groups.setdefault(score.class_set, []).append(score)
     return groups
 
 
-def unseen(scores: Sequence[Score], source: str) -> dict[ClassSet, list[Score]]:
-    """The scores of all domains but the source, by class set; not those in which no pixel is labelled."""
-    return by_class_set([score for score in scores if score.domain != source and score.counts.any()])
+def target_means(table: Mapping[str, Sequence[Score]], source: str) -> dict[str, dict[str, float]]:
+    """Mean mIoU over the unseen domains of each class set, percent: {class set's name: {model: mean}}."""
+    groups = results(table, source).query("unseen").groupby("class_set", sort=False)
+    return {classes: found.groupby("model", sort=False).miou.mean().to_dict() for classes, found in groups}
 
 
-def target_means(scores: Sequence[Score], source: str) -> dict[str, float]:
-    """Mean mIoU over the unseen domains of each class set, percent; {class set's name: mean}."""
-    return {found.name: float(np.mean([s.miou for s in group])) for found, group in unseen(scores, source).items()}
-
-
-def class_means(table: dict[str, list[Score]], source: str) -> list[tuple[ClassSet, dict[str, np.ndarray]]]:
+def class_means(table: Mapping[str, Sequence[Score]], source: str) -> list[tuple[ClassSet, dict[str, np.ndarray]]]:
     """Per class set, {model: (K,) percent}: IoU of each class, averaged over the unseen domains that have it."""
     groups = {name: unseen(scores, source) for name, scores in table.items()}
     return [
         (
-            found,
-            {
-                name: np.ma.masked_invalid([s.iou for s in own[found]]).mean(0).filled(np.nan)
-                for name, own in groups.items()
-            },
+            classes,
+            {name: pandas.DataFrame([s.iou for s in own[classes]]).mean().to_numpy() for name, own in groups.items()},
         )
-        for found in next(iter(groups.values()))
+        for classes in next(iter(groups.values()))
     ]
 
 
@@ -237,22 +254,22 @@ def extremes(score: Score, count: int = 2) -> list[tuple[int, str, float]]:
     return ranked[:count] + ranked[count:][-count:]
 
 
-def verdict(table: dict[str, list[Score]], source: str) -> str:
+def verdict(table: Mapping[str, Sequence[Score]], source: str) -> str:
     """What the table shows, in words made from its numbers."""
-    means = {name: target_means(scores, source) for name, scores in table.items()}
-    text = "No domain but the source was scored. "
-    for place, classes in enumerate(next(iter(means.values()))):
-        found = {name: mean[classes] for name, mean in means.items()}
+    frame, means = results(table, source), target_means(table, source)
+    text = "" if means else "No domain but the source was scored. "
+    for classes, found in means.items():
         words = ", ".join(f"{name} {mean:.1f}" for name, mean in found.items())
-        text = (text if place else "") + f"Mean over the unseen domains in {classes}: {words} % mIoU. "
+        text += f"Mean over the unseen domains in {classes}: {words} % mIoU. "
     if empty := [score.domain for score in next(iter(table.values())) if not score.counts.any()]:
         text += f"Left out, for no pixel of it is labelled: {', '.join(empty)}. "
-    best = max(table, key=lambda name: next(iter(means[name].values()), 0.0))
+    first = next(iter(means.values()), dict.fromkeys(table, 0.0))
+    best = max(first, key=first.get)
     worst = hardest(table[best], source)
-    points = drop(table[best], worst, source)
     if worst.domain != source:
+        row = frame[(frame.model == best) & (frame.domain == worst.domain)].iloc[0]
         text += f"The hardest for {best} is {worst.domain} ({worst.miou:.1f} %)"
-        text += f", {points:.1f} points below its own source. " if points == points else ". "
+        text += f", {row['drop']:.1f} points below its own source. " if row["drop"] == row["drop"] else ". "
     return text + "One seed each: a difference of a few points can be chance (notebook 05 shows the spread)."
 
 

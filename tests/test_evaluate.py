@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from setlib.model import Segmenter
+from setlib.windows import label_map
 
 from setlib import evaluate
 from setlib.analysis import spectra as analysis
 from setlib.data import domains
 from setlib.data.labels import CAMVID, CITYSCAPES
 from setlib.evaluate import MeanIoU
-from setlib.experiment import Data, Experiment, Run
-from setlib.model import Segmenter
-from setlib.windows import label_map
+from setlib.experiment import Data, Experiment
+from setlib.run import Run
 
 
 def naive_iou(prediction, reference, classes):

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.nn import functional as F
-
-from setlib.experiment import Experiment, Run
 from setlib.model import Segmenter, read_picture, write_model
 from setlib.windows import label_map
+from torch.nn import functional as F
+
+from setlib.experiment import Experiment
+from setlib.run import Run
 
 
 def build(*overrides):

@@ -17,8 +17,9 @@ from setlib import backbone, evaluate, spectral, train
 from setlib.analysis import spectra as analysis
 from setlib.analysis import tokens as attention
 from setlib.data import domains
-from setlib.experiment import Experiment, Run
+from setlib.experiment import Experiment
 from setlib.explorer.studio import Studio
+from setlib.run import Run
 
 ROUNDING = 1e-6  # relative; a kernel that sums in another order differs by less
 GAME, NIGHT = "scenes:game", "scenes:night"

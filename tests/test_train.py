@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from setlib.model import Segmenter
 
 from setlib import train
 from setlib.data.domains import load
-from setlib.experiment import Experiment, Run
-from setlib.model import Segmenter
+from setlib.experiment import Experiment
+from setlib.run import Run
 
 
 @pytest.fixture(scope="module")

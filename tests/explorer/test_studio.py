@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from setlib.model import Segmenter
 
 from setlib import evaluate, spectral
 from setlib.analysis import spectra as analysis
-from setlib.experiment import Experiment, Run
+from setlib.experiment import Experiment
 from setlib.explorer import board as boards
 from setlib.explorer.studio import ALL, Studio, swap
-from setlib.model import Segmenter
 from setlib.refiners import REFINERS, Intervened
+from setlib.run import Run
 
 OPTIONS = ["data.eval_images=4", "data.long_edge=64", "data.height=32", "data.width=64"]
 GAME, NIGHT = "scenes:game", "scenes:night"
