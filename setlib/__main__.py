@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,49 +64,57 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m setlib", description=text, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def add(name: str, text: str, *parents: Parser) -> Parser:
-        return commands.add_parser(name, help=text, description=text, parents=[base, *parents], allow_abbrev=False)
+    def add(call: Callable[[argparse.Namespace], int], text: str, *parents: Parser) -> Parser:
+        name = call.__name__.removesuffix("_command")
+        added = commands.add_parser(name, help=text, description=text, parents=[base, *parents], allow_abbrev=False)
+        added.set_defaults(call=call)
+        return added
 
-    run = add("run", "Run the notebooks headless, in order, and write the report.", profile, options, made, target)
+    run = add(
+        run_command, "Run the notebooks headless, in order, and write the report.", profile, options, made, target
+    )
     run.add_argument("--only", metavar="NN", default=[], help="notebooks to run, for example 01 03", **many)
-    add("train", "Train on the source; no notebooks, no scores.", profile, options, made, target)
-    add("evaluate", "Score a run's model on its targets or on others.", options, target).add_argument(
+    add(train_command, "Train on the source; no notebooks, no scores.", profile, options, made, target)
+    add(evaluate_command, "Score a run's model on its targets or on others.", options, target).add_argument(
         "run", metavar="RUN"
     )
     text = "Predict pictures of up to 268 million pixels: a colour overlay and a PNG of train ids each."
-    predict = add("predict", text, options)
+    predict = add(predict_command, text, options)
     predict.add_argument("run", metavar="RUN", help="run folder")
     predict.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
     predict.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for what is made")
     text = "also a PNG of the label ids of this data set, as test servers take them, and one in its colours: cityscapes"
     predict.add_argument("--labels", metavar="NAME", default="", help=text)
-    check = add("check", "Say what a domain holds, and whether it can be used.", profile, options)
+    check = add(check_command, "Say what a domain holds, and whether it can be used.", profile, options)
     check.add_argument("domains", metavar="DOMAIN", nargs="+", help="name[:split][@folder]")
     check.add_argument("--deep", action="store_true", help="decode every file and count the pixels of the classes")
     check.add_argument("--json", metavar="FILE", type=Path, help="write what was found to a file too")
     text = "Write a resized copy of a domain, in the same tree; goes on where it was cut short."
-    prepare = add("prepare", text, options)
+    prepare = add(prepare_command, text, options)
     prepare.add_argument("domain", metavar="DOMAIN", help="name[:split]@folder")
     prepare.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for the copy")
     prepare.add_argument("--short-edge", metavar="N", type=int, required=True, help="pixels; smaller ones stay")
 
-    explore = add("explore", "Open the explorer in the browser: JupyterLab, on this machine alone.", profile, target)
+    explore = add(
+        explore_command, "Open the explorer in the browser: JupyterLab, on this machine alone.", profile, target
+    )
     explore.add_argument("run", metavar="RUN", nargs="?", help="run folder; default: runs/<profile>")
     explore.add_argument("--port", metavar="N", type=int, default=0, help="default: a free one")
     explore.add_argument("--no-browser", action="store_true", help="print the address only")
-    add("backbones", "List the backbones that are known by name, and whether their weights are on this machine.")
-    imported = add("import", "Read a checkpoint of Rein's or SET's release (.pth) into a run folder.")
+    add(backbones_command, "List the backbones that are known by name, and whether their weights are on this machine.")
+    imported = add(import_command, "Read a checkpoint of Rein's or SET's release (.pth) into a run folder.")
     imported.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=".pth, as released")
     imported.add_argument("--out", metavar="RUN", type=Path, required=True, help="a new run folder")
     imported.add_argument("--backbone", metavar="NAME", default="", help="default: the DINOv2 of its size")
-    exported = add("export", "Write a run's model as a checkpoint under the names of the releases.")
+    exported = add(export_command, "Write a run's model as a checkpoint under the names of the releases.")
     exported.add_argument("run", metavar="RUN", help="run folder with the refiner rein or set-released, or none")
     exported.add_argument("--out", metavar="FILE.pth", type=Path, required=True)
     verify = add(
-        "verify", "Compare refiners and the mask head with golden numbers of the public releases; exit 1 above 1e-5."
+        verify_command,
+        "Compare refiners and the mask head with golden numbers of the public releases; exit 1 above 1e-5.",
     )
     verify.add_argument("files", metavar="FILE.npz", nargs="+", type=Path)
-    bench = add("bench", "Measure speed and memory of the parts, as ratios taken in one run.")
+    bench = add(bench_command, "Measure speed and memory of the parts, as ratios taken in one run.")
     bench.add_argument("--only", metavar="NAME", default=[], help="benches to run; default: all", **many)
     bench.add_argument("--json", metavar="FILE", type=Path, help="write the rows to a file too")
 
@@ -185,7 +193,7 @@ def train_command(args: argparse.Namespace) -> int:
     """train: the model alone."""
     run = open_run(args)
     from setlib.distributed import state
-    from setlib.train import train
+    from setlib.training import train
     from setlib.workbook.notebooks import shown
 
     model, history = train(run)
@@ -217,7 +225,6 @@ def evaluate_command(args: argparse.Namespace) -> int:
         raise ValueError(f"{run.path} names no targets: name them with --target.")
     scored = Run(run.path, freely(run.experiment, args.options))
     check_labelled(targets, scored.experiment.data, every=True)
-    from setlib import evaluate
     from setlib.checkpoint import load_segmenter, use
     from setlib.distributed import state
     from setlib.workbook import notebooks as workbook
@@ -225,10 +232,10 @@ def evaluate_command(args: argparse.Namespace) -> int:
     with state().main_process_first():
         name, model = run.experiment.model.refiner, load_segmenter(run.path)
     use(model, scored.experiment)
-    scores = evaluate.evaluate_run(scored, {name: model}, targets)[name]
+    scores = evaluate_run(scored, {name: model}, targets)[name]
     if not state().is_main_process:
         return 0
-    evaluate.write_metrics(run, scores, scored.experiment)
+    write_metrics(run, scores, scored.experiment)
     print(text_table(workbook.metric_rows(run)))
     if (run.path / "report.html").is_file():
         print(f"Report: {workbook.shown(workbook.write_report(run))}")
@@ -451,7 +458,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if missing := [name for name in PACKAGES if find_spec(name) is None]:
             raise ModuleNotFoundError(name=missing[0])
-        return globals()[f"{args.command}_command"](args)
+        return args.call(args)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if "--debug" in argv:
             raise

@@ -9,11 +9,11 @@ from PIL import Image
 from setlib.model import Segmenter
 from setlib.windows import label_map
 
-from setlib import evaluate
+from setlib import evaluation as evaluate
 from setlib.analysis import spectra as analysis
 from setlib.data import domains
 from setlib.data.labels import CAMVID, CITYSCAPES
-from setlib.evaluate import MeanIoU
+from setlib.evaluation import MeanIoU
 from setlib.experiment import Data, Experiment
 from setlib.run import Run
 
@@ -96,7 +96,7 @@ def test_every_domain_is_scored_in_its_own_classes(folder, model, tmp_path):
 
 def test_scores_are_those_of_predict(folder, model):
     domain = domains.load(f"folder@{folder}/train", Data(eval_images=3))
-    score = evaluate.evaluate_models({"a": model}, domain, progress=False)["a"]
+    score = evaluate.evaluate({"a": model}, domain, progress=False)["a"]
     counts = np.zeros((19, 19), np.int64)
     for i in range(3):
         sample = domain.sample(i)
@@ -117,9 +117,9 @@ def test_models_are_scored_together_as_alone(folder):
                 if p.requires_grad and not key.startswith("head."):
                     p.add_(0.3 * torch.randn(p.shape, generator=generator))
     domain = domains.load(f"folder@{folder}/train", Data(eval_images=2))
-    together = evaluate.evaluate_models(models, domain, progress=False)
+    together = evaluate.evaluate(models, domain, progress=False)
     for name, model in models.items():
-        alone = evaluate.evaluate_models({name: model}, domain, progress=False)[name]
+        alone = evaluate.evaluate({name: model}, domain, progress=False)[name]
         assert np.abs(together[name].counts - alone.counts).sum() <= 20, name  # of 16,384 pixels: rounding
     assert np.abs(together["lora"].counts - together["none"].counts).sum() > 200
 
@@ -131,11 +131,11 @@ def test_a_damaged_picture_stops_the_scoring_or_is_passed_over_and_said(folder, 
     text = f"folder@{tmp_path}/set"
     domain = domains.load(text, Data())
     with pytest.raises(ValueError, match="'1.*' cannot be decoded"):
-        evaluate.evaluate_models({"a": model}, domain, progress=False)
+        evaluate.evaluate({"a": model}, domain, progress=False)
     with pytest.raises(ValueError, match="'1.*' cannot be decoded"):
         analysis.survey(domain, CITYSCAPES)
     domain = domains.load(text, Data(on_error="skip"))
-    found = evaluate.evaluate_models({"a": model}, domain, progress=False)["a"]
+    found = evaluate.evaluate({"a": model}, domain, progress=False)["a"]
     assert [place for place, _, _ in found.pictures] == [0, 2, 3, 4]
     assert analysis.survey(domain, CITYSCAPES).brightness > 0
     assert len(analysis.examples(domain, (0, 1, 2), CITYSCAPES)) == 4
@@ -148,7 +148,7 @@ def test_a_domain_without_labels_is_not_scored(tmp_path, model):
     Image.new("RGB", (20, 10)).save(tmp_path / "images" / "a.png")
     domain = domains.load(f"folder@{tmp_path}", Data())
     with pytest.raises(ValueError, match="has no labels"):
-        evaluate.evaluate_models({"a": model}, domain)
+        evaluate.evaluate({"a": model}, domain)
 
 
 def score(domain, hit, classes=CITYSCAPES):

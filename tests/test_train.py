@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from setlib.model import Segmenter
 
-from setlib import train
+from setlib import training as train
 from setlib.data.domains import load
 from setlib.experiment import Experiment
 from setlib.run import Run

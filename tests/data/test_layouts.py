@@ -20,7 +20,7 @@ from setlib.data import check, domains
 from setlib.data import layouts as readers
 from setlib.data.labels import CLASS_SETS, id_map, read_rows
 from setlib.experiment import Data, Experiment
-from setlib.train import validation_pictures
+from setlib.training import validation_pictures
 from setlib.weights import load as weights
 
 SIZE = (12, 17)  # (h, w), odd on purpose

@@ -28,7 +28,7 @@ from setlib.data import domains
 from setlib.data.crops import RandomCrops
 from setlib.data.domains import Domain
 from setlib.distributed import accelerator, all_reduce, state
-from setlib.evaluate import evaluate_models
+from setlib.evaluation import evaluate
 from setlib.experiment import Experiment, Train
 from setlib.features import Batch, KeptCrops
 from setlib.files import write_atomic
@@ -111,7 +111,7 @@ def train(
             seconds = round(time.perf_counter() - began, 4)
             entry = {"step": step + 1, "loss": loss, "lr": rate, "grad_norm": norm, "seconds": seconds}
             if held_out and ((step + 1) % settings.validate_every == 0 or is_last):
-                entry["source_miou"] = evaluate_models({"": model.eval()}, held_out, progress=False)[""].miou
+                entry["source_miou"] = evaluate({"": model.eval()}, held_out, progress=False)[""].miou
                 model.train()
             training.history.append(entry)
             training.step = step + 1

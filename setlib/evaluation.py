@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
-import evaluate
 import numpy as np
 import pandas
 import torch
+from evaluate import Metric, MetricInfo
 from tqdm import tqdm
 
 from setlib._memory import keep_freed_memory
@@ -25,7 +25,7 @@ from setlib.run import Run
 from setlib.segmenter import Segmenter
 
 
-class MeanIoU(evaluate.Metric):
+class MeanIoU(Metric):
     """IoU per class and their mean over any number of pictures, kept as one K x K matrix of pixel counts.
 
     A class that neither label nor prediction holds has no IoU (NaN) and is left out of the mean. IoU in percent.
@@ -35,9 +35,9 @@ class MeanIoU(evaluate.Metric):
         self.counts = np.zeros((num_classes, num_classes), np.int64)  # rows: label, columns: prediction
         super().__init__(**options)
 
-    def _info(self) -> evaluate.MetricInfo:
+    def _info(self) -> MetricInfo:
         pixels = datasets.Sequence(datasets.Sequence(datasets.Value("uint8")))
-        return evaluate.MetricInfo(
+        return MetricInfo(
             description="Mean intersection over union from pixel counts.",
             citation="",
             inputs_description="predictions and references: (h, w) class indices; references of 255 are ignored.",
@@ -121,7 +121,7 @@ class Score:
         }
 
 
-def evaluate_models(models: dict[str, Segmenter], domain: Domain, progress: bool = True) -> dict[str, Score]:
+def evaluate(models: dict[str, Segmenter], domain: Domain, progress: bool = True) -> dict[str, Score]:
     """Scores models that share one backbone on a domain; the first layers, which they leave as they are, run once.
 
     The 19 classes are merged into the domain's own by summed probabilities. Of several processes each takes its part
@@ -171,7 +171,7 @@ def evaluate_run(
         if not domain.has_labels:
             tqdm.write(f"{text} has no labels: looked at, not scored")
             continue
-        for name, score in evaluate_models(models, domain, progress).items():
+        for name, score in evaluate(models, domain, progress).items():
             table[name].append(score)
     return table
 
