@@ -203,13 +203,13 @@ class Experiment:
         """
         if profile not in PROFILES:
             raise ValueError(f"Unknown profile '{profile}': expected one of {', '.join(PROFILES)}.")
-        experiment = PROFILES[profile]
         targets, overrides = ([text] if isinstance(text, str) and text else text for text in (targets, overrides))
-        data = experiment.data
-        data = replace(data, source=source or data.source, targets=tuple(targets or ()) or data.targets)
-        if not data.source or not data.targets:
+        values = PROFILES[profile].to_dict()
+        data = values["data"]
+        data |= {"source": source or data["source"], "targets": [*(targets or data["targets"])]}
+        if not data["source"] or not data["targets"]:
             raise ValueError(f"Profile {profile} has no domains of its own: name yours with --source and --target.")
-        experiment = replace(experiment, data=data, seed=experiment.seed if seed is None else int(seed))
+        experiment = _checked(values | ({} if seed is None else {"seed": seed}), strict=False)
         return experiment.override(*overrides)
 
     def override(self, *options: str) -> Experiment:
@@ -276,7 +276,7 @@ def _checked(values: dict, strict: bool) -> Experiment:
         raise ValueError(str(first["ctx"]["error"])) from None
     if first["type"] == "unexpected_keyword_argument":
         raise ValueError(f"This configuration is not one of this version of setlib (unknown: {key}).") from None
-    should = first["msg"].replace("Input should", "should").replace("Tuple should", "should")
+    should = re.sub(r"^\w+ (?=should)| after validation.*|, unable.*", "", first["msg"])
     raise ValueError(f"Option {key} {should}, got {first['input']!r}.") from None
 
 
