@@ -13,7 +13,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +22,34 @@ from torch.utils.checkpoint import checkpoint
 
 from setlib.features import FrozenFeatures
 
+if TYPE_CHECKING:  # transformers takes 3 s to import
+    from transformers import PreTrainedModel
+
 Colour = Sequence[float]  # red, green, blue
 Grid = tuple[int, int]  # patches in height and width
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of RGB in [0, 1]
 
 
+class LayerRefiner(Protocol):
+    """What a backbone asks of a refiner."""
+
+    layers: tuple[int, ...]  # those it refines, counted from 1
+    prompts: Callable[[int], Tensor] | None  # of a layer, (P, C): tokens that it reads beside its own
+
+    def __call__(self, features: Tensor, layer: int) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+
+    def frozen_until(self, depth: int) -> int:
+        """Number of first layers, of `depth`, whose own answer it cannot change."""
+
+
 class FrozenBackbone(nn.Module):
     """A frozen vision transformer whose patch features can be read and refined after every layer.
 
-    Layers are numbered from 1. A refiner is a module with an attribute `layers` (the numbers it refines) and the call
-    `refiner(features (B, H, W, C), layer) -> (B, H, W, C)`; class and register tokens pass by it untouched. One that
-    works inside the layers may give `prompts(layer) -> (P, C)`, tokens that a layer reads beside its own and that do
-    not leave it, or change a copy of the model (`adapted`). Nothing else in here ever learns, and nothing leaves eval
-    mode, whatever `train` is called on.
+    Layers are numbered from 1. A refiner (`LayerRefiner`) is called with the patch features behind a layer; class and
+    register tokens pass by it untouched, and prompts, if it has them, do not leave their layer. One that changes
+    weights gets a copy of the model (`adapted`). Nothing else in here ever learns, and nothing leaves eval mode,
+    whatever `train` is called on.
 
     Parameters
     ----------
@@ -43,9 +58,12 @@ class FrozenBackbone(nn.Module):
     mean, std : of the images it was trained on, RGB in [0, 1].
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         name: str = "",
         mean: Colour = IMAGENET[0],
         std: Colour = IMAGENET[1],
@@ -96,7 +114,7 @@ class FrozenBackbone(nn.Module):
     def forward(
         self,
         images: Tensor,
-        refiner: nn.Module | None = None,
+        refiner: LayerRefiner | None = None,
         layers: Sequence[int] | None = None,
         frozen: FrozenFeatures | None = None,
         gradient_checkpointing: bool = False,
@@ -120,9 +138,9 @@ class FrozenBackbone(nn.Module):
         ValueError : unknown layers, a refiner that this backbone cannot take, or frozen features that do not fit.
         """
         wanted = self._known(layers or (self.num_layers,))
-        refined = self._known(refiner.layers) if refiner is not None else ()
         start, maps = (frozen.stop, dict(frozen.maps)) if frozen else (0, {})
-        if refined and start > refiner.frozen_until(self.num_layers):
+        refined = self._known(refiner.layers) if refiner is not None else ()
+        if refiner is not None and start > refiner.frozen_until(self.num_layers):
             raise ValueError(
                 f"Frozen features end with layer {start}, but the refiner refines {refined}: end them before."
             )
@@ -141,10 +159,12 @@ class FrozenBackbone(nn.Module):
 
         def step(number: int, hidden: Tensor) -> Tensor:
             """One frozen layer, and the refiner behind it."""
-            prompts = refiner.prompts(number) if number in refined and refiner.prompts is not None else None
+            if refiner is None or number not in refined:
+                return self._run_layer(number, hidden, arguments) if number > start else hidden
+            prompts = refiner.prompts(number) if refiner.prompts is not None else None
             if number > start:
                 hidden = self._run_layer(number, hidden, arguments, prompts)
-            return _refine(hidden, refiner, number, grid) if number in refined else hidden
+            return _refine(hidden, refiner, number, grid)
 
         for number in range(max(start, 1), max(wanted) + 1):
             learns = torch.is_grad_enabled() and (hidden.requires_grad or number in refined)
@@ -216,7 +236,7 @@ class FrozenBackbone(nn.Module):
             pixels = pixels.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # (B, N, p*p*3)
             shapes = torch.tensor(grid, device=pixels.device).expand(len(pixels), 2)
             options |= {"spatial_shapes": shapes, "pixel_attention_mask": None}
-        with _fitted(self.model, grid, tuple(pixels.shape[-2:])) as parameters:
+        with _fitted(self.model, grid, (pixels.shape[-2], pixels.shape[-1])) as parameters:
             return torch.func.functional_call(self.model, parameters, (pixels,), options)
 
     def _padded(self, images: Tensor) -> tuple[Tensor, Grid]:
@@ -265,7 +285,7 @@ def _fitted(model: nn.Module, grid: Grid, size: tuple[int, int]) -> Iterator[dic
     """Parameters to run the model with at another size than its own: SAM keeps a map of positions (1, H, W, C), which
     is resized as Rein's released conversion does, and refuses other sizes unless its patch embedding is told."""
     maps = {name: p for name, p in model.named_parameters() if name.endswith("pos_embed") and p.dim() == 4}
-    checks = [module for module in model.modules() if maps and hasattr(module, "image_size")]
+    checks: list[Any] = [module for module in model.modules() if maps and hasattr(module, "image_size")]
     before = [module.image_size for module in checks]
     for module in checks:
         module.image_size = size
@@ -283,7 +303,7 @@ def _fitted(model: nn.Module, grid: Grid, size: tuple[int, int]) -> Iterator[dic
 @contextlib.contextmanager
 def _more_prefix_tokens(layer: nn.Module, count: int) -> Iterator[None]:
     """Tells timm's rotary attention that so many more tokens stand in front of the patches."""
-    rotating = [module for module in layer.modules() if hasattr(module, "num_prefix_tokens")]
+    rotating: list[Any] = [module for module in layer.modules() if hasattr(module, "num_prefix_tokens")]
     try:
         for module in rotating:
             module.num_prefix_tokens += count
@@ -308,7 +328,7 @@ def _patches(hidden: Tensor, grid: Grid) -> Tensor:
     return hidden[:, num_prefix:].unflatten(1, grid)  # (B, H, W, C)
 
 
-def _refine(hidden: Tensor, refiner: nn.Module, layer: int, grid: Grid) -> Tensor:
+def _refine(hidden: Tensor, refiner: LayerRefiner, layer: int, grid: Grid) -> Tensor:
     """All tokens with the patches refined and every other token as it was."""
     features = _patches(hidden, grid)
     refined = refiner(features, layer)

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from setlib.backbone import FrozenBackbone
 from setlib.data.labels import CITYSCAPES
@@ -56,15 +56,16 @@ def build_segmenter(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(experiment.seed)  # torch.manual_seed would reseed every GPU as well
         head, refiner = _parts(config, backbone.channels, read, refined)
-    precision = experiment.train.precision
-    precision = fast_precision(device) if precision == "auto" else precision
+    wanted = experiment.train.precision
+    precision = fast_precision(device) if wanted == "auto" else wanted
     return Segmenter(experiment, backbone, refiner, head, read, precision).to(device)
 
 
 def _parts(
     config: Model, channels: int, feature_layers: Sequence[int], refined_layers: Sequence[int]
-) -> tuple[nn.Module, Refiner]:
+) -> tuple[PerPixelHead | Mask2FormerHead, Refiner]:
     """Head and refiner as a configuration names them, for a backbone of so many channels."""
+    head: PerPixelHead | Mask2FormerHead
     is_mask_head = config.head == "mask2former"
     if is_mask_head and len(feature_layers) != 4:
         raise ValueError(f"Option model.feature_layers must name 4 layers for mask2former, got {len(feature_layers)}.")
@@ -192,7 +193,8 @@ def load_state(model: Segmenter, tensors: dict[str, Tensor]) -> None:
 def use(model: Segmenter, experiment: Experiment) -> None:
     """Takes over how a trained model is used: data.eval_edges, model.any_batch, inference.*"""
     model.experiment = experiment
-    model.refiner.any_batch = experiment.model.any_batch
+    if hasattr(model.refiner, "any_batch"):
+        model.refiner.any_batch = experiment.model.any_batch
 
 
 # Sharing

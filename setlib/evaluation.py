@@ -140,7 +140,7 @@ def evaluate(models: dict[str, Segmenter], domain: Domain, progress: bool = True
     shown = progress and state().is_main_process
     with tqdm(shard_indices(len(domain)), desc=f"evaluate {domain.spec.text}", unit="img", disable=not shown) as bar:
         for index, sample in domain.samples(bar):
-            reference = domain.to_score(sample.label)
+            reference = np.asarray(domain.to_score(sample.label))
             edge = any_model.experiment.data.edge(domain.spec.name, max(sample.image.shape[:2]))
             passes = cut_picture(any_model, sample.image, edge)
             frozen = [shared(windows.images) for windows in passes]
@@ -264,7 +264,7 @@ def verdict(table: Mapping[str, Sequence[Score]], source: str) -> str:
     if empty := [score.domain for score in next(iter(table.values())) if not score.counts.any()]:
         text += f"Left out, for no pixel of it is labelled: {', '.join(empty)}. "
     first = next(iter(means.values()), dict.fromkeys(table, 0.0))
-    best = max(first, key=first.get)
+    best = max(first, key=lambda name: first[name])
     worst = hardest(table[best], source)
     if worst.domain != source:
         row = frame[(frame.model == best) & (frame.domain == worst.domain)].iloc[0]

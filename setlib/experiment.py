@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from setlib.files import nearest
 
 LARGEST = 2**63 - 1  # what a seed or a count can hold
-settings = dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Count = Annotated[int, Field(ge=0, le=LARGEST)]  # 0 says all, none or off
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
@@ -41,7 +41,7 @@ def _edge(text: str) -> str:
     return text
 
 
-@settings
+@dataclass(frozen=True, config=STRICT)
 class Data:
     """Which domains, how many pictures of them, and how pictures are cut for training."""
 
@@ -73,7 +73,7 @@ class Data:
         return max(1, round(float(edge) * own)) if "." in edge else int(edge)
 
 
-@settings
+@dataclass(frozen=True, config=STRICT)
 class Model:
     """Backbone, refiner and head."""
 
@@ -102,7 +102,7 @@ class Model:
             raise ValueError(f"Option model.head_channels must be {wanted}, got {self.head_channels}.")
 
 
-@settings
+@dataclass(frozen=True, config=STRICT)
 class Train:
     """The loop."""
 
@@ -133,7 +133,7 @@ class Train:
         return float(rates.get(name, rates.get(name.partition("-")[0], own)))
 
 
-@settings
+@dataclass(frozen=True, config=STRICT)
 class Inference:
     """How a picture is predicted: whole or in windows of data.height x data.width, averaged where they overlap."""
 
@@ -150,7 +150,7 @@ class Inference:
         return " + ".join(words + ["flip"] * self.flip)
 
 
-@settings
+@dataclass(frozen=True, config=STRICT)
 class Ablation:
     """Variants x seeds of notebook 05; `overrides` make each training smaller than the main one."""
 
@@ -161,7 +161,7 @@ class Ablation:
     overrides: tuple[str, ...] = ("train.steps=50", "train.views=120", "train.batch_size=2", "data.eval_images=6")
 
 
-@settings
+@dataclass(frozen=True, config=STRICT)
 class Experiment:
     """Everything that decides a run's numbers. `build` makes one from a profile and options.
 
@@ -203,7 +203,8 @@ class Experiment:
         """
         if profile not in PROFILES:
             raise ValueError(f"Unknown profile '{profile}': expected one of {', '.join(PROFILES)}.")
-        targets, overrides = ([text] if isinstance(text, str) and text else text for text in (targets, overrides))
+        targets = [targets] if isinstance(targets, str) and targets else targets
+        overrides = [overrides] if isinstance(overrides, str) and overrides else overrides
         values = PROFILES[profile].to_dict()
         data = values["data"]
         data |= {"source": source or data["source"], "targets": [*(targets or data["targets"])]}
@@ -284,8 +285,14 @@ def _smoke() -> Experiment:
     data = Data(
         targets=("scenes:night", "scenes:fog"), height=64, width=128, long_edge=128, train_images=12, eval_images=4
     )
-    layers = {"refined_layers": (3, 4), "feature_layers": (1, 2, 3, 4)}
-    model = Model(backbone="tiny-random", num_tokens=8, rank=4, head_channels=16, **layers)
+    model = Model(
+        backbone="tiny-random",
+        refined_layers=(3, 4),
+        feature_layers=(1, 2, 3, 4),
+        num_tokens=8,
+        rank=4,
+        head_channels=16,
+    )
     train = Train(steps=12, batch_size=2, views=8, checkpoint_every=6, precision="float32")
     variants = ("none", "full", "vpt", "adaptformer", "rein", "fada", "set")
     ablation = Ablation(variants=variants, overrides=("train.steps=6", "data.eval_images=2"))

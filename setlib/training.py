@@ -88,7 +88,7 @@ def train(
             images, labels, frozen = batch.to(model.device)
             rate = set_learning_rate(optimiser, settings, step)
             optimiser.zero_grad()
-            loss = torch.zeros((), device=model.device)
+            total = torch.zeros((), device=model.device)
             counts, seeds = all_reduce(model.head.counts(labels)), own_part(point_seeds(experiment, step))
             for part in np.array_split(np.arange(len(images)), settings.accumulate):
                 is_last = part[-1] == len(images) - 1
@@ -96,8 +96,8 @@ def train(
                     output = network(images[part], frozen and frozen[part])
                     share = model.loss(output, labels[part], counts, [seeds[i] for i in part])
                     (share * engine.num_processes).backward()  # the engine takes the processes' mean
-                loss += share.detach()
-            loss = all_reduce(loss).item()
+                total += share.detach()
+            loss = all_reduce(total).item()
             norm = nn.utils.clip_grad_norm_(training.parameters.values(), settings.clip_norm or math.inf).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise ValueError(
@@ -270,8 +270,9 @@ class Training:
                 for name, value in self.model.trainable_state().items():  # buffers too
                     value.copy_(tensors[f"model.{name}"])
                 for name, p in self.parameters.items():
-                    kept = {key: tensors.get(f"optimiser.{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
-                    if kept["step"] is not None:
+                    keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimiser.{name}.{key}" in tensors]
+                    kept = {key: tensors[f"optimiser.{name}.{key}"] for key in keys}
+                    if kept:  # else it had no gradient yet
                         self.optimiser.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in kept.items()}
                 for name, value in self.average.items():
                     value.copy_(tensors[f"average.{name}"])
