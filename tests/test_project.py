@@ -85,8 +85,12 @@ def find_place(path: Path) -> str:
 
 def find_imported(tree: ast.Module) -> set[str]:
     """Places of setlib that a module names in any import, at the top or inside a function."""
+    typing_only = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    unread = {id(inner) for node in typing_only for inner in ast.walk(node)}
     found = set()
     for node in ast.walk(tree):
+        if id(node) in unread:
+            continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -246,7 +250,7 @@ def test_nothing_is_unpickled(path: Path):
 
 def test_no_path_of_one_machine():
     machine = re.compile(r"(?<![\w./~}-])/(?:work|home|root|Users|opt|mnt|tmp|media|scratch)/|\b[A-Z]:\\\\?\w")
-    files = [*MODULES, *ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("*.md"), *ROOT.glob("data/*.md"), ROOT / "Makefile"]
+    files = [*MODULES, *ROOT.glob("notebooks/*.ipynb"), *READMES, ROOT / "Makefile"]
     wrong = [
         f"{path.relative_to(ROOT)}: {line.strip()}"
         for path in files
@@ -269,13 +273,14 @@ def test_no_large_file_is_tracked():
 # The README's commands
 
 
+READMES = [ROOT / name for name in ("README.md", "notebooks/README.md", "setlib/README.md", "data/README.md")]
+
+
 def read_commands() -> list[list[str]]:
-    """Each command of the README's fenced blocks as words, variables in front and comments dropped."""
-    readme = ROOT / "README.md"
-    if not readme.exists():
-        return []
+    """Each command of the READMEs' fenced blocks as words, variables in front and comments dropped."""
     commands = []
-    for block in re.findall(r"^```[^\n]*\n(.*?)^```", readme.read_text(encoding="utf-8"), flags=re.M | re.S):
+    text = "\n".join(path.read_text(encoding="utf-8") for path in READMES)
+    for block in re.findall(r"^```[^\n]*\n(.*?)^```", text, flags=re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
             if re.search(r"\bmake\b|python3? -m setlib", line):
                 words = shlex.split(line.removeprefix("$ "), comments=True)
@@ -287,7 +292,7 @@ def read_commands() -> list[list[str]]:
 
 
 def find_quoted() -> tuple[set[str], list[tuple[str, list[str]]]]:
-    """The make targets that the README quotes, and its sub-commands of setlib with their options."""
+    """The make targets that the READMEs quote, and their sub-commands of setlib with their options."""
     targets, calls = set(), []
     for words in read_commands():
         if words and words[0] == "make":
@@ -306,14 +311,17 @@ def read_help(command: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_pictures_of_the_readme_are_there_and_small():
-    named = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert len(named) >= 4
-    assert not [name for name in named if not 0 < (ROOT / name).stat().st_size < 150_000]
+def test_the_links_and_pictures_of_the_readmes_are_there_and_small():
+    for readme in READMES:
+        text = readme.read_text(encoding="utf-8")
+        names = [name for name in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if not name.startswith("http")]
+        assert not [name for name in names if not (readme.parent / name).exists()], readme
+        pictures = [readme.parent / name for name in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)]
+        assert not [path for path in pictures if not 0 < path.stat().st_size < 150_000]
 
 
-def test_readme_names_the_two_commands():
-    assert (ROOT / "README.md").exists(), "README.md is missing"
+def test_readme_is_read_in_one_go_and_names_the_two_commands():
+    assert len(READMES[0].read_text(encoding="utf-8").splitlines()) < 130
     assert {"workbook", "test"} <= find_quoted()[0]
 
 
