@@ -209,8 +209,8 @@ class Experiment:
         data = replace(data, source=source or data.source, targets=tuple(targets or ()) or data.targets)
         if not data.source or not data.targets:
             raise ValueError(f"Profile {profile} has no domains of its own: name yours with --source and --target.")
-        experiment = replace(experiment, data=data, seed=experiment.seed if seed is None else int(seed))
-        return experiment.override(*overrides)
+        own_seed = [] if seed is None else [f"seed={seed}"]
+        return replace(experiment, data=data).override(*own_seed, *overrides)
 
     def override(self, *options: str) -> Experiment:
         """This experiment with dotted `key=value` options put in. Raises ValueError as `build` does."""
