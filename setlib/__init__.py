@@ -10,6 +10,8 @@ from typing import Any
 
 WHERE = {  # public name -> the module that holds it
     "Studio": "setlib.explorer.studio",
+    "load_segmenter": "setlib.checkpoint",
+    "predict": "setlib.inference",
 }
 __all__ = list(WHERE)
 
