@@ -30,11 +30,11 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard d
 class FrozenBackbone(nn.Module):
     """A frozen vision transformer whose patch features can be read and refined after every layer.
 
-    Layers are numbered from 1. A refiner is a module with an attribute `layers` (the numbers it refines) and the call
-    `refiner(features (B, H, W, C), layer) -> (B, H, W, C)`; class and register tokens pass by it untouched. One that
-    works inside the layers may give `prompts(layer) -> (P, C)`, tokens that a layer reads beside its own and that do
-    not leave it, or change a copy of the model (`adapted`). Nothing else in here ever learns, and nothing leaves eval
-    mode, whatever `train` is called on.
+    Layers are numbered from 1. A refiner (`tokens.Refiner`) has an attribute `layers` (the numbers it refines) and the
+    call `refiner(features (B, H, W, C), layer) -> (B, H, W, C)`; class and register tokens pass by it untouched. One
+    that works inside the layers may give `prompts(layer) -> (P, C)`, tokens that a layer reads beside its own and that
+    do not leave it, or change a copy of the model (`adapted`). Nothing else in here ever learns, and nothing leaves
+    eval mode, whatever `train` is called on.
 
     Parameters
     ----------
