@@ -263,10 +263,10 @@ def verdict(table: Mapping[str, Sequence[Score]], source: str) -> str:
         text += f"Mean over the unseen domains in {classes}: {words} % mIoU. "
     if empty := [score.domain for score in next(iter(table.values())) if not score.counts.any()]:
         text += f"Left out, for no pixel of it is labelled: {', '.join(empty)}. "
-    first = next(iter(means.values()), dict.fromkeys(table, 0.0))
-    best = max(first, key=lambda name: first[name])
-    worst = hardest(table[best], source)
-    if worst.domain != source:
+    if means:
+        first = next(iter(means.values()))
+        best = max(first, key=lambda name: first[name])
+        worst = hardest(table[best], source)
         row = frame[(frame.model == best) & (frame.domain == worst.domain)].iloc[0]
         text += f"The hardest for {best} is {worst.domain} ({worst.miou:.1f} %)"
         text += f", {row['drop']:.1f} points below its own source. " if row["drop"] == row["drop"] else ". "

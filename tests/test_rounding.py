@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from setlib import backbone, evaluation as evaluate, spectral, training as train
+from setlib import backbone, spectral
+from setlib import evaluation as evaluate
+from setlib import training as train
 from setlib.analysis import spectra as analysis
 from setlib.analysis import tokens as attention
 from setlib.data import domains

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from setlib.model import Segmenter
 
-from setlib import evaluation as evaluate, spectral
+from setlib import evaluation as evaluate
+from setlib import spectral
 from setlib.analysis import spectra as analysis
 from setlib.experiment import Experiment
 from setlib.explorer import board as boards
