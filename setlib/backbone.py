@@ -7,11 +7,9 @@ Where the weights come from is said in `weights/`, what a refiner computes in `t
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from setlib._families import Grid, call_model, find_layers, more_prefix_tokens, patch_convolution
 from setlib.features import FrozenFeatures
 
 if TYPE_CHECKING:  # transformers takes 3 s to import
     from transformers import PreTrainedModel
 
 Colour = Sequence[float]  # red, green, blue
-Grid = tuple[int, int]  # patches in height and width
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of RGB in [0, 1]
 
 
@@ -71,7 +69,7 @@ class FrozenBackbone(nn.Module):
         super().__init__()
         self.name = name
         self.model = model.eval().requires_grad_(False)
-        self._layers = _find_layers(model)  # a tuple: registered once only, inside the model
+        self._layers = find_layers(model)  # a tuple: registered once only, inside the model
         projection = patch_convolution(model)
         if not (projection or hasattr(model.config, "patch_size")) or hasattr(model.config, "num_detection_tokens"):
             raise ValueError(f"{type(model).__name__} has no patches in its last tokens: expected a plain ViT.")
@@ -206,7 +204,7 @@ class FrozenBackbone(nn.Module):
                 "take another refiner."
             )
         longer = torch.cat([prompts.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], dim=1)  # (B, P + N, C)
-        with _more_prefix_tokens(layer, len(prompts)):
+        with more_prefix_tokens(layer, len(prompts)):
             return _tokens(layer(longer, *args, **kwargs))[:, len(prompts) :]
 
     def _first_input(self, images: Tensor, grid: Grid) -> tuple[Tensor, tuple[tuple, dict]]:
@@ -215,29 +213,13 @@ class FrozenBackbone(nn.Module):
         pixels = ((images - self.mean) / self.std).to(next(self.model.parameters()).dtype)
         hook = self._layers[0].register_forward_pre_hook(_Caught.throw, with_kwargs=True)
         try:
-            self._call(pixels, grid)
+            call_model(self.model, pixels, grid, self.patch_size)
         except _Caught as caught:
             (hidden, *args), kwargs = caught.args
             return hidden, (tuple(args), kwargs)
         finally:
             hook.remove()
         raise ValueError(f"{type(self.model).__name__} does not call its first layer: expected a plain ViT.")
-
-    def _call(self, pixels: Tensor, grid: Grid) -> object:
-        """The model's own forward, at any size: families differ in what they must be told."""
-        known = inspect.signature(self.model.forward).parameters
-        options: dict[str, Any] = {}
-        if "interpolate_pos_encoding" in known:  # CLIP, SigLIP, ViT, MAE: fit the position embedding
-            options["interpolate_pos_encoding"] = True
-        if "noise" in known:  # MAE: do not shuffle the patches
-            options["noise"] = torch.arange(grid[0] * grid[1], device=pixels.device).expand(len(pixels), -1)
-        if "spatial_shapes" in known:  # SigLIP 2 with any aspect takes patches, not pictures
-            pixels = pixels.unfold(2, self.patch_size, self.patch_size).unfold(3, self.patch_size, self.patch_size)
-            pixels = pixels.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # (B, N, p*p*3)
-            shapes = torch.tensor(grid, device=pixels.device).expand(len(pixels), 2)
-            options |= {"spatial_shapes": shapes, "pixel_attention_mask": None}
-        with _fitted(self.model, grid, (pixels.shape[-2], pixels.shape[-1])) as parameters:
-            return torch.func.functional_call(self.model, parameters, (pixels,), options)
 
     def _padded(self, images: Tensor) -> tuple[Tensor, Grid]:
         """The images at multiples of the patch size, the last pixels repeated, and their grid."""
@@ -261,56 +243,6 @@ class _Caught(Exception):
     @staticmethod
     def throw(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         raise _Caught(args, kwargs)
-
-
-def patch_convolution(model: nn.Module) -> nn.Conv2d | None:
-    """The convolution that cuts a picture into patches."""
-    return next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-
-
-def _find_layers(model: nn.Module) -> tuple[nn.Module, ...]:
-    """The column of layers: the first list of as many modules as the config says, of one class, that hold a norm."""
-    expected = getattr(model.config, "num_hidden_layers", None)
-    for column in model.modules():
-        if not isinstance(column, (nn.ModuleList, nn.Sequential)) or len({type(layer) for layer in column}) != 1:
-            continue
-        has_norm = any("norm" in type(module).__name__.lower() for module in column[0].modules())
-        if has_norm and len(column) == (expected or len(column)):
-            return tuple(column)
-    raise ValueError(f"{type(model).__name__} has no column of equal layers: expected a plain vision transformer.")
-
-
-@contextlib.contextmanager
-def _fitted(model: nn.Module, grid: Grid, size: tuple[int, int]) -> Iterator[dict[str, Tensor]]:
-    """Parameters to run the model with at another size than its own: SAM keeps a map of positions (1, H, W, C), which
-    is resized as Rein's released conversion does, and refuses other sizes unless its patch embedding is told."""
-    maps = {name: p for name, p in model.named_parameters() if name.endswith("pos_embed") and p.dim() == 4}
-    checks: list[Any] = [module for module in model.modules() if maps and hasattr(module, "image_size")]
-    before = [module.image_size for module in checks]
-    for module in checks:
-        module.image_size = size
-    try:
-        yield {
-            name: F.interpolate(p.permute(0, 3, 1, 2), grid, mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
-            for name, p in maps.items()
-            if p.shape[1:3] != grid
-        }
-    finally:
-        for module, own in zip(checks, before, strict=True):
-            module.image_size = own
-
-
-@contextlib.contextmanager
-def _more_prefix_tokens(layer: nn.Module, count: int) -> Iterator[None]:
-    """Tells timm's rotary attention that so many more tokens stand in front of the patches."""
-    rotating: list[Any] = [module for module in layer.modules() if hasattr(module, "num_prefix_tokens")]
-    try:
-        for module in rotating:
-            module.num_prefix_tokens += count
-        yield
-    finally:
-        for module in rotating:
-            module.num_prefix_tokens -= count
 
 
 def _tokens(output: Tensor | tuple) -> Tensor:

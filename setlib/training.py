@@ -11,11 +11,9 @@ import json
 import math
 import time
 from collections import defaultdict
-from dataclasses import replace
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save as save_bytes
 from torch import nn
@@ -25,7 +23,7 @@ from setlib._memory import keep_freed_memory
 from setlib.backbone import FrozenBackbone
 from setlib.checkpoint import FILES, build_segmenter, load_segmenter, save_segmenter
 from setlib.data import domains
-from setlib.data.crops import RandomCrops
+from setlib.data.crops import RandomCrops, held_out
 from setlib.data.domains import Domain
 from setlib.distributed import accelerator, all_reduce, state
 from setlib.evaluation import evaluate
@@ -68,9 +66,11 @@ def train(
     with state().main_process_first():  # what is fetched, converted or rendered once is then there for all
         model = build_segmenter(experiment, backbone)
         source = source or domains.load(experiment.data.source, experiment.data, role="source")
-        held_out = validation_pictures(experiment, source) if settings.validate_every else None
+        validation = held_out(experiment, source) if settings.validate_every else None
     keep_freed_memory()
-    engine, progress = _engine(model), progress and state().is_main_process
+    unread = max(model.refiner.layers, default=0) > max(model.feature_layers)
+    engine = accelerator(settings, some_unused=unread or model.refiner.adapt is not None)
+    progress = progress and state().is_main_process
     network = engine.prepare_model(model, device_placement=False)
     optimiser = make_optimiser(model)
     training = Training(run, model, optimiser)
@@ -110,8 +110,8 @@ def train(
             is_last = step + 1 == settings.steps
             seconds = round(time.perf_counter() - began, 4)
             entry = {"step": step + 1, "loss": loss, "lr": rate, "grad_norm": norm, "seconds": seconds}
-            if held_out and ((step + 1) % settings.validate_every == 0 or is_last):
-                entry["source_miou"] = evaluate({"": model.eval()}, held_out, progress=False)[""].miou
+            if validation and ((step + 1) % settings.validate_every == 0 or is_last):
+                entry["source_miou"] = evaluate({"": model.eval()}, validation, progress=False)[""].miou
                 model.train()
             training.history.append(entry)
             training.step = step + 1
@@ -125,20 +125,6 @@ def train(
         (run.path / "checkpoint.safetensors").unlink(missing_ok=True)
     state().wait_for_everyone()
     return model.eval(), training.history
-
-
-def _engine(model: Segmenter) -> Accelerator:
-    """The engine of a training. Raises ValueError for a batch that does not divide among processes and parts."""
-    settings = model.experiment.train
-    unread = max(model.refiner.layers, default=0) > max(model.feature_layers)
-    engine = accelerator(some_unused=unread or model.refiner.adapt is not None)
-    parts = engine.num_processes * settings.accumulate
-    if settings.batch_size % parts:
-        raise ValueError(
-            f"Option train.batch_size ({settings.batch_size}) must be a multiple of {parts}: "
-            f"{engine.num_processes} processes x train.accumulate ({settings.accumulate})."
-        )
-    return engine
 
 
 def batch_indices(experiment: Experiment, step: int) -> list[int]:
@@ -199,25 +185,6 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, settings: Train, step: i
     for group in optimiser.param_groups:
         group["lr"] = rate * group["share"]
     return rate
-
-
-def validation_pictures(experiment: Experiment, source: domains.Domain) -> domains.Domain:
-    """Pictures of the source's data set that are not among those it is trained on.
-
-    Raises ValueError if there are none, or if train.validate_on names another data set.
-    """
-    text = experiment.train.validate_on or source.spec.text
-    if domains.parse(text).name != source.spec.name:
-        raise ValueError(f"Option train.validate_on is for the source's own data set {source.spec.name}, not '{text}'.")
-    own = domains.load(text, experiment.data)
-    trained = set(source.keys)
-    kept = [i for i, key in enumerate(own.keys) if key not in trained]
-    if not kept or not own.has_labels:
-        raise ValueError(
-            f"'{text}' has no labelled picture that is not trained on: name a part of the data set that has with "
-            "train.validate_on, or leave train.validate_every at 0."
-        )
-    return replace(own, dataset=own.dataset.select(kept))
 
 
 class Training:
@@ -309,26 +276,3 @@ def read_history(run: Run) -> list[dict]:
     except (ValueError, AttributeError):
         tqdm.write(f"{path} is damaged: its curve is left out; the model does not need it")
         return []
-
-
-def summary(trained: dict[str, tuple[Segmenter, list[dict]]], window: int = 10) -> list[dict]:
-    """Rows per model: parameters by part, mean loss of first and last `window` steps, median seconds; NaN if lost."""
-    rows = []
-    for name, (model, history) in trained.items():
-        losses = [entry["loss"] for entry in history] or [math.nan]
-        parts = {f"parameters of the {part}": count for part, count in model.num_trainable().items()}
-        ends = {"first loss": float(np.mean(losses[:window])), "last loss": float(np.mean(losses[-window:]))}
-        seconds = {"seconds per step": float(np.median([entry["seconds"] for entry in history] or [math.nan]))}
-        steps = {"steps": model.experiment.train.steps, "precision": model.precision}
-        rows.append({"model": name} | parts | steps | ends | seconds)
-    return rows
-
-
-def verdict(rows: list[dict]) -> str:
-    """What `summary` shows, in words made from its numbers."""
-    rows = [row for row in rows if row["last loss"] == row["last loss"]]
-    parts = [f"{row['model']} from {row['first loss']:.2f} to {row['last loss']:.2f}" for row in rows]
-    text = f"The loss on the source went, over {rows[0]['steps']} steps: {'; '.join(parts)}. " if rows else ""
-    if len(rows) > 1:
-        text += f"Lowest at the end is {min(rows, key=lambda row: row['last loss'])['model']}. "
-    return text + "A low loss on the source says nothing yet of other domains: that is asked in notebook 04."

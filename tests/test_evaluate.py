@@ -10,6 +10,7 @@ from setlib.model import Segmenter
 from setlib.windows import label_map
 
 from setlib import evaluation as evaluate
+from setlib.analysis import scores as shown
 from setlib.analysis import spectra as analysis
 from setlib.data import domains
 from setlib.data.labels import CAMVID, CITYSCAPES
@@ -159,25 +160,27 @@ def score(domain, hit, classes=CITYSCAPES):
 
 def test_verdict_names_the_hardest_domain():
     table = {"none": [score("s", 50), score("t", 20)], "set": [score("s", 40), score("t", 30)]}
-    assert "hardest for set is t" in (text := evaluate.verdict(table, "s")) and "points below its own source" in text
-    assert evaluate.summary(table, "s")[1]["drop none"] == pytest.approx(table["none"][0].miou - table["none"][1].miou)
+    assert "hardest for set is t" in (text := shown.say_scores(table, "s")) and "points below its own source" in text
+    assert shown.score_summary(table, "s")[1]["drop none"] == pytest.approx(
+        table["none"][0].miou - table["none"][1].miou
+    )
 
 
 def test_class_sets_are_never_averaged_or_compared():
     scores = [score("s", 50, CAMVID), score("t", 20, CAMVID), score("u", 30, CAMVID), score("v", 5)]
-    means = evaluate.target_means(scores, "s")
+    means = shown.target_means(scores, "s")
     assert means == pytest.approx({"camvid-11": (scores[1].miou + scores[2].miou) / 2, "cityscapes-19": scores[3].miou})
-    assert evaluate.hardest(scores, "s").domain == "t"  # not v, which is scored in other classes
-    assert np.isnan(evaluate.summary({"set": scores}, "s")[3]["drop set"])
-    text = evaluate.verdict({"set": scores}, "s")
+    assert shown.hardest(scores, "s").domain == "t"  # not v, which is scored in other classes
+    assert np.isnan(shown.score_summary({"set": scores}, "s")[3]["drop set"])
+    text = shown.say_scores({"set": scores}, "s")
     assert "in camvid-11: set" in text and f"in cityscapes-19: set {scores[3].miou:.1f}" in text
-    assert [len(found["set"]) for _, found in evaluate.class_means({"set": scores}, "s")] == [11, 19]
+    assert [len(found["set"]) for _, found in shown.class_means({"set": scores}, "s")] == [11, 19]
 
 
 def test_the_source_alone_is_said_to_be_all():
-    text = evaluate.verdict({"set": [score("s", 50)]}, "s")
+    text = shown.say_scores({"set": [score("s", 50)]}, "s")
     assert "No domain but the source was scored" in text and "nan" not in text
-    assert evaluate.target_means([score("s", 50)], "s") == {}
+    assert shown.target_means([score("s", 50)], "s") == {}
 
 
 @pytest.mark.parametrize("order", ["sie", "sei", "eis"])
@@ -188,13 +191,13 @@ def test_a_domain_without_a_labelled_pixel_is_out_of_everything_and_said_once(or
         "e": score("e", 9),
     }
     scores = [found[name] for name in order]
-    assert evaluate.target_means(scores, "s") == {"cityscapes-19": found["e"].miou}
-    assert evaluate.hardest(scores, "s").domain == "e"
-    ((_, means),) = evaluate.class_means({"set": scores}, "s")
+    assert shown.target_means(scores, "s") == {"cityscapes-19": found["e"].miou}
+    assert shown.hardest(scores, "s").domain == "e"
+    ((_, means),) = shown.class_means({"set": scores}, "s")
     assert np.array_equal(means["set"], found["e"].iou)
-    text = evaluate.verdict({"none": scores, "set": scores}, "s")
+    text = shown.say_scores({"none": scores, "set": scores}, "s")
     assert text.count("no pixel of it is labelled: i.") == 1 and "nan" not in text and "hardest for none is e" in text
-    alone = evaluate.verdict({"set": scores[: order.index("i") + 1] if order[0] == "s" else scores[1:]}, "s")
+    alone = shown.say_scores({"set": scores[: order.index("i") + 1] if order[0] == "s" else scores[1:]}, "s")
     assert "nan" not in alone
 
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from setlib import training as train
+from setlib.analysis import scores as shown
 from setlib.checkpoint import build_segmenter
+from setlib.data import crops
 from setlib.data.crops import RandomCrops
 from setlib.data.domains import load
 from setlib.experiment import Experiment
@@ -244,10 +246,10 @@ def test_a_history_that_is_missing_or_damaged_costs_the_curve_alone(content, cop
     model, history = train.train(copied, progress=False)
     assert history == [] and ("history.jsonl is damaged" in capsys.readouterr().out) == bool(content)
     other = [{"step": i, "loss": 2.0, "seconds": 1.0} for i in (1, 2)]
-    rows = train.summary({"none": (model, other), "set": (model, history)})
+    rows = shown.training_summary({"none": (model, other), "set": (model, history)})
     assert rows[0]["last loss"] == 2 and math.isnan(rows[1]["last loss"]) and rows[1]["steps"] == 7
-    assert "none from 2.00 to 2.00" in train.verdict(rows) and "nan" not in train.verdict(rows)
-    assert train.verdict(rows[1:]).startswith("A low loss")
+    assert "none from 2.00 to 2.00" in shown.say_training(rows) and "nan" not in shown.say_training(rows)
+    assert shown.say_training(rows[1:]).startswith("A low loss")
 
 
 def test_a_loss_that_is_not_finite_stops_at_once(source, tmp_path, monkeypatch):
@@ -342,9 +344,9 @@ def test_validation_takes_no_picture_that_is_trained_on(source):
     options = ("train.validate_every=1", "data.train_images=2", "data.eval_images=0")
     some, every = (experiment(source, *options, f"data.train_images={count}") for count in (2, 0))
     trained_on = load(source, some.data, role="source")
-    held_out = train.validation_pictures(some, trained_on)
+    held_out = crops.held_out(some, trained_on)
     assert len(held_out) == 2 and not set(held_out.dataset["name"]) & set(trained_on.dataset["name"])
     with pytest.raises(ValueError, match="has no labelled picture that is not trained on: name a part .*validate_on"):
-        train.validation_pictures(every, load(source, every.data, role="source"))
+        crops.held_out(every, load(source, every.data, role="source"))
     with pytest.raises(ValueError, match="validate_on is for the source's own data set folder, not 'scenes:game'"):
-        train.validation_pictures(some.override("train.validate_on=scenes:game"), trained_on)
+        crops.held_out(some.override("train.validate_on=scenes:game"), trained_on)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from setlib.evaluation import evaluate_run, target_means
+from setlib.analysis.scores import target_means
+from setlib.evaluation import evaluate_run
 from setlib.run import Run
 from setlib.training import train_together
 
