@@ -49,12 +49,11 @@ class Look:
     clouds: float  # share of the sky
     haze: float  # Koschmieder's beta, 1/m
     lights: float  # power of lamps and lit windows
-    weather: str  # "rain", "snow" or ""
+    falling: str  # "rain", "snow" or ""
     saturation: float
     contrast: float  # of textures
     exposure: float
-    blur: float
-    noise: float  # standard deviation
+    noise: float  # standard deviation; without it the picture is sharp as well
     vignette: float
     warmth: float  # share that red gains and blue loses
 
@@ -70,35 +69,34 @@ COLOURS = {  # sun, ambient, zenith, horizon, cloud
     "snow": ((0, 0, 0), (0.62, 0.66, 0.73), (0.62, 0.65, 0.69), (0.74, 0.76, 0.79), (0.58, 0.61, 0.66)),
 }
 NUMBERS = {  # the other fields of Look
-    "game": (0.42, 0.0008, 0.0, "", 1.3, 0.8, 1.0, 0.0, 0.0, 0.0, 0.0),
-    "clear": (0.32, 0.0014, 0.0, "", 0.9, 1.3, 1.0, 0.6, 0.012, 0.3, 0.04),
-    "overcast": (0.95, 0.002, 0.0, "", 0.66, 1.1, 0.85, 0.6, 0.015, 0.25, 0.0),
-    "dusk": (0.5, 0.0012, 0.45, "", 0.95, 1.0, 1.1, 0.6, 0.025, 0.4, 0.0),
-    "night": (0.5, 0.0008, 1.0, "", 0.85, 1.0, 0.9, 0.6, 0.03, 0.4, 0.11),
-    "fog": (0.0, 0.03, 0.15, "", 0.6, 1.0, 0.95, 0.6, 0.012, 0.2, 0.0),
-    "rain": (0.85, 0.009, 0.3, "rain", 0.7, 1.0, 0.85, 0.6, 0.02, 0.3, -0.055),
-    "snow": (0.8, 0.0075, 0.0, "snow", 0.6, 1.0, 0.9, 0.6, 0.015, 0.2, -0.03),
+    "game": (0.42, 0.0008, 0.0, "", 1.3, 0.8, 1.0, 0.0, 0.0, 0.0),
+    "clear": (0.32, 0.0014, 0.0, "", 0.9, 1.3, 1.0, 0.012, 0.3, 0.04),
+    "overcast": (0.95, 0.002, 0.0, "", 0.66, 1.1, 0.85, 0.015, 0.25, 0.0),
+    "dusk": (0.5, 0.0012, 0.45, "", 0.95, 1.0, 1.1, 0.025, 0.4, 0.0),
+    "night": (0.5, 0.0008, 1.0, "", 0.85, 1.0, 0.9, 0.03, 0.4, 0.11),
+    "fog": (0.0, 0.03, 0.15, "", 0.6, 1.0, 0.95, 0.012, 0.2, 0.0),
+    "rain": (0.85, 0.009, 0.3, "rain", 0.7, 1.0, 0.85, 0.02, 0.3, -0.055),
+    "snow": (0.8, 0.0075, 0.0, "snow", 0.6, 1.0, 0.9, 0.015, 0.2, -0.03),
 }
 STYLES = tuple(COLOURS)
 LOOKS = {style: Look(*np.float32(COLOURS[style]), *NUMBERS[style]) for style in STYLES}
 
 
-def _outline(kind: int, u: ndarray, v: ndarray, values, seed: float) -> ndarray:
+def _outline(face: np.record, u: ndarray, v: ndarray) -> ndarray:
     """Which points (u, v) in 0..1 of a face its outline holds."""
     x, y = 2 * u - 1, 2 * v - 1
     r = x * x + y * y
-    if kind == streets.BARS:
-        length, _, share = values
+    if face["outline"] == streets.BARS:
+        length, _, share = face["values"].tolist()
         bar = (u * (length * 6)) % 1 < share
         return bar & (v < 0.97) | (np.abs(v - 0.12) < 0.03) | (np.abs(v - 0.9) < 0.035)
-    if kind == streets.LEAVES:
-        shape, size, _ = values
-        is_hedge = shape == streets.HEDGE
-        leaf = noise(u * (size * 11) + seed * 512, v * (22 if is_hedge else 11 * size) + seed * 99, 0.9)
-        return v < 0.57 + 0.5 * leaf if is_hedge else r < 0.35 + leaf
-    if kind == streets.DISC:
-        return r <= 1
-    return (r <= 1) & ((r > 0.62) | (np.abs(np.abs(x) - np.abs(y)) < 0.06) | (np.abs(x) < 0.04) | (np.abs(y) < 0.04))
+    if face["outline"] == streets.LEAVES:
+        shape, size, _ = face["values"].tolist()
+        rows = 22 if shape == streets.HEDGE else 11 * size
+        leaf = noise(u * (size * 11) + face["seed"] * 512, v * rows + face["seed"] * 99, 0.9)
+        return v < 0.57 + 0.5 * leaf if shape == streets.HEDGE else r < 0.35 + leaf
+    spokes = (np.abs(np.abs(x) - np.abs(y)) < 0.06) | (np.abs(x) < 0.04) | (np.abs(y) < 0.04)
+    return (r <= 1) & ((face["outline"] == streets.DISC) | (r > 0.62) | spokes)
 
 
 def _forms(p: ndarray, u: ndarray, v: ndarray) -> tuple[ndarray, ndarray]:
@@ -109,12 +107,12 @@ def _forms(p: ndarray, u: ndarray, v: ndarray) -> tuple[ndarray, ndarray]:
 
 
 class Camera:
-    """What the camera of a street sees.
+    """What the camera of a street sees, in images of size (h, w).
 
     dx (w,), dy (h,): the ray of pixel (i, j) is (dx[j], dy[i], 1); focal: pixels; forms: (n, 3, 3) of the faces.
     Per pixel (h, w): face (its index, GROUND or OPEN), depth in metres, label, ground (bool), foot (the last row above
-    it, in its column, that shows no ground; -1 for none). Per pixel of the ground (m,): s, lat and zone, see Street;
-    foot_s and foot_lat, the footprint of the pixel in metres.
+    it that shows no ground; -1 for none). Per pixel of the ground (m,): s, lat and zone, see Street; foot_s and
+    foot_lat, the footprint of the pixel in metres.
     """
 
     def __init__(self, street: Street, size: tuple[int, int]):
@@ -122,13 +120,13 @@ class Camera:
         self.focal = street.focal * h
         self.dx = ((np.arange(w) + 0.5 - w / 2) / self.focal).astype(np.float32)
         self.dy = ((street.horizon * h - np.arange(h) - 0.5) / self.focal).astype(np.float32)
-        faces = self.faces
-        self.forms, det = _forms(faces.p, faces.u, faces.v)
+        planes = self.faces.p, self.faces.u, self.faces.v
+        self.forms, outside = _forms(*planes)
         near = np.repeat(np.maximum(self.dy / -street.height, 0)[:, None], w, axis=1)  # 1/z of the ground
         self.face = np.where(near > 0, GROUND, OPEN).astype(np.int32)
-        order = np.argsort(faces.p[:, 2], kind="stable")
-        order = order[~faces.closed[order] | (det[order] > 0)]
-        for k, window, inside, depth in self.cover((faces.p, faces.u, faces.v), order, near):
+        order = np.argsort(self.faces.p[:, 2], kind="stable")
+        order = order[~self.faces.closed[order] | (outside[order] > 0)]
+        for k, window, inside, depth in self.cover(*planes, order, near):
             np.copyto(near[window], depth, where=inside)
             self.face[window][inside] = k
         with np.errstate(divide="ignore"):
@@ -139,46 +137,42 @@ class Camera:
         self.s, self.lat = street.locate(z * self.dx[j], z)
         self.zone = street.zone(self.s, self.lat)
         self.foot_lat, self.foot_s = z / self.focal, z * z / (self.focal * street.height)
-        self.label = np.append(faces.label, [SKY, ROAD]).astype(np.uint8)[self.face]
+        self.label = np.append(self.faces.label, [SKY, ROAD]).astype(np.uint8)[self.face]
         self.label[self.ground] = self.zone
 
     def windows(self, p: ndarray, u: ndarray, v: ndarray) -> ndarray:
         """Pixel ranges (n, 4) x0 x1 y0 y1 whose centres a face can hold; empty where it is out of sight."""
         h, w = self.size
-        corners = np.stack([p, p + u, p + u + v, p + v], axis=1)  # (n, 4, 3)
-        step = np.roll(corners, -1, axis=1) - corners
-        z = corners[..., 2:]
-        share = (NEAR - z) / np.where(step[..., 2:] == 0, np.inf, step[..., 2:])  # of the edge, up to the near plane
-        points = np.concatenate([corners, corners + share * step], axis=1)  # (n, 8, 3)
-        seen = np.concatenate([z >= NEAR, (share > 0) & (share < 1)], axis=1)[..., 0]
-        z = np.where(seen, points[..., 2], 1)
-        col, row = points[..., 0] / z * self.focal + w / 2, self.street.horizon * h - points[..., 1] / z * self.focal
-        low, high = ([np.where(seen, at, far) for at in (col, row)] for far in (1e6, -1e6))
-        sides = np.stack([low[0].min(1), high[0].max(1), low[1].min(1), high[1].max(1)], axis=1)
+        x, y, z = np.stack([p, p + u, p + u + v, p + v], axis=1).transpose(2, 0, 1)  # corners, (n, 4) each
+        col = x / z.clip(NEAR) * self.focal + w / 2
+        row = self.street.horizon * h - y / z.clip(NEAR) * self.focal
+        sides = np.stack([col.min(1), col.max(1), row.min(1), row.max(1)], axis=1)
+        sides[z.min(1) < NEAR] = 0, w, 0, h  # reaches behind the camera
+        sides[z.max(1) < NEAR] = 0  # lies there
         return np.clip(np.ceil(sides - (0.51, -0.51, 0.51, -0.51)), 0, (w, w, h, h)).astype(np.int64)
 
-    def cover(self, planes, chosen: ndarray, limit: ndarray | None = None):
-        """Yields k, window, where inside it the face k lies (bool) and 1/z for the `chosen` faces that are in sight.
+    def cover(self, p: ndarray, u: ndarray, v: ndarray, chosen: ndarray, limit: ndarray):
+        """Yields index, window, what it covers there (bool) and its 1/z for each of the `chosen` faces in sight.
 
-        planes: p, u, v of all faces; limit: (h, w), 1/z of what may hide them.
+        p, u, v: (n, 3), of all faces; limit: (h, w), 1/z of what may hide them.
         """
-        planes = [q[chosen] for q in planes]
-        boxes, forms = self.windows(*planes), _forms(*planes)[0].astype(np.float32)
-        seen = np.flatnonzero((boxes[:, 1] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 2]))
-        faces, found = self.faces, (q[seen].tolist() for q in (chosen, boxes, forms))
-        for k, (x0, x1, y0, y1), form in zip(*found, strict=True):
+        p, u, v, faces = p[chosen], u[chosen], v[chosen], self.faces[chosen]
+        boxes, forms = self.windows(p, u, v), _forms(p, u, v)[0].astype(np.float32)
+        for n in np.flatnonzero((boxes[:, 1] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 2])):
+            x0, x1, y0, y1 = boxes[n].tolist()
             window = np.s_[y0:y1, x0:x1]
             dx, dy = self.dx[None, x0:x1], self.dy[y0:y1, None]
-            near, u, v = (a * dx + (b * dy + c) for a, b, c in form)
-            inside = near > (0 if limit is None else limit[window])
-            if not inside.any():
-                continue
-            left, right = faces.taper[k].tolist()
-            inside &= (v >= 0) & (v <= near) & (near < 1 / NEAR) & (u >= left * v) & (u <= near - right * v)
-            if faces.outline[k]:
-                with np.errstate(all="ignore"):
-                    inside &= _outline(faces.outline[k], u / near, v / near, faces.values[k].tolist(), faces.seed[k])
-            yield k, window, inside, near
+            (a, b, c), *others = forms[n].tolist()
+            near = a * dx + (b * dy + c)
+            inside = near > limit[window]
+            if inside.any():
+                uz, vz = (a * dx + (b * dy + c) for a, b, c in others)  # u/z, v/z
+                left, right = faces[n]["taper"].tolist()
+                inside &= (vz >= 0) & (vz <= near) & (near < 1 / NEAR) & (uz >= left * vz) & (uz <= near - right * vz)
+                if faces[n]["outline"]:
+                    with np.errstate(all="ignore"):
+                        inside &= _outline(faces[n], uz / near, vz / near)
+                yield chosen[n], window, inside, near
 
 
 def _sun_shadow(camera: Camera, sun: ndarray) -> ndarray:
@@ -188,11 +182,11 @@ def _sun_shadow(camera: Camera, sun: ndarray) -> ndarray:
     length = np.sqrt((faces.u * faces.u).sum(1))[:, None]
     across = np.array((sun[2], 0.0, -sun[0])) / math.sqrt(sun[0] ** 2 + sun[2] ** 2)
     u = np.where(faces.facing[:, None], across * length, faces.u)  # cards turn to the sun
-    flat = [faces.p + (faces.u - u) / 2 + (0, camera.street.height, 0), u, faces.v]
-    flat = [(q - lean * q[:, 1:2]) * (1, 0, 1) for q in flat]
-    flat[0][:, 1] = -camera.street.height
+    p = faces.p + (faces.u - u) / 2 + (0, camera.street.height, 0)
+    p, u, v = ((q - lean * q[:, 1:2]) * (1, 0, 1) for q in (p, u, faces.v))
+    p[:, 1] = -camera.street.height
     shadow = np.zeros(camera.size, bool)
-    for _, window, inside, _ in camera.cover(flat, np.flatnonzero(cast)):
+    for _, window, inside, _ in camera.cover(p, u, v, np.flatnonzero(cast), np.zeros(camera.size)):
         shadow[window] |= inside
     return shadow
 
@@ -298,10 +292,10 @@ def _shade(camera: Camera, look: Look, rng: np.random.Generator) -> ndarray:
     colour, normal, gloss, glow = surface(camera, look.contrast)
     colour = np.clip(colour, 0.01, 1.0)
     is_dark, upright, contact = colour.max(-1) < 0.6, normal[..., 1], _contact(camera)
-    if look.weather == "snow":
+    if look.falling == "snow":
         colour = _snow_cover(camera, colour, upright)
     colour = colour * colour
-    if look.weather == "rain":
+    if look.falling == "rain":
         colour = colour * np.where(camera.ground, np.float32(0.5), np.float32(0.8))[..., None]
 
     light = look.ambient * ((0.72 + 0.28 * upright + 0.06 * normal[..., 0]) * contact)[..., None]
@@ -316,7 +310,7 @@ def _shade(camera: Camera, look: Look, rng: np.random.Generator) -> ndarray:
     glow = glow * np.where(glow > 2, 0.5, look.lights * 0.9)
     lit = colour * light + gloss[..., None] * look.horizon * 0.7 + glow[..., None] * shown
     image = np.where((camera.face == OPEN)[..., None], _sky(camera, look, sun, rng), lit.astype(np.float32))
-    return _wet(camera, image) if look.weather == "rain" else image
+    return _wet(camera, image) if look.falling == "rain" else image
 
 
 def _fog(camera: Camera, look: Look, image: ndarray, rng: np.random.Generator) -> ndarray:
@@ -331,7 +325,7 @@ def _falling(look: Look, image: ndarray, rng: np.random.Generator) -> ndarray:
     """Rain streaks or snow flakes in front of the scene."""
     h, w = image.shape[:2]
     veil = np.zeros((h, w), np.float32)
-    if look.weather == "rain":
+    if look.falling == "rain":
         drops, slant = (rng.random((h, w), np.float32) < 0.0035).astype(np.float32), rng.uniform(-0.25, 0.25)
         for k in range(max(h // 16, 3)):
             veil += np.roll(drops, (k, int(slant * k)), (0, 1))
@@ -354,9 +348,8 @@ def _expose(look: Look, image: ndarray, rng: np.random.Generator) -> ndarray:
     image = np.sqrt(image * 1.25 / (1 + 0.25 * image))
     grey = (image[..., 0] * 0.3 + image[..., 1] * 0.59 + image[..., 2] * 0.11)[..., None]
     image = grey + (image - grey) * look.saturation
-    if look.blur:
-        image = image + (_soften(image) - image) * look.blur
     if look.noise:
+        image = image + (_soften(image) - image) * 0.6
         image += np.float32(look.noise * rng.uniform(0.7, 1.3)) * rng.standard_normal((h, w, 3), np.float32)
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
@@ -381,6 +374,6 @@ def render_scene(seed: int, index: int, style: str, size: tuple[int, int] = (224
     _glows(camera, look, image)
     faces = camera.face[..., None].astype(np.float32)
     image = np.where(_soften(faces) != faces, _soften(image), image)  # softens the steps where two faces meet
-    if look.weather:
+    if look.falling:
         image = _falling(look, image, rng)
     return Scene(_expose(look, image, rng), camera.label, camera.depth)

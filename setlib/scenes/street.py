@@ -19,7 +19,7 @@ PLAIN, ROUND, LEAF, FACADE, COURSES, GLOW = range(6)  # materials
 CABIN, SCREEN, REAR, HEAD, COACH, COACH_REAR, COACH_HEAD, DOOR = range(6, 14)  # of vehicles
 SOLID, DISC, RING, LEAVES, BARS = range(5)  # outlines of faces
 CROWN, HEDGE = range(2)  # values[0] of LEAF
-BLANK, BRICK, PLASTER, OFFICE, GLASS = range(5)  # values[0] of FACADE
+BRICK, PLASTER, OFFICE, GLASS, SHOP = range(5)  # values[0] of FACADE
 LEAFY = {"material": LEAF, "outline": LEAVES}
 LANE, KERB, CROSS = 3.3, 0.2, 4.5  # lane and kerb width, half width of a crossing street
 RED, WHITE, AMBER = (1.0, 0.06, 0.03), (1.0, 0.95, 0.8), (1.0, 0.72, 0.38)  # lights
@@ -465,4 +465,4 @@ def _backdrop(street: Street):
         far.card(0, 0, 34, rng.uniform(9, 15), (0.24, 0.36, 0.2), values=values, **LEAFY)
         if rng.random() < chance:
             far.label, high = BUILDING, rng.uniform(10, 28) * rise
-            far.box((-9, 9), (0, high), (-6, 6), street.pick(PLASTERS), values=(rng.integers(1, 5),))
+            far.box((-9, 9), (0, high), (-6, 6), street.pick(PLASTERS), values=(rng.integers(4),))

@@ -3,8 +3,8 @@
 Colours are gamma-2 values in 0..1. Patterns are filtered over the footprint of a pixel (`foot`, metres).
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
+from types import SimpleNamespace
 
 import numpy as np
 from numpy import ndarray
@@ -12,16 +12,15 @@ from numpy import ndarray
 from setlib.scenes import street as streets
 from setlib.scenes.street import LANE, ROAD, SIDEWALK, stream
 
-WINDOWS = np.float32(  # of a facade: distance in metres, share of it, share of the floor, sill
+WINDOWS = np.float32(  # by the kind of a facade: distance in metres, share of it, share of the floor, sill
     [
-        (2.6, 0.44, 0.52, 0.26),  # BRICK
-        (2.4, 0.5, 0.56, 0.24),  # PLASTER
-        (2.8, 0.86, 0.6, 0.22),  # OFFICE
-        (2, 0.86, 0.8, 0.1),  # GLASS
-        (3, 0.92, 0.62, 0.14),  # SHOP
+        (2.6, 0.44, 0.52, 0.26),
+        (2.4, 0.5, 0.56, 0.24),
+        (2.8, 0.86, 0.6, 0.22),
+        (2, 0.86, 0.8, 0.1),
+        (3, 0.92, 0.62, 0.14),
     ]
 )
-SHOP = 4
 BLACK, WHITE, RED, PANE, PLATE = streets.palette("242426 ebebe0 b80f0d 1a1f24 d9d199")
 CARS, COACHES = (streets.REAR, streets.HEAD), (streets.COACH, streets.COACH_REAR, streets.COACH_HEAD)
 DECALS = (  # materials, |q| from, to, t from, to, colour, gloss, glow: q is -1..1 between the edges, t 0..1 upwards
@@ -88,33 +87,16 @@ def _mix(colour: ndarray, other, share: ndarray) -> ndarray:
     return colour + (np.asarray(other, np.float32) - colour) * share[:, None]
 
 
-@dataclass
-class Pixels:
-    """Pixels that show one material: where on their faces they lie, and the faces' own numbers. All float32 (n,)."""
-
-    material: int
-    u: ndarray  # metres
-    v: ndarray
-    width: ndarray  # of the face, metres
-    height: ndarray
-    foot_u: ndarray  # footprint of the pixel, metres
-    foot_v: ndarray
-    colour: ndarray  # (n, 3)
-    values: ndarray  # (3, n)
-    taper: ndarray  # (2, n)
-    seed: ndarray
+# Textures of one material: colour (n, 3), gloss and glow (n,) of the n pixels of `_pixels`
 
 
-# Textures of one material: colour (n, 3), gloss and glow (n,) of n pixels
-
-
-def _facade(px: Pixels, contrast: float):
+def _facade(px, contrast: float):
     """Walls with windows, balconies and, where values[1] > 0, shops with a coloured fascia in the lowest floor."""
     kind = px.values[0].astype(np.int64)
     floor = px.height / np.maximum(np.rint(px.height / 3.1), 1)
     row = np.floor(px.v / floor)
     is_shop, rise = (px.values[1] > 0) & (row == 0), px.v / floor - row  # of its floor, 0..1
-    bay, wide, high, sill = WINDOWS[np.where(is_shop, SHOP, kind - 1)].T
+    bay, wide, high, sill = WINDOWS[np.where(is_shop, streets.SHOP, kind)].T
     bay = px.width / np.maximum(np.rint(px.width / bay), 1)
     col = np.floor(px.u / bay)
     key, u, gap = _hash(col, row, px.seed), px.u - bay * (1 - wide) / 2, 0.13
@@ -143,7 +125,7 @@ def _facade(px: Pixels, contrast: float):
     return colour, pane * ~curtain * (0.25 + 0.5 * key) * (0.35 + 0.65 * rise), glow
 
 
-def _decals(px: Pixels, contrast: float):
+def _decals(px, contrast: float):
     """Rectangles on the body of a vehicle: lamps, plates, windows, doors."""
     t, (left, right) = px.v / px.height, px.taper
     q = (px.u / px.width - left * t) / np.maximum(1 - (left + right) * t, 0.05)
@@ -158,7 +140,7 @@ def _decals(px: Pixels, contrast: float):
     return colour, gloss, glow
 
 
-def _leaf(px: Pixels, contrast: float):
+def _leaf(px, contrast: float):
     """Leaves: clumps of light and dark, darker below."""
     is_hedge, clump = px.values[0] == streets.HEDGE, noise(px.u * 6 + px.seed * 512, px.v * 6, 0.65)
     leaf = (noise(px.u * 22 + px.seed * 512, px.v * 22, 1.0) - 0.5) / (1 + 2 * px.foot_v)
@@ -168,7 +150,7 @@ def _leaf(px: Pixels, contrast: float):
     return px.colour * tone[:, None] * np.stack([warm, np.ones_like(warm), 2 - 1.2 * warm], axis=1), 0, 0
 
 
-def _courses(px: Pixels, contrast: float):
+def _courses(px, contrast: float):
     """Brick, tiles, slabs or panels: joints every values[0] metres, values[1] lighter."""
     period, joint, _ = px.values
     block = (_hash(px.u / (2 * period), px.v / period, px.seed) - 0.5) / (1 + 6 * px.foot_v)
@@ -177,19 +159,14 @@ def _courses(px: Pixels, contrast: float):
     return px.colour * tone[:, None], 0, 0
 
 
-def _plain(px: Pixels, contrast: float):
+def _plain(px, contrast: float):
     """Paint, cloth or metal."""
     tone = 1 + contrast * 0.12 * (noise(px.u * 9 + px.seed * 99, px.v * 9) - 0.5)
     return px.colour * tone[:, None], 0.06, 0
 
 
-def _glow(px: Pixels, contrast: float):
-    """A lamp that is on."""
-    return px.colour, 0, 3
-
-
 TEXTURES = {streets.PLAIN: _plain, streets.ROUND: _plain, streets.LEAF: _leaf}
-TEXTURES |= {streets.FACADE: _facade, streets.COURSES: _courses, streets.GLOW: _glow}
+TEXTURES |= {streets.FACADE: _facade, streets.COURSES: _courses, streets.GLOW: lambda px, contrast: (px.colour, 0, 3)}
 
 
 def _markings(camera) -> ndarray:
@@ -239,22 +216,25 @@ def _ground_colour(camera, contrast: float) -> ndarray:
     return np.where(zone == ROAD, asphalt, np.where(zone == SIDEWALK, slabs, grass))
 
 
-def _pixels(camera, material: int, where: tuple[ndarray, ndarray]) -> Pixels:
-    """The pixels (rows, columns) of one material."""
+def _pixels(camera, material: int, where: tuple[ndarray, ndarray]) -> SimpleNamespace:
+    """The n pixels (rows, columns) of one material, and their faces' own numbers; float32 (n,) where not said else.
+
+    On the face, metres: u and v, its width and height, the pixel's footprint foot_u and foot_v. Of the face: colour
+    (n, 3), values (3, n), taper (2, n), seed.
+    """
     faces, face, z = camera.faces, camera.face[where], camera.depth[where]
-    dy, dx = camera.dy[where[0]], camera.dx[where[1]]
-    forms = camera.forms.astype(np.float32)[face]
-
-    def measure(row: int, edge: ndarray):
-        """Place along an edge, its length and the footprint, metres."""
-        length = np.sqrt((edge * edge).sum(1)).astype(np.float32)[face]
-        at = (forms[:, row, 0] * dx + forms[:, row, 1] * dy + forms[:, row, 2]) * z
-        slope = np.abs(forms[:, row, :2] - at[:, None] * forms[:, 0, :2]).sum(1)
-        return at * length, length, slope * z * length / camera.focal + 1e-4
-
-    (u, width, foot_u), (v, height, foot_v) = measure(1, faces.u), measure(2, faces.v)
-    own = faces.colour[face], faces.values[face].T, faces.taper[face].T, faces.seed[face]
-    return Pixels(material, u, v, width, height, foot_u, foot_v, *own)
+    dy, dx, forms = camera.dy[where[0]], camera.dx[where[1]], camera.forms.astype(np.float32)[face]
+    px = SimpleNamespace(material=material, colour=faces.colour[face], seed=faces.seed[face])
+    px.values, px.taper = faces.values[face].T, faces.taper[face].T
+    px.width, px.height = (np.sqrt((edge * edge).sum(1)).astype(np.float32)[face] for edge in (faces.u, faces.v))
+    u, v = (form[:, 0] * dx + form[:, 1] * dy + form[:, 2] for form in (forms[:, 1], forms[:, 2]))
+    u, v = u * z, v * z
+    px.u, px.v = u * px.width, v * px.height
+    px.foot_u, px.foot_v = (
+        np.abs(forms[:, row, :2] - at[:, None] * forms[:, 0, :2]).sum(1) * z * length / camera.focal + 1e-4
+        for row, at, length in ((1, u, px.width), (2, v, px.height))
+    )
+    return px
 
 
 def surface(camera, contrast: float) -> tuple[ndarray, ndarray, ndarray, ndarray]:
