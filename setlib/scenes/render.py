@@ -37,51 +37,6 @@ class Scene:
     depth: ndarray
 
 
-@dataclass(frozen=True)
-class Look:
-    """Light, weather and camera of one style; colours are linear, float32 (3,)."""
-
-    sun: ndarray
-    ambient: ndarray
-    zenith: ndarray
-    horizon: ndarray  # also what fog, glass and wet roads show
-    cloud: ndarray
-    clouds: float  # share of the sky
-    haze: float  # Koschmieder's beta, 1/m
-    lights: float  # power of lamps and lit windows
-    falling: str  # "rain", "snow" or ""
-    saturation: float
-    contrast: float  # of textures
-    exposure: float
-    noise: float  # standard deviation; without it the picture is sharp as well
-    vignette: float
-    warmth: float  # share that red gains and blue loses
-
-
-COLOURS = {  # sun, ambient, zenith, horizon, cloud
-    "game": ((1.15, 1.08, 0.9), (0.42, 0.46, 0.56), (0.08, 0.25, 0.72), (0.5, 0.72, 0.95), (1.0, 1.0, 1.0)),
-    "clear": ((1.3, 1.2, 1.0), (0.3, 0.32, 0.36), (0.26, 0.44, 0.74), (0.85, 0.9, 0.94), (1.0, 1.0, 1.0)),
-    "overcast": ((0, 0, 0), (0.66, 0.69, 0.72), (0.5, 0.53, 0.57), (0.8, 0.82, 0.83), (0.62, 0.64, 0.67)),
-    "dusk": ((0.45, 0.22, 0.09), (0.2, 0.18, 0.26), (0.07, 0.1, 0.26), (0.85, 0.42, 0.2), (0.5, 0.26, 0.26)),
-    "night": ((0, 0, 0), (0.014, 0.017, 0.03), (0.003, 0.004, 0.012), (0.05, 0.035, 0.03), (0.03, 0.024, 0.025)),
-    "fog": ((0, 0, 0), (0.66, 0.68, 0.7), (0.66, 0.69, 0.72), (0.66, 0.69, 0.72), (0.66, 0.69, 0.72)),
-    "rain": ((0, 0, 0), (0.4, 0.44, 0.5), (0.26, 0.3, 0.35), (0.36, 0.4, 0.45), (0.25, 0.28, 0.33)),
-    "snow": ((0, 0, 0), (0.62, 0.66, 0.73), (0.62, 0.65, 0.69), (0.74, 0.76, 0.79), (0.58, 0.61, 0.66)),
-}
-NUMBERS = {  # the other fields of Look
-    "game": (0.42, 0.0008, 0.0, "", 1.3, 0.8, 1.0, 0.0, 0.0, 0.0),
-    "clear": (0.32, 0.0014, 0.0, "", 0.9, 1.3, 1.0, 0.012, 0.3, 0.04),
-    "overcast": (0.95, 0.002, 0.0, "", 0.66, 1.1, 0.85, 0.015, 0.25, 0.0),
-    "dusk": (0.5, 0.0012, 0.45, "", 0.95, 1.0, 1.1, 0.025, 0.4, 0.0),
-    "night": (0.5, 0.0008, 1.0, "", 0.85, 1.0, 0.9, 0.03, 0.4, 0.11),
-    "fog": (0.0, 0.03, 0.15, "", 0.6, 1.0, 0.95, 0.012, 0.2, 0.0),
-    "rain": (0.85, 0.009, 0.3, "rain", 0.7, 1.0, 0.85, 0.02, 0.3, -0.055),
-    "snow": (0.8, 0.0075, 0.0, "snow", 0.6, 1.0, 0.9, 0.015, 0.2, -0.03),
-}
-STYLES = tuple(COLOURS)
-LOOKS = {style: Look(*np.float32(COLOURS[style]), *NUMBERS[style]) for style in STYLES}
-
-
 def _outline(face: np.record, u: ndarray, v: ndarray) -> ndarray:
     """Which points (u, v) in 0..1 of a face its outline holds."""
     x, y = 2 * u - 1, 2 * v - 1
@@ -104,6 +59,14 @@ def _forms(p: ndarray, u: ndarray, v: ndarray) -> tuple[ndarray, ndarray]:
     rows = np.stack([np.cross(u, v), np.cross(v, p), np.cross(p, u)], axis=1)
     det = (p * rows[:, 0]).sum(1)
     return rows / np.where(np.abs(det) < 1e-9, np.inf, det)[:, None, None], det
+
+
+def _soften(image: ndarray) -> ndarray:
+    """One pass of a 1-2-1 filter in both directions over (h, w, c)."""
+    padded = np.pad(image, ((1, 1), (0, 0), (0, 0)), mode="edge")
+    image = (padded[:-2] + padded[2:]) * 0.25 + image * 0.5
+    padded = np.pad(image, ((0, 0), (1, 1), (0, 0)), mode="edge")
+    return (padded[:, :-2] + padded[:, 2:]) * 0.25 + image * 0.5
 
 
 class Camera:
@@ -174,184 +137,210 @@ class Camera:
                         inside &= _outline(faces[n], uz / near, vz / near)
                 yield chosen[n], window, inside, near
 
+    def sun_shadow(self, sun: ndarray) -> ndarray:
+        """Pixels (h, w) in the sun's shadow: the faces within 45 m projected on the ground along the light."""
+        faces, lean = self.faces, np.array((sun[0], 0.0, sun[2])) / sun[1]
+        cast = (faces.p[:, 2] < 45) & (~faces.closed | ((self.forms[:, 0] * sun).sum(1) < 0))
+        length = np.sqrt((faces.u * faces.u).sum(1))[:, None]
+        across = np.array((sun[2], 0.0, -sun[0])) / math.sqrt(sun[0] ** 2 + sun[2] ** 2)
+        u = np.where(faces.facing[:, None], across * length, faces.u)  # cards turn to the sun
+        p = faces.p + (faces.u - u) / 2 + (0, self.street.height, 0)
+        p, u, v = ((q - lean * q[:, 1:2]) * (1, 0, 1) for q in (p, u, faces.v))
+        p[:, 1] = -self.street.height
+        shadow = np.zeros(self.size, bool)
+        for _, window, inside, _ in self.cover(p, u, v, np.flatnonzero(cast), np.zeros(self.size)):
+            shadow[window] |= inside
+        return shadow
 
-def _sun_shadow(camera: Camera, sun: ndarray) -> ndarray:
-    """Pixels (h, w) in the sun's shadow: the faces within 45 m projected on the ground along the light."""
-    faces, lean = camera.faces, np.array((sun[0], 0.0, sun[2])) / sun[1]
-    cast = (faces.p[:, 2] < 45) & (~faces.closed | ((camera.forms[:, 0] * sun).sum(1) < 0))
-    length = np.sqrt((faces.u * faces.u).sum(1))[:, None]
-    across = np.array((sun[2], 0.0, -sun[0])) / math.sqrt(sun[0] ** 2 + sun[2] ** 2)
-    u = np.where(faces.facing[:, None], across * length, faces.u)  # cards turn to the sun
-    p = faces.p + (faces.u - u) / 2 + (0, camera.street.height, 0)
-    p, u, v = ((q - lean * q[:, 1:2]) * (1, 0, 1) for q in (p, u, faces.v))
-    p[:, 1] = -camera.street.height
-    shadow = np.zeros(camera.size, bool)
-    for _, window, inside, _ in camera.cover(p, u, v, np.flatnonzero(cast), np.zeros(camera.size)):
-        shadow[window] |= inside
-    return shadow
+    def contact(self) -> ndarray:
+        """Share of the sky's light (h, w) that reaches the ground under and just before what stands above it."""
+        depth = self.depth.clip(0, 1e4)
+        gap = np.take_along_axis(depth, self.foot.clip(0), axis=0) - depth
+        return np.where(self.ground, np.clip(0.35 + 0.8 * np.maximum(gap, -2 - gap), 0.35, 1), 1)
 
+    def lamp_light(self, normal: ndarray) -> ndarray:
+        """Light (h, w, 3) of the nearest street lamps and the camera's own headlights on surfaces."""
+        dx, dy, lights = self.dx[None, :], self.dy[:, None], self.street.lights
+        z = np.where(np.isinf(self.depth), 1, self.depth)
+        x, y, power = dx * z, dy * z, np.zeros(self.size, np.float32)
+        lamps = lights[(lights[:, 7] > 0) & (lights[:, 2] > -8)]
+        for lamp in lamps[np.argsort(lamps[:, 2], kind="stable")][:6].tolist():
+            a, b, c = lamp[0] - x, lamp[1] - y, lamp[2] - z
+            square = a * a + b * b + c * c
+            facing = np.maximum(normal[..., 0] * a + normal[..., 1] * b + normal[..., 2] * c, 0) / np.sqrt(square)
+            power += lamp[7] * (0.25 + facing) * np.clip(b * 0.6, 0, 1) / (square + 6)
+        beam = np.clip(1 - (dy + 0.03) * 9, 0.03, 1) / (1 + np.square(np.square(dx * 2.2))) * 42 / (z * z + 60)
+        return power[..., None] * np.float32(streets.AMBER) + beam[..., None] * np.float32((1, 0.95, 0.85))
 
-def _contact(camera: Camera) -> ndarray:
-    """Share of the sky's light (h, w) that reaches the ground under and just before what stands above it."""
-    depth = camera.depth.clip(0, 1e4)
-    gap = np.take_along_axis(depth, camera.foot.clip(0), axis=0) - depth
-    return np.where(camera.ground, np.clip(0.35 + 0.8 * np.maximum(gap, -2 - gap), 0.35, 1), 1)
+    def wet(self, image: ndarray):
+        """Mirrors in the wet ground of the linear image (h, w, 3) what stands above it in its column."""
+        h, w = self.size
+        rows, columns = np.arange(h)[:, None], np.arange(w)[None, :]
+        jitter = (noise(columns * 3.0, rows * 9.0, 0.9) - 0.5) * h * 0.03
+        source = np.clip(2 * self.foot + 1 - rows + jitter.astype(np.int64), 0, h - 1)
+        wet = np.zeros(self.size, np.float32)
+        wet[self.ground] = np.clip(0.15 + 0.75 * noise(self.s * 4, self.lat * 9, 0.65), 0, 0.7)
+        wet = wet * np.clip(1 + self.dy[:, None] * 1.1, 0.15, 1)
+        return image + (image[source, columns] * 0.85 - image) * wet[..., None]
 
-
-def _sky(camera: Camera, look: Look, sun: ndarray, rng: np.random.Generator) -> ndarray:
-    """Linear colour (h, w, 3) of the sky: gradient, clouds on a plane, and the sun's halo."""
-    dx, dy = camera.dx[None, :], np.maximum(camera.dy[:, None], 0.0)
-    norm = np.sqrt(dx * dx + dy * dy + 1)
-    sky = look.horizon + (look.zenith - look.horizon) * np.sqrt(np.clip(dy / norm * 1.7, 0, 1))[..., None]
-    if look.clouds:
-        x, y = dx / (dy + 0.13) * 42 + rng.uniform(0, 512), 62 / (dy + 0.13) + rng.uniform(0, 512)
-        thick, lit = noise(x, y, 0.55), noise(x + 5, y + 9, 0.55)
-        cover = np.clip((thick - 1 + look.clouds) * 3 / max(look.clouds, 0.4), 0, 1) * np.clip(dy * 9 + 0.15, 0, 1)
-        shade = np.clip(1.01 + 0.9 * lit - 1.15 * thick, 0.55, 1.15)[..., None]
-        sky = sky + (look.cloud * shade - sky) * cover[..., None] * 0.92
-    if look.sun.any():
-        halo = np.clip((dx * sun[0] + dy * sun[1] + sun[2]) / norm, 0, 1) ** 8
-        sky = sky + halo[..., None] * look.sun * 0.35
-    return sky
-
-
-def _lamp_light(camera: Camera, normal: ndarray) -> ndarray:
-    """Light (h, w, 3) of the nearest street lamps and the camera's own headlights on surfaces."""
-    dx, dy, lights = camera.dx[None, :], camera.dy[:, None], camera.street.lights
-    z = np.where(np.isinf(camera.depth), 1, camera.depth)
-    x, y, power = dx * z, dy * z, np.zeros(camera.size, np.float32)
-    lamps = lights[(lights[:, 7] > 0) & (lights[:, 2] > -8)]
-    for lamp in lamps[np.argsort(lamps[:, 2], kind="stable")][:6].tolist():
-        a, b, c = lamp[0] - x, lamp[1] - y, lamp[2] - z
-        square = a * a + b * b + c * c
-        facing = np.maximum(normal[..., 0] * a + normal[..., 1] * b + normal[..., 2] * c, 0) / np.sqrt(square)
-        power += lamp[7] * (0.25 + facing) * np.clip(b * 0.6, 0, 1) / (square + 6)
-    beam = np.clip(1 - (dy + 0.03) * 9, 0.03, 1) / (1 + np.square(np.square(dx * 2.2))) * 42 / (z * z + 60)
-    return power[..., None] * np.float32(streets.AMBER) + beam[..., None] * np.float32((1, 0.95, 0.85))
-
-
-def _glows(camera: Camera, look: Look, image: ndarray):
-    """Adds the halo of each light in sight to the linear image (h, w, 3)."""
-    h, w = camera.size
-    for x, y, z, *colour, width, _ in camera.street.lights:
-        z = max(z, 0.1)
-        col, row = x / z * camera.focal + w / 2, camera.street.horizon * h - y / z * camera.focal
-        j, i = int(col), int(row)
-        if not (1.5 < z < 130 and 0 <= col < w and 0 <= row < h and camera.depth[i, j] > z - 1.2):
-            continue
-        radius = max(width / z * camera.focal * 0.6, 0.0035 * h)
-        reach = int(radius * 9) + 2
-        window = np.s_[max(i - reach, 0) : i + reach + 1, max(j - reach, 0) : j + reach + 1]
-        dy, dx = (np.arange(size, dtype=np.float32)[part] for size, part in zip((h, w), window, strict=True))
-        r = ((dx[None, :] + 0.5 - col) ** 2 + (dy[:, None] + 0.5 - row) ** 2) / (radius * radius)
-        glow = (look.lights + 0.06) * 1.6 / (1 + r) * np.clip(1 - r / 81, 0, 1) ** 2 * min(1.0, 0.5 + width)
-        image[window] += glow[..., None] * np.float32(colour)
+    def snow_cover(self, colour: ndarray, upright: ndarray) -> ndarray:
+        """Whitens what lies open to the sky; wheels keep two tracks a lane darker."""
+        rows, columns = np.arange(self.size[0])[:, None], np.arange(self.size[1])[None, :]
+        speck = noise(columns * 2.0, rows * 2.0, 0.9)
+        is_leaf = (self.face >= 0) & (self.faces.material[self.face] == streets.LEAF)
+        cover = np.where(is_leaf, np.clip(upright * 1.1 + speck - 0.55, 0, 0.9), np.clip(upright * 1.5 - 0.35, 0, 0.95))
+        lane = np.abs(np.abs(self.lat) % LANE - LANE / 2)
+        track = (self.zone == ROAD) * np.clip(1.6 - np.abs(lane - 0.8) * 2.2, 0.3, 1)
+        cover[self.ground] = 0.95 - track * (0.43 + 0.48 * noise(self.s * 2, self.lat * 22, 0.8))
+        white = np.float32((0.9, 0.92, 0.95)) * (0.93 + 0.12 * speck)[..., None]
+        return colour + (white - colour) * cover[..., None]
 
 
-def _wet(camera: Camera, image: ndarray):
-    """Mirrors in the wet ground of the linear image (h, w, 3) what stands above it in its column."""
-    h, w = camera.size
-    rows, columns = np.arange(h)[:, None], np.arange(w)[None, :]
-    jitter = (noise(columns * 3.0, rows * 9.0, 0.9) - 0.5) * h * 0.03
-    source = np.clip(2 * camera.foot + 1 - rows + jitter.astype(np.int64), 0, h - 1)
-    wet = np.zeros(camera.size, np.float32)
-    wet[camera.ground] = np.clip(0.15 + 0.75 * noise(camera.s * 4, camera.lat * 9, 0.65), 0, 0.7)
-    wet = wet * np.clip(1 + camera.dy[:, None] * 1.1, 0.15, 1)
-    return image + (image[source, columns] * 0.85 - image) * wet[..., None]
+@dataclass(frozen=True)
+class Look:
+    """Light, weather and camera of one style; colours are linear, float32 (3,)."""
+
+    sun: ndarray
+    ambient: ndarray
+    zenith: ndarray
+    horizon: ndarray  # also what fog, glass and wet roads show
+    cloud: ndarray
+    clouds: float  # share of the sky
+    haze: float  # Koschmieder's beta, 1/m
+    lights: float  # power of lamps and lit windows
+    falling: str  # "rain", "snow" or ""
+    saturation: float
+    contrast: float  # of textures
+    exposure: float
+    noise: float  # standard deviation; without it the picture is sharp as well
+    vignette: float
+    warmth: float  # share that red gains and blue loses
+
+    def sky(self, camera: Camera, sun: ndarray, rng: np.random.Generator) -> ndarray:
+        """Linear colour (h, w, 3) of the sky: gradient, clouds on a plane, and the sun's halo."""
+        dx, dy = camera.dx[None, :], np.maximum(camera.dy[:, None], 0.0)
+        norm = np.sqrt(dx * dx + dy * dy + 1)
+        sky = self.horizon + (self.zenith - self.horizon) * np.sqrt(np.clip(dy / norm * 1.7, 0, 1))[..., None]
+        if self.clouds:
+            x, y = dx / (dy + 0.13) * 42 + rng.uniform(0, 512), 62 / (dy + 0.13) + rng.uniform(0, 512)
+            thick, lit = noise(x, y, 0.55), noise(x + 5, y + 9, 0.55)
+            cover = np.clip((thick - 1 + self.clouds) * 3 / max(self.clouds, 0.4), 0, 1) * np.clip(dy * 9 + 0.15, 0, 1)
+            shade = np.clip(1.01 + 0.9 * lit - 1.15 * thick, 0.55, 1.15)[..., None]
+            sky = sky + (self.cloud * shade - sky) * cover[..., None] * 0.92
+        if self.sun.any():
+            halo = np.clip((dx * sun[0] + dy * sun[1] + sun[2]) / norm, 0, 1) ** 8
+            sky = sky + halo[..., None] * self.sun * 0.35
+        return sky
+
+    def glows(self, camera: Camera, image: ndarray):
+        """Adds the halo of each light in sight to the linear image (h, w, 3)."""
+        h, w = camera.size
+        for x, y, z, *colour, width, _ in camera.street.lights:
+            z = max(z, 0.1)
+            col, row = x / z * camera.focal + w / 2, camera.street.horizon * h - y / z * camera.focal
+            j, i = int(col), int(row)
+            if not (1.5 < z < 130 and 0 <= col < w and 0 <= row < h and camera.depth[i, j] > z - 1.2):
+                continue
+            radius = max(width / z * camera.focal * 0.6, 0.0035 * h)
+            reach = int(radius * 9) + 2
+            window = np.s_[max(i - reach, 0) : i + reach + 1, max(j - reach, 0) : j + reach + 1]
+            dy, dx = (np.arange(size, dtype=np.float32)[part] for size, part in zip((h, w), window, strict=True))
+            r = ((dx[None, :] + 0.5 - col) ** 2 + (dy[:, None] + 0.5 - row) ** 2) / (radius * radius)
+            glow = (self.lights + 0.06) * 1.6 / (1 + r) * np.clip(1 - r / 81, 0, 1) ** 2 * min(1.0, 0.5 + width)
+            image[window] += glow[..., None] * np.float32(colour)
+
+    def shade(self, camera: Camera, rng: np.random.Generator) -> ndarray:
+        """Linear image (h, w, 3) of what a camera sees in the light and weather of a style."""
+        side = rng.choice([-1.0, 1.0])
+        sun = np.array((side * rng.uniform(0.35, 0.8), rng.uniform(0.5, 0.8), rng.uniform(-0.5, 0.15)))
+        if self.lights:
+            sun = np.array((side * 0.25, 0.25, 0.9))  # low and ahead
+        sun = (sun / math.sqrt((sun * sun).sum())).astype(np.float32)
+
+        colour, normal, gloss, glow = surface(camera, self.contrast)
+        colour = np.clip(colour, 0.01, 1.0)
+        is_dark, upright, contact = colour.max(-1) < 0.6, normal[..., 1], camera.contact()
+        if self.falling == "snow":
+            colour = camera.snow_cover(colour, upright)
+        colour = colour * colour
+        if self.falling == "rain":
+            colour = colour * np.where(camera.ground, np.float32(0.5), np.float32(0.8))[..., None]
+
+        light = self.ambient * ((0.72 + 0.28 * upright + 0.06 * normal[..., 0]) * contact)[..., None]
+        if self.sun.any():
+            facing = np.maximum((normal * sun).sum(-1), 0) * (0.4 + 0.6 * contact)
+            if not self.lights:
+                facing = facing * ~(camera.sun_shadow(sun.astype(np.float64)) & camera.ground)
+            light = light + facing[..., None] * self.sun
+        if self.lights > 0.2:
+            light = light + camera.lamp_light(normal) * (self.lights * (0.3 + 0.7 * contact))[..., None]
+        shown = np.where(is_dark[..., None], np.float32((1.0, 0.78, 0.45)), colour)  # dark glass is lit from inside
+        glow = glow * np.where(glow > 2, 0.5, self.lights * 0.9)
+        lit = colour * light + gloss[..., None] * self.horizon * 0.7 + glow[..., None] * shown
+        image = np.where((camera.face == OPEN)[..., None], self.sky(camera, sun, rng), lit.astype(np.float32))
+        return camera.wet(image) if self.falling == "rain" else image
+
+    def fog(self, camera: Camera, image: ndarray, rng: np.random.Generator) -> ndarray:
+        """Koschmieder: I = J t + A (1 - t) with t = exp(-beta d)."""
+        beta = self.haze * (rng.uniform(0.75, 1.5) if self.haze > 0.005 else 1.0)
+        t = np.exp(np.float32(-beta) * np.minimum(camera.depth, np.float32(1e4)))
+        t = np.where(np.isinf(camera.depth), np.float32(self.haze < 0.02), t)[..., None]
+        return image * t + self.horizon * (1 - t)
+
+    def precipitation(self, image: ndarray, rng: np.random.Generator) -> ndarray:
+        """Rain streaks or snow flakes in front of the scene."""
+        h, w = image.shape[:2]
+        veil = np.zeros((h, w), np.float32)
+        if self.falling == "rain":
+            drops, slant = (rng.random((h, w), np.float32) < 0.0035).astype(np.float32), rng.uniform(-0.25, 0.25)
+            for k in range(max(h // 16, 3)):
+                veil += np.roll(drops, (k, int(slant * k)), (0, 1))
+            veil = np.minimum(veil, 1.5) * 0.1
+        else:
+            for share, size in ((0.004, 1), (0.0012, 2), (0.0003, 3)):
+                size = max(round(size * h / 224), 1)
+                flakes = (rng.random((h, w), np.float32) < share).astype(np.float32) * 0.75
+                for k in range(size * size):
+                    veil = np.maximum(veil, np.roll(flakes, (k // size, k % size), (0, 1)))
+        return image + (self.horizon * 1.15 - image) * veil[..., None]
+
+    def expose(self, image: ndarray, rng: np.random.Generator) -> ndarray:
+        """The camera: vignette, exposure, tone curve, colour, blur, noise; uint8 (h, w, 3)."""
+        h, w = image.shape[:2]
+        gain = self.exposure * rng.uniform(0.92, 1.1) * np.array((1 + self.warmth, 1.0, 1 - self.warmth))
+        y, x = np.linspace(-1, 1, h)[:, None, None], np.linspace(-1, 1, w)[None, :, None]
+        image = image * (gain * (1 - self.vignette * 0.5 * (x * x + y * y))).astype(np.float32)
+        image = np.sqrt(image * 1.25 / (1 + 0.25 * image))
+        grey = (image[..., 0] * 0.3 + image[..., 1] * 0.59 + image[..., 2] * 0.11)[..., None]
+        image = grey + (image - grey) * self.saturation
+        if self.noise:
+            image = image + (_soften(image) - image) * 0.6
+            image += np.float32(self.noise * rng.uniform(0.7, 1.3)) * rng.standard_normal((h, w, 3), np.float32)
+        return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def _snow_cover(camera: Camera, colour: ndarray, upright: ndarray) -> ndarray:
-    """Whitens what lies open to the sky; wheels keep two tracks a lane darker."""
-    rows, columns = np.arange(camera.size[0])[:, None], np.arange(camera.size[1])[None, :]
-    speck = noise(columns * 2.0, rows * 2.0, 0.9)
-    is_leaf = (camera.face >= 0) & (camera.faces.material[camera.face] == streets.LEAF)
-    cover = np.where(is_leaf, np.clip(upright * 1.1 + speck - 0.55, 0, 0.9), np.clip(upright * 1.5 - 0.35, 0, 0.95))
-    lane = np.abs(np.abs(camera.lat) % LANE - LANE / 2)
-    track = (camera.zone == ROAD) * np.clip(1.6 - np.abs(lane - 0.8) * 2.2, 0.3, 1)
-    cover[camera.ground] = 0.95 - track * (0.43 + 0.48 * noise(camera.s * 2, camera.lat * 22, 0.8))
-    white = np.float32((0.9, 0.92, 0.95)) * (0.93 + 0.12 * speck)[..., None]
-    return colour + (white - colour) * cover[..., None]
-
-
-def _soften(image: ndarray) -> ndarray:
-    """One pass of a 1-2-1 filter in both directions over (h, w, c)."""
-    padded = np.pad(image, ((1, 1), (0, 0), (0, 0)), mode="edge")
-    image = (padded[:-2] + padded[2:]) * 0.25 + image * 0.5
-    padded = np.pad(image, ((0, 0), (1, 1), (0, 0)), mode="edge")
-    return (padded[:, :-2] + padded[:, 2:]) * 0.25 + image * 0.5
-
-
-def _shade(camera: Camera, look: Look, rng: np.random.Generator) -> ndarray:
-    """Linear image (h, w, 3) of what a camera sees in the light and weather of a style."""
-    side = rng.choice([-1.0, 1.0])
-    sun = np.array((side * rng.uniform(0.35, 0.8), rng.uniform(0.5, 0.8), rng.uniform(-0.5, 0.15)))
-    if look.lights:
-        sun = np.array((side * 0.25, 0.25, 0.9))  # low and ahead
-    sun = (sun / math.sqrt((sun * sun).sum())).astype(np.float32)
-
-    colour, normal, gloss, glow = surface(camera, look.contrast)
-    colour = np.clip(colour, 0.01, 1.0)
-    is_dark, upright, contact = colour.max(-1) < 0.6, normal[..., 1], _contact(camera)
-    if look.falling == "snow":
-        colour = _snow_cover(camera, colour, upright)
-    colour = colour * colour
-    if look.falling == "rain":
-        colour = colour * np.where(camera.ground, np.float32(0.5), np.float32(0.8))[..., None]
-
-    light = look.ambient * ((0.72 + 0.28 * upright + 0.06 * normal[..., 0]) * contact)[..., None]
-    if look.sun.any():
-        facing = np.maximum((normal * sun).sum(-1), 0) * (0.4 + 0.6 * contact)
-        if not look.lights:
-            facing = facing * ~(_sun_shadow(camera, sun.astype(np.float64)) & camera.ground)
-        light = light + facing[..., None] * look.sun
-    if look.lights > 0.2:
-        light = light + _lamp_light(camera, normal) * (look.lights * (0.3 + 0.7 * contact))[..., None]
-    shown = np.where(is_dark[..., None], np.float32((1.0, 0.78, 0.45)), colour)  # dark glass is lit from inside
-    glow = glow * np.where(glow > 2, 0.5, look.lights * 0.9)
-    lit = colour * light + gloss[..., None] * look.horizon * 0.7 + glow[..., None] * shown
-    image = np.where((camera.face == OPEN)[..., None], _sky(camera, look, sun, rng), lit.astype(np.float32))
-    return _wet(camera, image) if look.falling == "rain" else image
-
-
-def _fog(camera: Camera, look: Look, image: ndarray, rng: np.random.Generator) -> ndarray:
-    """Koschmieder: I = J t + A (1 - t) with t = exp(-beta d)."""
-    beta = look.haze * (rng.uniform(0.75, 1.5) if look.haze > 0.005 else 1.0)
-    t = np.exp(np.float32(-beta) * np.minimum(camera.depth, np.float32(1e4)))
-    t = np.where(np.isinf(camera.depth), np.float32(look.haze < 0.02), t)[..., None]
-    return image * t + look.horizon * (1 - t)
-
-
-def _falling(look: Look, image: ndarray, rng: np.random.Generator) -> ndarray:
-    """Rain streaks or snow flakes in front of the scene."""
-    h, w = image.shape[:2]
-    veil = np.zeros((h, w), np.float32)
-    if look.falling == "rain":
-        drops, slant = (rng.random((h, w), np.float32) < 0.0035).astype(np.float32), rng.uniform(-0.25, 0.25)
-        for k in range(max(h // 16, 3)):
-            veil += np.roll(drops, (k, int(slant * k)), (0, 1))
-        veil = np.minimum(veil, 1.5) * 0.1
-    else:
-        for share, size in ((0.004, 1), (0.0012, 2), (0.0003, 3)):
-            size = max(round(size * h / 224), 1)
-            flakes = (rng.random((h, w), np.float32) < share).astype(np.float32) * 0.75
-            for k in range(size * size):
-                veil = np.maximum(veil, np.roll(flakes, (k // size, k % size), (0, 1)))
-    return image + (look.horizon * 1.15 - image) * veil[..., None]
-
-
-def _expose(look: Look, image: ndarray, rng: np.random.Generator) -> ndarray:
-    """The camera: vignette, exposure, tone curve, colour, blur, noise; uint8 (h, w, 3)."""
-    h, w = image.shape[:2]
-    gain = look.exposure * rng.uniform(0.92, 1.1) * np.array((1 + look.warmth, 1.0, 1 - look.warmth))
-    y, x = np.linspace(-1, 1, h)[:, None, None], np.linspace(-1, 1, w)[None, :, None]
-    image = image * (gain * (1 - look.vignette * 0.5 * (x * x + y * y))).astype(np.float32)
-    image = np.sqrt(image * 1.25 / (1 + 0.25 * image))
-    grey = (image[..., 0] * 0.3 + image[..., 1] * 0.59 + image[..., 2] * 0.11)[..., None]
-    image = grey + (image - grey) * look.saturation
-    if look.noise:
-        image = image + (_soften(image) - image) * 0.6
-        image += np.float32(look.noise * rng.uniform(0.7, 1.3)) * rng.standard_normal((h, w, 3), np.float32)
-    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
+COLOURS = {  # sun, ambient, zenith, horizon, cloud
+    "game": ((1.15, 1.08, 0.9), (0.42, 0.46, 0.56), (0.08, 0.25, 0.72), (0.5, 0.72, 0.95), (1.0, 1.0, 1.0)),
+    "clear": ((1.3, 1.2, 1.0), (0.3, 0.32, 0.36), (0.26, 0.44, 0.74), (0.85, 0.9, 0.94), (1.0, 1.0, 1.0)),
+    "overcast": ((0, 0, 0), (0.66, 0.69, 0.72), (0.5, 0.53, 0.57), (0.8, 0.82, 0.83), (0.62, 0.64, 0.67)),
+    "dusk": ((0.45, 0.22, 0.09), (0.2, 0.18, 0.26), (0.07, 0.1, 0.26), (0.85, 0.42, 0.2), (0.5, 0.26, 0.26)),
+    "night": ((0, 0, 0), (0.014, 0.017, 0.03), (0.003, 0.004, 0.012), (0.05, 0.035, 0.03), (0.03, 0.024, 0.025)),
+    "fog": ((0, 0, 0), (0.66, 0.68, 0.7), (0.66, 0.69, 0.72), (0.66, 0.69, 0.72), (0.66, 0.69, 0.72)),
+    "rain": ((0, 0, 0), (0.4, 0.44, 0.5), (0.26, 0.3, 0.35), (0.36, 0.4, 0.45), (0.25, 0.28, 0.33)),
+    "snow": ((0, 0, 0), (0.62, 0.66, 0.73), (0.62, 0.65, 0.69), (0.74, 0.76, 0.79), (0.58, 0.61, 0.66)),
+}
+NUMBERS = {  # the other fields of Look
+    "game": (0.42, 0.0008, 0.0, "", 1.3, 0.8, 1.0, 0.0, 0.0, 0.0),
+    "clear": (0.32, 0.0014, 0.0, "", 0.9, 1.3, 1.0, 0.012, 0.3, 0.04),
+    "overcast": (0.95, 0.002, 0.0, "", 0.66, 1.1, 0.85, 0.015, 0.25, 0.0),
+    "dusk": (0.5, 0.0012, 0.45, "", 0.95, 1.0, 1.1, 0.025, 0.4, 0.0),
+    "night": (0.5, 0.0008, 1.0, "", 0.85, 1.0, 0.9, 0.03, 0.4, 0.11),
+    "fog": (0.0, 0.03, 0.15, "", 0.6, 1.0, 0.95, 0.012, 0.2, 0.0),
+    "rain": (0.85, 0.009, 0.3, "rain", 0.7, 1.0, 0.85, 0.02, 0.3, -0.055),
+    "snow": (0.8, 0.0075, 0.0, "snow", 0.6, 1.0, 0.9, 0.015, 0.2, -0.03),
+}
+STYLES = tuple(COLOURS)
+LOOKS = {style: Look(*np.float32(COLOURS[style]), *NUMBERS[style]) for style in STYLES}
 
 
 def check_request(style: str, size: tuple[int, int]):
@@ -370,10 +359,10 @@ def render_scene(seed: int, index: int, style: str, size: tuple[int, int] = (224
     """
     check_request(style, size)
     camera, look, rng = Camera(Street(seed, index), size), LOOKS[style], stream(seed, index, 1, STYLES.index(style))
-    image = _fog(camera, look, _shade(camera, look, rng), rng)
-    _glows(camera, look, image)
+    image = look.fog(camera, look.shade(camera, rng), rng)
+    look.glows(camera, image)
     faces = camera.face[..., None].astype(np.float32)
     image = np.where(_soften(faces) != faces, _soften(image), image)  # softens the steps where two faces meet
     if look.falling:
-        image = _falling(look, image, rng)
-    return Scene(_expose(look, image, rng), camera.label, camera.depth)
+        image = look.precipitation(image, rng)
+    return Scene(look.expose(image, rng), camera.label, camera.depth)
