@@ -5,17 +5,21 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
 from setlib.files import PROJECT, write_atomic
-from setlib.scenes.render import VERSION, check_request, render_scene
+from setlib.scenes.render import VERSION, render_scene
 
-PER_WORKER = 8  # scenes that pay for starting a process
-WORKER = "import json, sys; from setlib.scenes.cache import work; work(*json.loads(sys.argv[1]))"
+WORKER = """
+import json, sys
+from setlib.scenes.cache import store
+for index in store(*json.loads(sys.argv[1])):
+    print(index, flush=True)
+"""
 
 
 def cached_scenes(
@@ -27,16 +31,17 @@ def cached_scenes(
     Returns (image path, label path, name) per index.
     Raises ValueError if the folder holds scenes of another seed, size or version, or cannot be written.
     """
-    check_request(style, size)
     _claim(folder, {"seed": seed, "size": list(size), "version": VERSION})
     paths = {index: _paths(folder, style, index) for index in indices}
     missing = [index for index, pair in paths.items() if not all(path.exists() for path in pair)]
     with tqdm(total=len(missing), desc=f"render {style}", unit="scene", disable=not missing) as bar:
-        workers = min(os.cpu_count() or 1, len(missing) // PER_WORKER)
+        workers = min(os.cpu_count() or 1, len(missing) // 8)
         if workers > 1:
-            _run_workers([[str(folder), style, missing[k::workers], seed, size] for k in range(workers)], bar)
+            _run_workers(
+                [[str(folder.absolute()), style, missing[k::workers], seed, size] for k in range(workers)], bar
+            )
         bar.reset()
-        for _ in _store(folder, style, missing, seed, size):  # what a worker could not do is done here, and says why
+        for _ in store(folder, style, missing, seed, size):  # what a worker could not do is done here, and says why
             bar.update()
     return [(*paths[index], f"{style}/{index:05d}") for index in indices]
 
@@ -60,23 +65,16 @@ def _paths(folder: Path, style: str, index: int) -> tuple[Path, Path]:
     return folder / f"images/{style}/{index:05d}.png", folder / f"labels/{index:05d}.png"
 
 
-def _store(folder: Path, style: str, indices: Sequence[int], seed: int, size: Sequence[int]) -> Iterable[int]:
+def store(folder: Path | str, style: str, indices: Sequence[int], seed: int, size: Sequence[int]) -> Iterator[int]:
     """Renders scenes to files where their image or label is missing; yields each index when its files are there."""
     for index in indices:
-        paths = _paths(folder, style, index)
-        if not all(path.exists() for path in paths):
-            scene = render_scene(seed, index, style, tuple(size))
-            for path, pixels in zip(paths, (scene.image, scene.label), strict=True):
-                if not path.exists():
-                    Image.fromarray(pixels).save(file := io.BytesIO(), format="PNG", compress_level=4)
-                    write_atomic(path, file.getvalue())
+        missing = [path for path in _paths(Path(folder), style, index) if not path.exists()]
+        scene = render_scene(seed, index, style, tuple(size)) if missing else None
+        for path in missing:
+            pixels = scene.label if path.parent.name == "labels" else scene.image
+            Image.fromarray(pixels).save(file := io.BytesIO(), format="PNG", compress_level=4)
+            write_atomic(path, file.getvalue())
         yield index
-
-
-def work(folder: str, *rest):
-    """What a worker does: stores scenes and prints a line for each."""
-    for index in _store(Path(folder), *rest):
-        print(index, flush=True)
 
 
 def _run_workers(parts: list[list], bar: tqdm):
@@ -84,12 +82,10 @@ def _run_workers(parts: list[list], bar: tqdm):
 
     Not multiprocessing: its workers run the caller's script again unless that is guarded.
     """
-    paths = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     reading, writing = os.pipe()
     streams = {"stdin": subprocess.DEVNULL, "stdout": writing, "stderr": subprocess.DEVNULL}
-    commands = [[sys.executable, "-c", WORKER, json.dumps(part)] for part in parts]
-    workers = [subprocess.Popen(command, env=environment, **streams) for command in commands]
+    place = {"cwd": PROJECT, "env": os.environ | {"OMP_NUM_THREADS": "1"}}  # there setlib is found without a path
+    workers = [subprocess.Popen([sys.executable, "-c", WORKER, json.dumps(part)], **streams, **place) for part in parts]
     os.close(writing)
     try:
         with open(reading) as lines:

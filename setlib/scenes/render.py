@@ -343,21 +343,16 @@ STYLES = tuple(COLOURS)
 LOOKS = {style: Look(*np.float32(COLOURS[style]), *NUMBERS[style]) for style in STYLES}
 
 
-def check_request(style: str, size: tuple[int, int]):
-    """Raises ValueError for an unknown style or a size (h, w) too small."""
-    if style not in STYLES:
-        raise ValueError(f"style is one of {', '.join(STYLES)}; got {style!r}, {nearest(str(style), STYLES)}")
-    if min(size) < MIN_SIDE:
-        raise ValueError(f"size (h, w) needs at least {MIN_SIDE} pixels a side; got {tuple(size)}")
-
-
 def render_scene(seed: int, index: int, style: str, size: tuple[int, int] = (224, 448)) -> Scene:
     """Renders street `index` of the set `seed` in one of STYLES.
 
     size: (h, w) in pixels, both at least 32; another size shows the same street.
     Raises ValueError for an unknown style or a size too small.
     """
-    check_request(style, size)
+    if style not in STYLES:
+        raise ValueError(f"style is one of {', '.join(STYLES)}; got {style!r}, {nearest(str(style), STYLES)}")
+    if min(size) < MIN_SIDE:
+        raise ValueError(f"size (h, w) needs at least {MIN_SIDE} pixels a side; got {tuple(size)}")
     camera, look, rng = Camera(Street(seed, index), size), LOOKS[style], stream(seed, index, 1, STYLES.index(style))
     image = look.fog(camera, look.shade(camera, rng), rng)
     look.glows(camera, image)

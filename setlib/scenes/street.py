@@ -149,13 +149,12 @@ class Street:
         self.rng = rng = stream(seed, index, 0)
         self.kind = str(rng.choice(list(KINDS), p=[row[0] for row in KINDS.values()]))
         _, lanes, parked, verge, walk, left, right = KINDS[self.kind]
-        self.lanes = int(rng.choice(lanes))
-        self.parking = rng.random() < parked
+        self.lanes, self.has_parking = int(rng.choice(lanes)), rng.random() < parked
         self.bend = float(rng.choice([-1, 0, 1]) * rng.uniform(0.0008, 0.0045))  # x = bend s^2 / 2
         self.yaw, self.height = rng.uniform(-0.07, 0.07), rng.uniform(1.3, 1.9)
         self.focal, self.horizon = rng.uniform(1.1, 1.5), rng.uniform(0.4, 0.5)
         self.ego = LANE * (0.5 + int(rng.integers(self.lanes))) + rng.uniform(-0.3, 0.3)
-        self.edge = self.lanes * LANE + 0.3 + (2.1 if self.parking else 0.0)
+        self.edge = self.lanes * LANE + 0.3 + (2.1 if self.has_parking else 0.0)
         self.verge, self.walk = rng.uniform(*verge, 2), rng.uniform(*walk, 2)
         self.base = (self.edge + self.verge + self.walk).tolist()
         self.fronts = [str(rng.choice(left)), str(rng.choice(right))][:: rng.choice([-1, 1])]
@@ -339,16 +338,16 @@ class Street:
         high, share = self.rng.uniform(1.1, 2.0), self.pick((0.24, 0.24, 0.9))  # bars or planks
         stone, paint = self.pick([*BRICKS, (0.6, 0.6, 0.6)]), self.pick(FENCES)
         length = 6 * (1 + abs(self.bend) * lat) + 0.02
-        if kind == "fence":
-            label, look = FENCE, {"colour": paint, "outline": BARS, "values": (length, high, share)}
-        elif kind == "wall":
-            courses = (0.2, 0.12) if stone in BRICKS else (0.9, -0.3)
-            label, look = WALL, {"colour": stone, "material": COURSES, "values": courses}
-        else:
-            label, look = VEGETATION, {"colour": (0.36, 0.52, 0.24), "values": (HEDGE, length, 0.8)} | LEAFY
+        courses = (0.2, 0.12) if stone in BRICKS else (0.9, -0.3)
+        label, colour, material, outline, values = {
+            "fence": (FENCE, paint, PLAIN, BARS, (length, high, share)),
+            "wall": (WALL, stone, COURSES, SOLID, courses),
+            "hedge": (VEGETATION, (0.36, 0.52, 0.24), LEAF, LEAVES, (HEDGE, length, 0.8)),
+        }[kind]
         for s in np.arange(-8.0, 110.0, 6.0):
             if self.is_clear(s, s + 6):
-                self.place(label, s + 3, side * lat).quad((0, 0, -length / 2), (0, 0, length), (0, high, 0), **look)
+                piece, u, v = self.place(label, s + 3, side * lat), (0, 0, length), (0, high, 0)
+                piece.quad((0, 0, -length / 2), u, v, colour, material, outline=outline, values=values)
 
     def _front(self, side, base, kind):
         """What stands beyond one sidewalk: blocks, houses in gardens, a park, or a railway."""
@@ -397,7 +396,7 @@ class Street:
                         self._vehicle(kind, s + length / 2, at, turn, moving=True)
                     s += length
                 s += rng.uniform(5, 16)
-        for side in (-1, 1) if self.parking else ():
+        for side in (-1, 1) if self.has_parking else ():
             filled = rng.uniform(0.3, 0.9)
             for s in np.arange(rng.uniform(1, 7), 90, 6.4):
                 if rng.random() < filled and self.is_clear(s - 3, s + 8):

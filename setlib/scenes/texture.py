@@ -4,7 +4,6 @@ Colours are gamma-2 values in 0..1. Patterns are filtered over the footprint of 
 """
 
 from functools import lru_cache
-from types import SimpleNamespace
 
 import numpy as np
 from numpy import ndarray
@@ -87,86 +86,108 @@ def _mix(colour: ndarray, other, share: ndarray) -> ndarray:
     return colour + (np.asarray(other, np.float32) - colour) * share[:, None]
 
 
-# Textures of one material: colour (n, 3), gloss and glow (n,) of the n pixels of `_pixels`
+class Pixels:
+    """The n pixels that show one material; its textures give colour (n, 3), gloss and glow (n,).
+
+    On the face, metres, (n,): u and v, its width and height, the footprint foot_u and foot_v of a pixel. Of the face:
+    colour (n, 3), values (3, n), taper (2, n), seed (n,). All float32.
+    """
+
+    def __init__(self, camera, material: int, where: tuple[ndarray, ndarray], contrast: float):
+        faces, face, z = camera.faces, camera.face[where], camera.depth[where]
+        dy, dx, forms = camera.dy[where[0]], camera.dx[where[1]], camera.forms.astype(np.float32)[face]
+
+        def measure(row: int, edge: ndarray):
+            """Place along an edge, its length and the footprint, metres."""
+            length = np.sqrt((edge * edge).sum(1)).astype(np.float32)[face]
+            at = (forms[:, row, 0] * dx + forms[:, row, 1] * dy + forms[:, row, 2]) * z
+            slope = np.abs(forms[:, row, :2] - at[:, None] * forms[:, 0, :2]).sum(1)
+            return at * length, length, slope * z * length / camera.focal + 1e-4
+
+        self.u, self.width, self.foot_u = measure(1, faces.u)
+        self.v, self.height, self.foot_v = measure(2, faces.v)
+        self.material, self.contrast, self.colour, self.seed = material, contrast, faces.colour[face], faces.seed[face]
+        self.values, self.taper = faces.values[face].T, faces.taper[face].T
+
+    def noise(self, scale: float, shift: float, slope: float = 0.8) -> ndarray:
+        """Noise in 0..1 (n,), `scale` texels a metre, another for each face."""
+        return noise(self.u * scale + self.seed * shift, self.v * scale, slope)
+
+    def facade(self):
+        """Walls with windows, balconies and, where values[1] > 0, shops with a coloured fascia in the lowest floor."""
+        kind = self.values[0].astype(np.int64)
+        floor = self.height / np.maximum(np.rint(self.height / 3.1), 1)
+        row = np.floor(self.v / floor)
+        is_shop, rise = (self.values[1] > 0) & (row == 0), self.v / floor - row  # of its floor, 0..1
+        bay, wide, high, sill = WINDOWS[np.where(is_shop, streets.SHOP, kind)].T
+        bay = self.width / np.maximum(np.rint(self.width / bay), 1)
+        col = np.floor(self.u / bay)
+        key, u, gap = _hash(col, row, self.seed), self.u - bay * (1 - wide) / 2, 0.13
+        pane = _stripes(u, bay, bay * wide, self.foot_u) * _band(rise, sill, sill + high, self.foot_v / floor)
+        frame = _stripes(u + gap, bay, bay * wide + 2 * gap, self.foot_u)
+        frame = frame * _band(rise, sill - gap / floor, sill + high + gap / floor, self.foot_v / floor)
+
+        fine = (self.noise(24, 512) - 0.5) / (1 + 6 * self.foot_v)
+        stain = noise(self.u * 3 + self.seed * 300, self.v * 5, 0.6) - 0.5
+        joints, eaves = _stripes(self.v, 0.24, 0.05, self.foot_v), self.height - self.v < 0.45
+        brick = (kind == streets.BRICK) * joints - 1.2 * eaves
+        tone = 1 + self.contrast * 0.22 * (fine + stain) - 0.25 * np.clip(1 - self.v / 1.2, 0, 1) + 0.2 * brick
+        colour = _mix(self.colour * tone[:, None], (0.86, 0.85, 0.82), (frame - pane).clip(0) * 0.75 * ~is_shop)
+        curtain = (_hash(row, col, self.seed * 0.7) < 0.35) & (rise > 0.45) & ~is_shop
+        glass = np.where(curtain, 0.5, 0.13 + 0.12 * key)[:, None] * np.array((0.85, 1.0, 1.12), np.float32)
+        glass = _mix(glass, (0.75, 0.74, 0.72), _stripes(u - bay * wide / 2 + 0.04, bay, 0.08, self.foot_u))
+        colour = _mix(colour, glass, pane)
+
+        balcony = (_hash(col, 5, self.seed) < 0.3) & (row > 0) & (kind < streets.OFFICE) & (rise < 0.34)
+        rail = balcony * (0.35 + 0.65 * _stripes(self.u, 0.16, 0.05, self.foot_u))
+        colour, pane = _mix(colour, (0.2, 0.2, 0.22), rail), pane * (1 - rail)
+        paint = np.array(streets.PAINTS, np.float32)[(_hash(self.u / 6, 9, self.seed) * 11.99).astype(np.int64)]
+        colour = np.where((is_shop & (rise > 0.8))[:, None], paint, colour)
+        letters = is_shop & (np.abs(rise - 0.9) < 0.04) & (np.abs(self.u % 6 - 3) < 1.6) & (self.u % 0.31 < 0.19)
+        colour = _mix(colour, (0.92, 0.9, 0.82), letters)
+        glow = pane * ((_hash(col * 3 + 1, row, self.seed) < 0.36) | is_shop) * (0.35 + 0.65 * key)
+        return colour, pane * ~curtain * (0.25 + 0.5 * key) * (0.35 + 0.65 * rise), glow
+
+    def decals(self):
+        """Rectangles on the body of a vehicle: lamps, plates, windows, doors."""
+        t, (left, right) = self.v / self.height, self.taper
+        q = (self.u / self.width - left * t) / np.maximum(1 - (left + right) * t, 0.05)
+        if self.material == streets.COACH:
+            q = self.u / 1.7 % 1  # of one window
+        q = np.abs(2 * q - 1)
+        colour, gloss, glow = self.colour * (1.04 - 0.12 * (t < 0.5))[:, None], np.full_like(t, 0.06), np.zeros_like(t)
+        for materials, start, stop, low, high, paint, shine, light in DECALS:
+            if self.material in materials:
+                where = (q >= start) & (q <= stop) & (t >= low) & (t < high)
+                colour[where], gloss[where], glow[where] = paint, shine * t[where], light * self.values[0][where]
+        return colour, gloss, glow
+
+    def leaf(self):
+        """Leaves: clumps of light and dark, darker below."""
+        is_hedge, clump = self.values[0] == streets.HEDGE, self.noise(6, 512, 0.65)
+        leaf = (self.noise(22, 512, 1.0) - 0.5) / (1 + 2 * self.foot_v)
+        tone = self.values[2] * (0.5 + 0.65 * clump + self.contrast * 0.95 * leaf)
+        tone = tone * (0.7 - 0.1 * is_hedge + 0.36 * self.v / self.height)
+        warm = 1 + 0.25 * (clump - 0.5)
+        return self.colour * tone[:, None] * np.stack([warm, np.ones_like(warm), 2 - 1.2 * warm], axis=1), 0, 0
+
+    def courses(self):
+        """Brick, tiles, slabs or panels: joints every values[0] metres, values[1] lighter."""
+        period, joint, _ = self.values
+        block = (_hash(self.u / (2 * period), self.v / period, self.seed) - 0.5) / (1 + 6 * self.foot_v)
+        tone = 1 + 0.2 * block + joint * _stripes(self.v, period, period * 0.2, self.foot_v)
+        tone = tone + self.contrast * 0.35 * (self.noise(7, 99) - 0.5) - 0.2 * np.clip(1 - self.v * 2, 0, 1)
+        return self.colour * tone[:, None], 0, 0
+
+    def plain(self):
+        """Paint, cloth or metal."""
+        tone = 1 + self.contrast * 0.12 * (self.noise(9, 99) - 0.5)
+        return self.colour * tone[:, None], 0.06, 0
 
 
-def _facade(px, contrast: float):
-    """Walls with windows, balconies and, where values[1] > 0, shops with a coloured fascia in the lowest floor."""
-    kind = px.values[0].astype(np.int64)
-    floor = px.height / np.maximum(np.rint(px.height / 3.1), 1)
-    row = np.floor(px.v / floor)
-    is_shop, rise = (px.values[1] > 0) & (row == 0), px.v / floor - row  # of its floor, 0..1
-    bay, wide, high, sill = WINDOWS[np.where(is_shop, streets.SHOP, kind)].T
-    bay = px.width / np.maximum(np.rint(px.width / bay), 1)
-    col = np.floor(px.u / bay)
-    key, u, gap = _hash(col, row, px.seed), px.u - bay * (1 - wide) / 2, 0.13
-    pane = _stripes(u, bay, bay * wide, px.foot_u) * _band(rise, sill, sill + high, px.foot_v / floor)
-    frame = _stripes(u + gap, bay, bay * wide + 2 * gap, px.foot_u)
-    frame = frame * _band(rise, sill - gap / floor, sill + high + gap / floor, px.foot_v / floor)
-
-    fine = (noise(px.u * 24 + px.seed * 512, px.v * 24) - 0.5) / (1 + 6 * px.foot_v)
-    stain = noise(px.u * 3 + px.seed * 300, px.v * 5, 0.6) - 0.5
-    brick = (kind == streets.BRICK) * _stripes(px.v, 0.24, 0.05, px.foot_v) - 1.2 * (px.height - px.v < 0.45)
-    tone = 1 + contrast * 0.22 * (fine + stain) - 0.25 * np.clip(1 - px.v / 1.2, 0, 1) + 0.2 * brick
-    colour = _mix(px.colour * tone[:, None], (0.86, 0.85, 0.82), (frame - pane).clip(0) * 0.75 * ~is_shop)
-    curtain = (_hash(row, col, px.seed * 0.7) < 0.35) & (rise > 0.45) & ~is_shop
-    glass = np.where(curtain, 0.5, 0.13 + 0.12 * key)[:, None] * np.array((0.85, 1.0, 1.12), np.float32)
-    glass = _mix(glass, (0.75, 0.74, 0.72), _stripes(u - bay * wide / 2 + 0.04, bay, 0.08, px.foot_u))
-    colour = _mix(colour, glass, pane)
-
-    balcony = (_hash(col, 5, px.seed) < 0.3) & (row > 0) & (kind < streets.OFFICE) & (rise < 0.34)
-    rail = balcony * (0.35 + 0.65 * _stripes(px.u, 0.16, 0.05, px.foot_u))
-    colour, pane = _mix(colour, (0.2, 0.2, 0.22), rail), pane * (1 - rail)
-    paint = np.array(streets.PAINTS, np.float32)[(_hash(px.u / 6, 9, px.seed) * 11.99).astype(np.int64)]
-    colour = np.where((is_shop & (rise > 0.8))[:, None], paint, colour)
-    letters = is_shop & (np.abs(rise - 0.9) < 0.04) & (np.abs(px.u % 6 - 3) < 1.6) & (px.u % 0.31 < 0.19)
-    colour = _mix(colour, (0.92, 0.9, 0.82), letters)
-    glow = pane * ((_hash(col * 3 + 1, row, px.seed) < 0.36) | is_shop) * (0.35 + 0.65 * key)
-    return colour, pane * ~curtain * (0.25 + 0.5 * key) * (0.35 + 0.65 * rise), glow
-
-
-def _decals(px, contrast: float):
-    """Rectangles on the body of a vehicle: lamps, plates, windows, doors."""
-    t, (left, right) = px.v / px.height, px.taper
-    q = (px.u / px.width - left * t) / np.maximum(1 - (left + right) * t, 0.05)
-    if px.material == streets.COACH:
-        q = px.u / 1.7 % 1  # of one window
-    q = np.abs(2 * q - 1)
-    colour, gloss, glow = px.colour * (1.04 - 0.12 * (t < 0.5))[:, None], np.full_like(t, 0.06), np.zeros_like(t)
-    for materials, start, stop, low, high, paint, shine, light in DECALS:
-        if px.material in materials:
-            where = (q >= start) & (q <= stop) & (t >= low) & (t < high)
-            colour[where], gloss[where], glow[where] = paint, shine * t[where], light * px.values[0][where]
-    return colour, gloss, glow
-
-
-def _leaf(px, contrast: float):
-    """Leaves: clumps of light and dark, darker below."""
-    is_hedge, clump = px.values[0] == streets.HEDGE, noise(px.u * 6 + px.seed * 512, px.v * 6, 0.65)
-    leaf = (noise(px.u * 22 + px.seed * 512, px.v * 22, 1.0) - 0.5) / (1 + 2 * px.foot_v)
-    tone = px.values[2] * (0.5 + 0.65 * clump + contrast * 0.95 * leaf)
-    tone = tone * (0.7 - 0.1 * is_hedge + 0.36 * px.v / px.height)
-    warm = 1 + 0.25 * (clump - 0.5)
-    return px.colour * tone[:, None] * np.stack([warm, np.ones_like(warm), 2 - 1.2 * warm], axis=1), 0, 0
-
-
-def _courses(px, contrast: float):
-    """Brick, tiles, slabs or panels: joints every values[0] metres, values[1] lighter."""
-    period, joint, _ = px.values
-    block = (_hash(px.u / (2 * period), px.v / period, px.seed) - 0.5) / (1 + 6 * px.foot_v)
-    tone = 1 + 0.2 * block + joint * _stripes(px.v, period, period * 0.2, px.foot_v)
-    tone = tone + contrast * 0.35 * (noise(px.u * 7 + px.seed * 99, px.v * 7) - 0.5) - 0.2 * np.clip(1 - px.v * 2, 0, 1)
-    return px.colour * tone[:, None], 0, 0
-
-
-def _plain(px, contrast: float):
-    """Paint, cloth or metal."""
-    tone = 1 + contrast * 0.12 * (noise(px.u * 9 + px.seed * 99, px.v * 9) - 0.5)
-    return px.colour * tone[:, None], 0.06, 0
-
-
-TEXTURES = {streets.PLAIN: _plain, streets.ROUND: _plain, streets.LEAF: _leaf}
-TEXTURES |= {streets.FACADE: _facade, streets.COURSES: _courses, streets.GLOW: lambda px, contrast: (px.colour, 0, 3)}
+TEXTURES = {streets.PLAIN: Pixels.plain, streets.ROUND: Pixels.plain, streets.LEAF: Pixels.leaf}
+TEXTURES |= {streets.FACADE: Pixels.facade, streets.COURSES: Pixels.courses}
+TEXTURES |= {streets.GLOW: lambda pixels: (pixels.colour, 0, 3)}  # the others: decals
 
 
 def _markings(camera) -> ndarray:
@@ -216,47 +237,23 @@ def _ground_colour(camera, contrast: float) -> ndarray:
     return np.where(zone == ROAD, asphalt, np.where(zone == SIDEWALK, slabs, grass))
 
 
-def _pixels(camera, material: int, where: tuple[ndarray, ndarray]) -> SimpleNamespace:
-    """The n pixels (rows, columns) of one material, and their faces' own numbers; float32 (n,) where not said else.
-
-    On the face, metres: u and v, its width and height, the pixel's footprint foot_u and foot_v. Of the face: colour
-    (n, 3), values (3, n), taper (2, n), seed.
-    """
-    faces, face, z = camera.faces, camera.face[where], camera.depth[where]
-    dy, dx, forms = camera.dy[where[0]], camera.dx[where[1]], camera.forms.astype(np.float32)[face]
-    px = SimpleNamespace(material=material, colour=faces.colour[face], seed=faces.seed[face])
-    px.values, px.taper = faces.values[face].T, faces.taper[face].T
-    px.width, px.height = (np.sqrt((edge * edge).sum(1)).astype(np.float32)[face] for edge in (faces.u, faces.v))
-    u, v = (form[:, 0] * dx + form[:, 1] * dy + form[:, 2] for form in (forms[:, 1], forms[:, 2]))
-    u, v = u * z, v * z
-    px.u, px.v = u * px.width, v * px.height
-    px.foot_u, px.foot_v = (
-        np.abs(forms[:, row, :2] - at[:, None] * forms[:, 0, :2]).sum(1) * z * length / camera.focal + 1e-4
-        for row, at, length in ((1, u, px.width), (2, v, px.height))
-    )
-    return px
-
-
 def surface(camera, contrast: float) -> tuple[ndarray, ndarray, ndarray, ndarray]:
     """What the pixels of a `render.Camera` show: colour and normal (h, w, 3), gloss and glow (h, w), float32.
 
     contrast: of the textures, 1 is plain. Normals are unit vectors in camera coordinates. The sky is left black.
     """
-    faces, face, shape = camera.faces, camera.face, (*camera.size, 3)
-    colour, gloss, glow = (
-        np.zeros(shape, np.float32),
-        np.zeros(camera.size, np.float32),
-        np.zeros(camera.size, np.float32),
-    )
-    normal = np.zeros(shape, np.float32) + np.float32((0, 1, 0))
+    faces, face, (h, w) = camera.faces, camera.face, camera.size
+    colour, normal = np.zeros((2, h, w, 3), np.float32)
+    gloss, glow = np.zeros((2, h, w), np.float32)
+    normal[..., 1] = 1
     colour[camera.ground] = _ground_colour(camera, contrast)
     material = np.where(face >= 0, faces.material.astype(np.int8)[face], -1)
     normals = camera.forms[:, 0] / np.sqrt((camera.forms[:, 0] ** 2).sum(1)).clip(1e-12)[:, None]
     normals = (normals * -np.sign((normals * faces.p).sum(1))[:, None]).astype(np.float32)
     for kind in np.unique(material[material >= 0]):
         where = np.nonzero(material == kind)
-        px = _pixels(camera, kind, where)
-        colour[where], gloss[where], glow[where] = TEXTURES.get(kind, _decals)(px, contrast)
+        px = Pixels(camera, kind, where, contrast)
+        colour[where], gloss[where], glow[where] = TEXTURES.get(kind, Pixels.decals)(px)
         toward = normals[face[where]]
         if kind in (streets.ROUND, streets.LEAF):  # a cylinder or ball painted on a flat face
             is_ball = (kind == streets.LEAF) & (px.values[0] != streets.HEDGE)
