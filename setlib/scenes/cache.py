@@ -35,11 +35,10 @@ def cached_scenes(
     paths = {index: _paths(folder, style, index) for index in indices}
     missing = [index for index, pair in paths.items() if not all(path.exists() for path in pair)]
     with tqdm(total=len(missing), desc=f"render {style}", unit="scene", disable=not missing) as bar:
-        workers = min(os.cpu_count() or 1, len(missing) // 8)
+        workers = min(os.cpu_count() or 1, len(missing) // 8)  # one that has few scenes does not pay
         if workers > 1:
-            _run_workers(
-                [[str(folder.absolute()), style, missing[k::workers], seed, size] for k in range(workers)], bar
-            )
+            shares = [missing[k::workers] for k in range(workers)]
+            _run_workers([[str(folder.absolute()), style, share, seed, size] for share in shares], bar)
         bar.reset()
         for _ in store(folder, style, missing, seed, size):  # what a worker could not do is done here, and says why
             bar.update()

@@ -162,10 +162,8 @@ class Street:
         self.rows, self.spots = [], []  # of faces and lights
         for side, base, front in zip((-1, 1), self.base, self.fronts, strict=True):
             self._front(side, base, front)
-        self._traffic()
-        self._furniture()
-        self._people()
-        self._backdrop()
+        for add in (self._traffic, self._furniture, self._people, self._backdrop):
+            add()
         self.faces = np.rec.fromrecords(self.rows, formats=FORMATS, names=FACE)
         self.lights = np.array(self.spots).reshape(-1, 8)
 
@@ -193,7 +191,7 @@ class Street:
         """One of `choices`, drawn from the street's random numbers."""
         return choices[self.rng.integers(len(choices))]
 
-    def place(self, label: int, s: float, lat: float, turn: float = 0.0, facing: bool = False) -> "Thing":
+    def place(self, label: int, s: float, lat: float, turn: float = 0.0, facing: bool = False) -> Thing:
         """Starts an object at (s, lat): heading along the road plus `turn` radians, or facing the camera."""
         slope = self.bend * s
         norm = math.sqrt(1 + slope * slope)
@@ -202,7 +200,7 @@ class Street:
         angle = 0.0 if facing else math.atan(slope) + turn - self.yaw
         return Thing(self, label, x * cos - z * sin, x * sin + z * cos, angle, facing)
 
-    def _vehicle(self, kind: str, s, lat, turn, moving, paint=None):
+    def _vehicle(self, kind: str, s: float, lat: float, turn: float, moving: bool, paint: tuple | None = None):
         """A car, truck, bus or train: a body, a cabin and a cargo box where it has them, and wheels."""
         label, _, length, width, low, top, cabin, cargo = VEHICLES[kind]
         vehicle = self.place(label, s, lat, turn)
@@ -234,7 +232,7 @@ class Street:
                 vehicle.light(side * half * 0.75, 0.66, rear - 0.1, RED, 0.16)
                 vehicle.light(side * half * 0.75, 0.66, front + 0.1, WHITE, 0.34)
 
-    def _person(self, s, lat, rides=False):
+    def _person(self, s: float, lat: float, rides: bool = False):
         """A walker, or somebody who sits on a cycle."""
         person = self.place(RIDER if rides else PERSON, s, lat, facing=True)
         size = 1.0 if rides else self.rng.uniform(0.86, 1.06)
@@ -247,7 +245,7 @@ class Street:
             for side in (-1, 1) if x else (1,):
                 person.card(side * x * size, y, width * size, height, colours[part], lean=side * lean * stride, **look)
 
-    def _cycle(self, label, s, lat, turn, ridden):
+    def _cycle(self, label: int, s: float, lat: float, turn: float, ridden: bool):
         """A bicycle or motorcycle, with a rider where `ridden`."""
         cycle, is_motor = self.place(label, s, lat, turn), label == MOTORCYCLE
         paint, radius, bar = self.pick(PAINTS), 0.34, cycle.thin(0.06)
@@ -266,7 +264,7 @@ class Street:
             cycle.light(0, 0.75, 0.8, WHITE, lamp)
             self._person(s - 0.1, lat, rides=True)
 
-    def _tree(self, s, lat, size):
+    def _tree(self, s: float, lat: float, size: float):
         """A round or tall tree: a trunk, and a crown of leafy discs at several depths."""
         rng, tree = self.rng, self.place(VEGETATION, s, lat, facing=True)
         green = (rng.uniform(0.32, 0.5), rng.uniform(0.52, 0.64), rng.uniform(0.18, 0.3))
@@ -279,7 +277,7 @@ class Street:
             values, tree.seed = (CROWN, 2 * r, 0.75 + 0.25 * height), rng.random()
             tree.card(a, b, 2 * r, 2 * r, green, c, values=values, **LEAFY)
 
-    def _post(self, s, lat, height, width, arm=0.0, at=0.0) -> Thing:
+    def _post(self, s: float, lat: float, height: float, width: float, arm: float = 0.0, at: float = 0.0) -> Thing:
         """A post, with an arm of `arm` metres to the right at the height `at`."""
         post = self.place(POLE, s, lat, facing=True)
         post.card(0, 0, post.thin(width), height, STEEL, material=ROUND)
@@ -287,14 +285,14 @@ class Street:
             post.quad((0, at, 0), (arm, 0.2, 0), (0, post.thin(0.1), 0), STEEL)
         return post
 
-    def _lamp(self, s, lat):
+    def _lamp(self, s: float, lat: float):
         """A street lamp whose arm reaches over the road."""
         reach = math.copysign(1.8, -lat)
         lamp = self._post(s, lat, 6.9, 0.16, reach, 6.8)
         lamp.quad((reach * 0.8, 6.98, 0), (reach * 0.45, 0.08, 0), (0, lamp.thin(0.16), 0), GREY)
         lamp.light(reach, 6.9, 0, AMBER, 0.5, power=26.0)
 
-    def _sign(self, s, lat):
+    def _sign(self, s: float, lat: float):
         """A traffic sign: warning, ban, order or direction board."""
         width, high, taper, outline, inner, symbol, colours = self.pick(PLATES)
         low = self.rng.uniform(2.0, 2.5)
@@ -305,7 +303,7 @@ class Street:
             sign.card(0, b, width * size, high * size, colours[k], c, taper=taper, outline=outline)
         sign.card(0, low + middle * (high - 0.3 * high), symbol, 0.3 * high, colours[2], -0.09)
 
-    def _signals(self, s, lat, arm):
+    def _signals(self, s: float, lat: float, arm: float):
         """A traffic light; with an arm it also hangs over the road."""
         state = int(self.rng.integers(3))
         colour = (RED, (1.0, 0.6, 0.1), (0.1, 1.0, 0.4))[state]
@@ -318,7 +316,7 @@ class Street:
                 post.card(a, b, 0.28, 0.28, lit[0], -0.12, material=lit[1], outline=DISC)
             post.light(a, low + 0.92 - 0.36 * state, -0.15, colour, 0.2)
 
-    def _building(self, s, lat, length, depth, floors, house=False):
+    def _building(self, s: float, lat: float, length: float, depth: float, floors: int, house: bool = False):
         """A block or house from `lat` outwards; houses have gables, some blocks pitched roofs."""
         rng, building = self.rng, self.place(BUILDING, s, lat)
         kind = int(rng.choice((BRICK, PLASTER, OFFICE, GLASS), p=(0.5, 0.5, 0, 0) if house else (0.3, 0.4, 0.18, 0.12)))
@@ -333,7 +331,7 @@ class Street:
         elif kind != GLASS and rng.random() < 0.45:
             building.box(a, (high, high + 2.4), c, tile, (COURSES,) * 3, (2.0, 0.8, 0.8), values=courses)
 
-    def _barrier(self, side, lat, kind):
+    def _barrier(self, side: int, lat: float, kind: str):
         """A fence, wall or hedge along one side, in straight pieces of 6 m."""
         high, share = self.rng.uniform(1.1, 2.0), self.pick((0.24, 0.24, 0.9))  # bars or planks
         stone, paint = self.pick([*BRICKS, (0.6, 0.6, 0.6)]), self.pick(FENCES)
@@ -349,7 +347,7 @@ class Street:
                 piece, u, v = self.place(label, s + 3, side * lat), (0, 0, length), (0, high, 0)
                 piece.quad((0, 0, -length / 2), u, v, colour, material, outline=outline, values=values)
 
-    def _front(self, side, base, kind):
+    def _front(self, side: int, base: float, kind: str):
         """What stands beyond one sidewalk: blocks, houses in gardens, a park, or a railway."""
         rng, s, tall = self.rng, -14.0, self.rng.integers(3, 7)
         is_block, is_built = kind == "blocks", kind in ("blocks", "houses")

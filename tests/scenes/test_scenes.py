@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -152,15 +151,7 @@ def test_cache_refuses_a_folder_of_other_scenes(tmp_path, seed, size):
         cached_scenes(tmp_path, "game", [], seed, size)
 
 
-def test_cache_names_the_folder_it_cannot_write(tmp_path, monkeypatch):
+def test_cache_names_the_folder_it_cannot_write(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"Cannot write .*file/inside"):
+    with pytest.raises(ValueError, match=r"Cannot write .*file/inside.*: choose another folder"):
         cached_scenes(tmp_path / "file" / "inside", "game", [0], 0, SMALL)
-
-    def full(*_args, **_kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(ValueError, match="No space left on device: choose another folder or free some space"):
-        cached_scenes(tmp_path / "full", "game", [0], 0, SMALL)
-    assert not [path for path in (tmp_path / "full").rglob("*") if path.is_file()]
