@@ -121,6 +121,7 @@ class Camera:
         """
         p, u, v, faces = p[chosen], u[chosen], v[chosen], self.faces[chosen]
         boxes, forms = self.windows(p, u, v), _forms(p, u, v)[0].astype(np.float32)
+        tapers, outlined = faces.taper.tolist(), (faces.outline != streets.SOLID).tolist()
         for n in np.flatnonzero((boxes[:, 1] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 2])):
             x0, x1, y0, y1 = boxes[n].tolist()
             window = np.s_[y0:y1, x0:x1]
@@ -130,9 +131,9 @@ class Camera:
             inside = near > limit[window]
             if inside.any():
                 uz, vz = (a * dx + (b * dy + c) for a, b, c in others)  # u/z, v/z
-                left, right = faces[n]["taper"].tolist()
+                left, right = tapers[n]
                 inside &= (vz >= 0) & (vz <= near) & (near < 1 / NEAR) & (uz >= left * vz) & (uz <= near - right * vz)
-                if faces[n]["outline"]:
+                if outlined[n]:
                     with np.errstate(all="ignore"):
                         inside &= _outline(faces[n], uz / near, vz / near)
                 yield chosen[n], window, inside, near
