@@ -1,29 +1,27 @@
 """Several processes that train or score together, as `accelerate launch` starts them; one process is the plain case.
 
-Each takes its part of a step's views, or of a domain's pictures, and sums are taken over all of them.
+Each takes its shard of a step's crops, or of a domain's pictures, and sums are taken over all of them.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
-import ctypes
 import functools
 import os
-import sys
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, reduce
 from torch import Tensor
 
+from setlib.experiment import Train
+
 WITHOUT_GPU = not torch.cuda.is_available()
-MALLOC = {-1: 2**31 - 1, -2: 2**28, -3: 2**25}  # bytes; from malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
 
 
 @functools.cache
 def state() -> PartialState:
-    """Rank (`process_index`), number of processes, and who waits for whom.
+    """Device and rank (`process_index`) of this process, the number of processes, and who waits for whom.
 
     The group is left before the process ends: one of its threads that still runs then would abort the process.
     """
@@ -32,37 +30,42 @@ def state() -> PartialState:
     return state
 
 
-def accelerator(some_unused: bool = False) -> Accelerator:
+def default_device() -> torch.device:
+    """Where models run unless they are told: this process's own GPU, else the CPU."""
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+
+
+def accelerator(settings: Train, some_unused: bool = False) -> Accelerator:
     """The engine of a training. some_unused: whether some weights that learn may have no gradient in a step.
 
-    Raises ValueError for what the launcher was asked for and the configuration decides.
+    Raises ValueError for what the launcher was asked for and the configuration decides, and for a batch that does not
+    divide among processes and parts.
     """
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         raise ValueError("Give -o train.precision=bfloat16 instead of accelerate's --mixed_precision.")
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
         raise ValueError("Only the frozen weights are large here: start without accelerate's FSDP and DeepSpeed.")
     options = DistributedDataParallelKwargs(find_unused_parameters=some_unused)
-    return Accelerator(cpu=WITHOUT_GPU, mixed_precision="no", kwargs_handlers=[options])  # autocast is the model's own
+    engine = Accelerator(cpu=WITHOUT_GPU, mixed_precision="no", kwargs_handlers=[options])  # the model casts itself
+    parts = engine.num_processes * settings.accumulate
+    if settings.batch_size % parts:
+        raise ValueError(
+            f"Option train.batch_size ({settings.batch_size}) must be a multiple of {parts}: "
+            f"{engine.num_processes} processes x train.accumulate ({settings.accumulate})."
+        )
+    return engine
 
 
-def keep_freed_memory() -> None:
-    """Lets the C library keep what a step on the CPU frees for the next one; given back, it would come zeroed anew."""
-    if WITHOUT_GPU and sys.platform == "linux":
-        with contextlib.suppress(AttributeError, OSError):  # another C library than GNU's
-            for option, value in MALLOC.items():
-                ctypes.CDLL(None).mallopt(option, value)
-
-
-def part(count: int) -> range:
+def shard_indices(count: int) -> range:
     """This process's places of `count`: every n-th of n processes."""
     return range(state().process_index, count, state().num_processes)
 
 
-def add_up(value: Tensor) -> Tensor:
+def all_reduce(value: Tensor) -> Tensor:
     """The sum over all processes; exact for whole numbers."""
     return reduce(value, "sum")
 
 
-def collect(values: list) -> list:
+def all_gather(values: list) -> list:
     """The lists of all processes as one, by rank."""
     return gather_object(values) if state().num_processes > 1 else values

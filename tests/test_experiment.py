@@ -6,9 +6,10 @@ import os
 import numpy as np
 import pytest
 
-from setlib.experiment import PROFILES, Experiment, Run, default_run_folder
+from setlib.experiment import PROFILES, Experiment
 from setlib.files import nearest, write_atomic
 from setlib.plots import charts as plots
+from setlib.run import Run, default_run_folder
 
 
 @pytest.mark.parametrize("profile", ["smoke", "quick"])

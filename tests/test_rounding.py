@@ -13,12 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from setlib import backbone, evaluate, spectral, train
+from setlib import backbone, spectral
+from setlib import evaluation as evaluate
+from setlib import training as train
 from setlib.analysis import spectra as analysis
 from setlib.analysis import tokens as attention
 from setlib.data import domains
-from setlib.experiment import Experiment, Run
+from setlib.experiment import Experiment
 from setlib.explorer.studio import Studio
+from setlib.run import Run
 
 ROUNDING = 1e-6  # relative; a kernel that sums in another order differs by less
 GAME, NIGHT = "scenes:game", "scenes:night"
@@ -70,7 +73,7 @@ def work(folder: Path) -> dict[str, Any]:
         "changes": reading.changes,
         "leak": attention.batch_leak(attention.frozen_features(model, night)),
     }
-    scores = evaluate.evaluate_models({"": model}, night, progress=False)
+    scores = evaluate.evaluate({"": model}, night, progress=False)
     return {
         "boards": boards,
         "rows": rows,

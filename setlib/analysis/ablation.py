@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from setlib.evaluate import evaluate_run, target_means
-from setlib.experiment import Run
-from setlib.train import train_together
+from setlib.analysis.scores import target_means
+from setlib.evaluation import evaluate_run
+from setlib.run import Run
+from setlib.training import train_together
 
 MEAN = "mean of targets"  # with the class set's name behind it where the targets have several
 
@@ -34,8 +35,8 @@ def run_ablation(run: Run, progress: bool = True) -> list[dict]:
         made = runs[name].experiment
         who = {"variant": made.model.refiner, "seed": made.seed, "precision": models[name].precision}
         rows += [who | {"domain": score.domain, "miou": score.miou} for score in scores]
-        means = target_means(scores, data.source)
-        rows += [who | {"domain": MEAN + f", {c}" * (len(means) > 1), "miou": mean} for c, mean in means.items()]
+        means = target_means({name: scores}, data.source)
+        rows += [who | {"domain": MEAN + f", {c}" * (len(means) > 1), "miou": mean[name]} for c, mean in means.items()]
     return rows
 
 

@@ -23,9 +23,10 @@ from setlib.data import domains
 from setlib.data.augment import fit, resize
 from setlib.data.labels import ClassSet
 from setlib.experiment import Data
-from setlib.model import Segmenter
+from setlib.inference import predict
 from setlib.plots.charts import coloured, short_name
-from setlib.scenes.render import STYLES
+from setlib.scenes import STYLES
+from setlib.segmenter import Segmenter
 
 PARTS = ("amplitude", "phase")
 
@@ -232,7 +233,7 @@ def predictions(
     for domain, index in chosen:
         _, sample = next(domain.samples([*range(index, len(domain)), *range(index)]))
         label = None if sample.label is None else label_lookup(domain, class_set)[sample.label]
-        found.append((sample.image, label, {name: model.predict(sample.image) for name, model in models.items()}))
+        found.append((sample.image, label, {name: predict(model, sample.image) for name, model in models.items()}))
     return found
 
 

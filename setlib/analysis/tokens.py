@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from setlib import _kernels, spectral
 from setlib.analysis.spectra import PARTS, as_picture, compare
 from setlib.data.domains import Domain
-from setlib.model import Segmenter
+from setlib.inference import cut_picture
 from setlib.refiners import build_refiner
+from setlib.segmenter import Segmenter
 from setlib.tokens import LowRankTokens, Refiner, TokenBranch
 
 TOKENS, RANK = 100, 16  # as the paper has them
@@ -86,7 +87,7 @@ def read_tokens(model: Segmenter, image: np.ndarray | Tensor) -> Reading:
     if isinstance(image, Tensor):
         window = image
     else:
-        windows = model.windows(image)[0].images
+        windows = cut_picture(model, image)[0].images
         window = windows[len(windows) // 2][None]
     inputs: dict[str, Tensor] = {}
     attention: list[Attention] = []
@@ -105,7 +106,7 @@ def read_tokens(model: Segmenter, image: np.ndarray | Tensor) -> Reading:
     hooks = [branch.register_forward_pre_hook(partial(catch, name)) for name, branch in branches]
     hooks.append(model.refiner.register_forward_hook(read))
     try:
-        model.backbone(window.to(model.backbone.mean.device), model.refiner)
+        model.backbone(window.to(model.device), model.refiner)
     finally:
         for hook in hooks:
             hook.remove()
@@ -161,10 +162,10 @@ def attention_table(reading: Reading, top: int = 3) -> list[dict]:
 def frozen_features(model: Segmenter, domain: Domain, count: int = 3) -> Tensor:
     """Features (count, H, W, C) of a domain's pictures after the first refined layer (else the last), unrefined."""
     samples = islice(domain.samples(i % len(domain) for i in range(len(domain) + count)), count)
-    cut = [model.windows(sample.image)[0].images[0] for _, sample in samples]
+    cut = [cut_picture(model, sample.image)[0].images[0] for _, sample in samples]
     h, w = (min(window.shape[axis] for window in cut) for axis in (1, 2))
     layer = (model.refiner.layers or (model.backbone.num_layers,))[0]
-    images = torch.stack([window[:, :h, :w] for window in cut]).to(model.backbone.mean.device)
+    images = torch.stack([window[:, :h, :w] for window in cut]).to(model.device)
     return model.backbone(images, layers=(layer,))[layer]
 
 

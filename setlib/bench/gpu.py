@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 import re
 import statistics
 import sys
@@ -22,14 +23,20 @@ import torch
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
+from setlib._memory import keep_freed_memory
 from setlib.backbone import FrozenBackbone
+from setlib.checkpoint import build_segmenter
 from setlib.data.labels import CITYSCAPES
+from setlib.distributed import default_device
 from setlib.experiment import Experiment
-from setlib.model import DEVICE, Segmenter
-from setlib.train import Trainer
+from setlib.features import FrozenFeatures, SharedFeatures
+from setlib.segmenter import Segmenter
+from setlib.training import make_optimiser
+from setlib.weights.convert import resize_patches
 from setlib.weights.load import is_here
 
 Step = Callable[[], object]
+DEVICE = default_device()
 DINOV2 = {"tiny": (24, 6, 2), "S": (384, 12, 6), "L": (1024, 24, 16)}  # channels, layers, attention heads
 REFINERS = ("none", "rein", "set", "set-released")
 NO_END = "train.steps=1000000"  # the learning rate stays where it starts
@@ -65,7 +72,9 @@ def random_backbone(size: str, patch_size: int = 0) -> FrozenBackbone:
     torch.manual_seed(0)
     sizes = {"hidden_size": channels, "num_hidden_layers": layers, "num_attention_heads": heads}
     model = Dinov2Model(Dinov2Config(**sizes, image_size=518, patch_size=14))
-    return FrozenBackbone(model, f"random DINOv2-{size}", patch_size=patch_size).to(DEVICE)
+    if patch_size:
+        resize_patches(model, patch_size)
+    return FrozenBackbone(model, f"random DINOv2-{size}").to(DEVICE)
 
 
 def random_batch(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -77,20 +86,35 @@ def random_batch(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     return images.to(DEVICE), labels.to(DEVICE)
 
 
+def training_step(model: Segmenter, images: Tensor, labels: Tensor, frozen: FrozenFeatures | None = None) -> Step:
+    """Forward, loss, backward, optimiser."""
+    keep_freed_memory()
+    settings, optimiser = model.experiment.train, make_optimiser(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> None:
+        optimiser.zero_grad()
+        model.loss(model(images, frozen), labels).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf)
+        optimiser.step()
+
+    return step
+
+
 def paper_model(size: str, refiner: str, *options: str) -> Segmenter:
     """The paper profile's model on a DINOv2 of random weights."""
     read = ",".join(str(DINOV2[size][1] * k // 6) for k in (2, 3, 4, 6))
     options = (f"model.refiner={refiner}", f"model.feature_layers={read}", "model.any_batch=true", *options)
     experiment = Experiment.build("paper", "scenes:game", ["scenes:fog"], overrides=options)
-    return Segmenter(experiment, random_backbone(size, experiment.model.patch_size))
+    return build_segmenter(experiment, random_backbone(size, experiment.model.patch_size))
 
 
 def paper_step(size: str, refiner: str, batch: int, crop: int, *options: str) -> Step:
     """One step of the paper's training on random images: forward, loss, backward, optimiser."""
     model = paper_model(size, refiner, f"train.batch_size={batch}", NO_END, *options)
-    trainer = Trainer(model.train(), None)
+    model.train()
     images, labels = random_batch(batch, crop, crop)
-    return lambda: trainer.step(images, labels, None)
+    return training_step(model, images, labels)
 
 
 def paper_prediction(size: str, refiner: str, batch: int, crop: int, *options: str) -> Step:
@@ -110,11 +134,9 @@ def profile_step(profile: str, refiner: str, *options: str, kept: bool = True) -
     """
     experiment = Experiment.build(profile, overrides=[f"model.refiner={refiner}", NO_END, *options])
     backbone = None if is_here(experiment.model.backbone) else random_backbone("S")
-    model = Segmenter(experiment, backbone).train()
-    trainer = Trainer(model, None)
+    model = build_segmenter(experiment, backbone).train()
     images, labels = random_batch(experiment.train.batch_size, experiment.data.height, experiment.data.width)
-    prefix = model.prefix(images) if kept else None
-    return lambda: trainer.step(images, labels, prefix)
+    return training_step(model, images, labels, SharedFeatures([model])(images) if kept else None)
 
 
 # What is measured

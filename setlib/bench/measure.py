@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from setlib import _kernels
-from setlib.distributed import MALLOC
+from setlib._memory import MALLOC
 from setlib.files import nearest
 from setlib.refiners import build_refiner
 

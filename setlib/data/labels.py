@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from setlib.files import PROJECT, nearest
 
@@ -41,6 +43,10 @@ class ClassSet:
     def to_place(self) -> np.ndarray:
         """(256,) uint8: from train ids to places in this set."""
         return np.array([*self.merge, *[IGNORE] * (256 - len(self.merge))], np.uint8)
+
+    def merged(self, probabilities: Tensor) -> Tensor:
+        """Probabilities (19, h, w) of the train classes as those of this set, (K, h, w): sums of what is merged."""
+        return torch.einsum("khw,kc->chw", probabilities, torch.from_numpy(self.merge_matrix()))
 
     def merge_matrix(self) -> np.ndarray:
         """(19, K) float32 of 0 and 1: the classes' probabilities times it are the set's probabilities.

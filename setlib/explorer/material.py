@@ -27,15 +27,18 @@ from setlib import spectral
 from setlib.analysis.spectra import as_tensor
 from setlib.analysis.tokens import Intervened, Reading, read_tokens
 from setlib.backbone import FrozenBackbone
+from setlib.checkpoint import FILES, load_segmenter
 from setlib.data import domains
 from setlib.data.augment import fit, resize
 from setlib.data.decode import read_picture
 from setlib.data.labels import IGNORE
-from setlib.evaluate import iou_per_class, mean_iou, pixel_counts
-from setlib.experiment import Run
+from setlib.distributed import default_device
+from setlib.evaluation import iou_per_class, mean_iou, pixel_counts
 from setlib.files import PROJECT, write_atomic
-from setlib.model import DEVICE, FILES, Segmenter
 from setlib.refiners import build_refiner
+from setlib.run import Run
+from setlib.segmenter import Segmenter
+from setlib.weights.load import load_backbone
 
 LONG_EDGE, KEPT_EDGE = 448, 1024  # pixels, at most: of a picture in the views, and of an uploaded file
 MOST_PIXELS, NARROWEST = 60_000_000, 16  # of a picture: decoded whole it needs 10 bytes a pixel; long by short side
@@ -75,8 +78,8 @@ class Material:
         """The trained model of a run folder; the frozen backbone for ""."""
         if not run:
             config = self.experiment.model
-            return FrozenBackbone.load(config.backbone, patch_size=config.patch_size)
-        return Segmenter.load(find_folder(run))
+            return load_backbone(config.backbone, patch_size=config.patch_size)
+        return load_segmenter(find_folder(run))
 
     def renew(self, run: str) -> None:
         """Lets go of what was computed with a run's model if it has been trained anew."""
@@ -193,8 +196,8 @@ class Material:
     @torch.no_grad()
     def maps(self, run: str, name: str, index: int, size: tuple[int, int]) -> dict[int, Tensor]:
         """Features (1, H, W, C) of a picture after every layer; of a run: as its refiner leaves them."""
-        model, image = self.model(run), self.image(name, index, size).to(DEVICE)
-        backbone = getattr(model, "backbone", model).to(DEVICE)
+        model, image = self.model(run), self.image(name, index, size).to(default_device())
+        backbone = getattr(model, "backbone", model).to(image.device)
         every = range(1, backbone.num_layers + 1)
         return {k: v.cpu().float() for k, v in backbone(image, getattr(model, "refiner", None), layers=every).items()}
 
@@ -216,7 +219,7 @@ class Material:
     def scores(self, run: str, image: Tensor, refiner: Intervened | None = None) -> Tensor:
         """Probabilities (19, h, w) of the classes at the pixels of an image (1, 3, h, w), in one piece."""
         model = self.model(run)
-        output = model(image.to(DEVICE), refiner=refiner)
+        output = model(image.to(model.device), refiner=refiner)
         return model.pixel_probabilities(output, tuple(image.shape[-2:]))[0].float().cpu()
 
     def segmented(self, run: str, name: str, index: int) -> Segmented:
@@ -226,7 +229,7 @@ class Material:
     def judge(self, scores: Tensor, name: str, index: int) -> Segmented:
         """Scores of a picture in its domain's classes, against its label; NaN without one."""
         classes = self.domain(name).class_set
-        places = torch.einsum("khw,kc->chw", scores, torch.from_numpy(classes.merge_matrix())).argmax(0).byte().numpy()
+        places = classes.merged(scores).argmax(0).byte().numpy()
         label = self.label(name, index)
         known = label is not None and (label != IGNORE).any()
         miou = mean_iou(iou_per_class(pixel_counts(places, label, len(classes)))) if known else math.nan

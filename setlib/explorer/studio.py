@@ -26,11 +26,11 @@ from setlib.analysis.spectra import (
 )
 from setlib.analysis.tokens import Attention, Intervened
 from setlib.data.labels import IGNORE, ClassSet
-from setlib.experiment import Run
 from setlib.explorer.board import Board, Panel, in_colour, marked, over_grey
 from setlib.explorer.material import Material, Segmented, find_folder
 from setlib.plots import charts as plots
 from setlib.plots.charts import short_name
+from setlib.run import Run
 
 HIGHEST = 1.5  # of a band; the corner of the spectrum lies at sqrt(2)
 ALL = "all classes"

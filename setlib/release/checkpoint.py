@@ -19,12 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from setlib.checkpoint import even_layers, write_model
 from setlib.data.labels import CITYSCAPES
-from setlib.experiment import PROFILES, Inference, Model, Run
+from setlib.experiment import PROFILES, Inference, Model
 from setlib.files import write_atomic
 from setlib.heads import Mask2FormerHead
-from setlib.model import even_layers, write_model
 from setlib.refiners import build_refiner
+from setlib.run import Run
 from setlib.tokens import Refiner
 from setlib.weights.load import check_name
 

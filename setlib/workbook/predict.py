@@ -14,7 +14,8 @@ from setlib.data.decode import read_picture
 from setlib.data.labels import CITYSCAPES, IGNORE, LABELS, id_map, read_rows
 from setlib.data.layouts import LAYOUTS
 from setlib.files import nearest
-from setlib.model import Segmenter
+from setlib.inference import predict
+from setlib.segmenter import Segmenter
 
 ALWAYS, WITH_LABELS = ("overlay", "trainids"), ("labelids", "colours")  # how the names of the files end
 
@@ -59,7 +60,7 @@ def predict_picture(model: Segmenter, path: Path, labels: tuple | None = None) -
     labels: of `label_ids`, for "labelids" and "colours" too. Raises ValueError if the picture cannot be read.
     """
     picture = read_picture(path)
-    predicted = model.predict(picture)
+    predicted = predict(model, picture)
     made = {"overlay": picture // 2 + CITYSCAPES.palette[predicted] // 2, "trainids": predicted}
     if labels:
         to_ids, colours = labels

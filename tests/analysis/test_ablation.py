@@ -1,7 +1,8 @@
 """Ablation: one row per variant, seed and domain; words that the numbers carry."""
 
 from setlib.analysis import ablation
-from setlib.experiment import Experiment, Run
+from setlib.experiment import Experiment
+from setlib.run import Run
 
 
 def rows(values):

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from setlib import __main__ as cli
-from setlib.experiment import Run
+from setlib.run import Run
 from setlib.workbook import notebooks as workbook
 
 pytestmark = [

@@ -8,9 +8,10 @@ import statistics
 
 import headless
 import pytest
-
-from setlib.experiment import Experiment, Run
 from setlib.model import Segmenter
+
+from setlib.experiment import Experiment
+from setlib.run import Run
 from setlib.workbook import notebooks as workbook
 
 pytestmark = [

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from setlib.model import Segmenter
 
-from setlib import evaluate, spectral
+from setlib import evaluation as evaluate
+from setlib import spectral
 from setlib.analysis import spectra as analysis
 from setlib.analysis.tokens import Intervened
-from setlib.experiment import Experiment, Run
+from setlib.experiment import Experiment
 from setlib.explorer import board as boards
 from setlib.explorer.studio import ALL, Studio, swap
-from setlib.model import Segmenter
 from setlib.refiners import REFINERS
+from setlib.run import Run
 
 OPTIONS = ["data.eval_images=4", "data.long_edge=64", "data.height=32", "data.width=64"]
 GAME, NIGHT = "scenes:game", "scenes:night"
@@ -129,7 +131,7 @@ def test_weight_0_and_the_same_picture_change_nothing(studio, trained, space, pa
 def test_the_miou_of_the_content_is_that_of_an_evaluation(studio, trained):
     model = studio.model(trained)
     model.experiment = model.experiment.override("inference.whole=true")
-    score = evaluate.evaluate_models({"set": model}, studio.domain(NIGHT), progress=False)["set"]
+    score = evaluate.evaluate({"set": model}, studio.domain(NIGHT), progress=False)["set"]
     for index, _, miou in score.pictures:
         assert studio.segmented(trained, NIGHT, index).miou == pytest.approx(miou, abs=1e-6)
         words = studio.swap(**BASE | {"content": NIGHT, "content_index": index, "run": trained}).words

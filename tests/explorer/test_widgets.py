@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from setlib.model import Segmenter
 
-from setlib.experiment import Experiment, Run
+from setlib.experiment import Experiment
 from setlib.explorer import widgets as explore
 from setlib.explorer.controls import NOTES
 from setlib.explorer.studio import Studio
 from setlib.explorer.widgets import VIEWS, DomainBrowser, LayerExplorer, SwapExplorer, TokenExplorer
-from setlib.model import Segmenter
+from setlib.run import Run
 from setlib.workbook import notebooks as workbook
 
 OPTIONS = ["data.eval_images=3", "data.long_edge=64", "data.height=32", "data.width=64"]

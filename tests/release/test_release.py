@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from setlib.model import Segmenter
 from transformers import ViTConfig, ViTModel
 
 from setlib import __main__ as cli
 from setlib.backbone import FrozenBackbone
-from setlib.experiment import Experiment, Run
+from setlib.experiment import Experiment
 from setlib.heads import Mask2FormerHead
-from setlib.model import Segmenter
 from setlib.refiners import build_refiner
 from setlib.release import checkpoint as release
+from setlib.run import Run
 
 GOLDEN = Path(__file__).parent / "golden" / "token_modules.npz"
 HEAD = Path(__file__).parent / "golden" / "mask2former_head.npz"

@@ -31,8 +31,9 @@ from traitlets.config import Config
 
 from setlib import __main__ as cli
 from setlib.analysis import ablation
-from setlib.experiment import Experiment, Run
+from setlib.experiment import Experiment
 from setlib.files import PROJECT, STATIC
+from setlib.run import Run
 from setlib.workbook import notebooks as workbook
 
 PARAMETERS = """PROFILE: str = "quick"
@@ -42,7 +43,8 @@ TARGETS: list = []
 SEED: int = 0
 OVERRIDES: list = []  # for example ["model.refiner=rein"]
 RATE: float = 0.5"""
-OPEN = """from setlib.experiment import Experiment, Run
+OPEN = """from setlib.experiment import Experiment
+from setlib.run import Run
 run = Run.open(RUN, Experiment.build(PROFILE, SOURCE, TARGETS, SEED, OVERRIDES))"""
 FIRST = """import os, sys
 import matplotlib.pyplot as plt

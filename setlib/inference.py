@@ -1,13 +1,19 @@
-"""Pictures cut into windows and put together again, and the class of every pixel. Pure functions."""
+"""Whole pictures: cut into windows at every scale, scored, put together again, and the class of every pixel."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from setlib.data.augment import fit, resize
+from setlib.data.decode import read_picture
+from setlib.features import FrozenFeatures
+from setlib.segmenter import Segmenter
 
 STRIP_PIXELS = 2**21  # rows of the output are scored in strips of at most so many pixels, to bound memory
 
@@ -39,7 +45,7 @@ def cut(pixels: Tensor, window: tuple[int, int], stride: tuple[int, int]) -> Win
     )
     corners = [(y, x) for y in rows for x in columns]
     cuts = [padded[:, y : y + window[0], x : x + window[1]] for y, x in corners]
-    return Windows(torch.stack(cuts), corners, tuple(size))
+    return Windows(torch.stack(cuts), corners, (size[0], size[1]))
 
 
 def blend(scores: Tensor, windows: Windows) -> Tensor:
@@ -72,3 +78,58 @@ def label_map(scores: Tensor, size: tuple[int, int]) -> np.ndarray:
         wide = F.interpolate(mixed[None], size=(len(strip), w), mode="bilinear", align_corners=False)[0]
         labels[strip.numpy()] = wide.max(0).indices.numpy()
     return labels
+
+
+def predict(model: Segmenter, image: Any) -> np.ndarray:
+    """Train ids (h, w) uint8 of one picture, at the picture's own size.
+
+    Parameters
+    ----------
+    image : a path, a PIL picture of any mode, or an (h, w, 3) uint8 array. EXIF rotation is applied.
+
+    Raises
+    ------
+    ValueError : it is no picture.
+    """
+    pixels = read_picture(image)
+    return label_map(class_probabilities(model, cut_picture(model, pixels)), pixels.shape[:2])
+
+
+def cut_picture(model: Segmenter, image: np.ndarray, long_edge: int = 0) -> list[Windows]:
+    """A picture (h, w, 3) uint8 at every scale of the experiment, and mirrored if it says so, cut into windows.
+
+    long_edge: of the picture at scale 1, pixels; 0 = data.long_edge.
+    """
+    data, settings = model.experiment.data, model.experiment.inference
+    pixels = torch.as_tensor(np.array(image)).permute(2, 0, 1)[None].float().div_(255)
+    found = []
+    for scale in settings.scales:
+        size = fit(pixels, long_edge or data.long_edge, scale)
+        resized, patches = resize(pixels, size)[0], model.padded_size(size)
+        window = patches if settings.whole else (min(data.height, patches[0]), min(data.width, patches[1]))
+        stride = (max(1, round(window[0] * settings.stride)), max(1, round(window[1] * settings.stride)))
+        found.append(cut(resized, window, stride))
+        if settings.flip:
+            found.append(cut(resized.flip(-1), window, stride)._replace(flipped=True))
+    return found
+
+
+@torch.no_grad()
+def class_probabilities(
+    model: Segmenter, passes: Sequence[Windows], frozen: Sequence[FrozenFeatures | None] = ()
+) -> Tensor:
+    """Class probabilities of a picture at its first pass's size, (19, h, w): the mean over windows and passes.
+
+    passes: of `cut_picture`, one a scale and mirroring. frozen: features of each pass's windows.
+    """
+    blended = []
+    for windows, kept in zip(passes, frozen or [None] * len(passes), strict=True):
+        scores, (h, w) = [], windows.images.shape[-2:]
+        for part in torch.arange(len(windows.images)).split(model.experiment.inference.windows):
+            output = model(windows.images[part].to(model.device), kept and kept[part])
+            scores.append(model.pixel_probabilities(output, (h, w)).cpu())
+        whole = blend(torch.cat(scores), windows)
+        if whole.shape[1:] != passes[0].size:
+            whole = F.interpolate(whole[None], passes[0].size, mode="bilinear", align_corners=False)[0]
+        blended.append(whole)
+    return sum(blended[1:], start=blended[0]) / len(passes)

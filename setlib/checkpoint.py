@@ -1,0 +1,282 @@
+"""A segmenter built from an experiment, saved, loaded and shared: what learns as safetensors, the backbone by name and
+hash, a card with the run's table."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, ModelCard, snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from setlib.backbone import FrozenBackbone
+from setlib.data.labels import CITYSCAPES
+from setlib.distributed import default_device
+from setlib.experiment import Experiment, Model
+from setlib.files import load_json, write_atomic
+from setlib.heads import PerPixelHead
+from setlib.mask2former import Mask2FormerHead
+from setlib.refiners import Refiner, build_refiner
+from setlib.segmenter import Segmenter
+from setlib.weights.load import load_backbone
+
+FILES = ("config.json", "model.safetensors")
+
+
+def build_segmenter(
+    experiment: Experiment, backbone: FrozenBackbone | None = None, device: torch.device | None = None
+) -> Segmenter:
+    """The segmenter that an experiment describes, its refiner and head at their initial values.
+
+    Parameters
+    ----------
+    backbone : one that is loaded already, to be shared; default: the experiment's.
+    device : default: this process's GPU, else the CPU.
+
+    Raises
+    ------
+    ValueError : a layer that the backbone has not, or a backbone or refiner that cannot be had here.
+    """
+    config = experiment.model
+    device = device or default_device()
+    backbone = backbone or load_backbone(config.backbone, patch_size=config.patch_size)
+    depth = backbone.num_layers
+    read = config.feature_layers or even_layers(depth)
+    refined = config.refined_layers or tuple(range(1, depth + 1))
+    for key, layers in (("feature_layers", read), ("refined_layers", refined)):
+        if max(layers) > depth:
+            raise ValueError(f"Option model.{key} names {layers}, but {backbone.name} has the layers 1 to {depth}.")
+    wanted = experiment.train.precision
+    precision = fast_precision(device) if wanted == "auto" else wanted
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(experiment.seed)  # torch.manual_seed would reseed every GPU as well
+        head, refiner = _parts(config, backbone.channels, read, refined)
+        model = Segmenter(experiment, backbone, refiner, head, read, precision)  # lora draws here
+    return model.to(device)
+
+
+def _parts(
+    config: Model, channels: int, feature_layers: Sequence[int], refined_layers: Sequence[int]
+) -> tuple[PerPixelHead | Mask2FormerHead, Refiner]:
+    """Head and refiner as a configuration names them, for a backbone of so many channels."""
+    head: PerPixelHead | Mask2FormerHead
+    is_mask_head = config.head == "mask2former"
+    if is_mask_head and len(feature_layers) != 4:
+        raise ValueError(f"Option model.feature_layers must name 4 layers for mask2former, got {len(feature_layers)}.")
+    if not is_mask_head:
+        head = PerPixelHead(len(feature_layers), channels, config.head_channels, len(CITYSCAPES))
+    refiner = build_refiner(
+        config.refiner,
+        refined_layers,
+        channels,
+        config.num_tokens,
+        config.rank,
+        query_channels=config.head_channels if is_mask_head else 0,
+        any_batch=config.any_batch,
+        num_prompts=config.num_prompts,
+        adapter_width=config.adapter_width,
+        lora_rank=config.lora_rank,
+    )
+    if is_mask_head:
+        head = Mask2FormerHead(
+            channels,
+            config.head_channels,
+            len(CITYSCAPES),
+            0 if refiner.queries() is not None else config.num_tokens,
+            attention_heads=config.attention_heads,
+            pixel_layers=config.pixel_layers,
+            pixel_width=config.pixel_width,
+            decoder_layers=config.decoder_layers,
+            decoder_width=config.decoder_width,
+        )
+    return head, refiner
+
+
+def even_layers(depth: int) -> tuple[int, ...]:
+    """Four layers of `depth`, evenly spaced: what a head reads unless it is told."""
+    return tuple(max(1, depth * k // 4) for k in (1, 2, 3, 4))
+
+
+def fast_precision(device: torch.device) -> str:
+    """What train.precision=auto means there: bfloat16 where the device multiplies matrices in it, else float32."""
+    if device.type == "cuda":
+        has_units = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if has_units else "float32"
+
+
+def save_segmenter(model: Segmenter, folder: str | Path) -> None:
+    """Writes model.safetensors and config.json (experiment, hash of the backbone), each whole or not at all."""
+    write_model(folder, model.trainable_state(), model.experiment, model.backbone.fingerprint)
+
+
+def write_model(
+    folder: str | Path,
+    tensors: dict[str, Tensor],
+    experiment: Experiment,
+    fingerprint: str,
+    results: Sequence[dict] = (),
+) -> None:
+    """A model's two files. fingerprint: of its backbone, "" if it is not known; results: of metrics.json."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    config = {"experiment": experiment.to_dict(), "backbone_fingerprint": fingerprint}
+    config |= {"results": list(results)} if results else {}
+    write_atomic(Path(folder) / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+    write_atomic(Path(folder) / "config.json", json.dumps(config, indent=1) + "\n")
+
+
+def load_segmenter(
+    name: str | Path, backbone: FrozenBackbone | None = None, device: torch.device | None = None, **options: Any
+) -> Segmenter:
+    """A saved model, in evaluation mode.
+
+    Parameters
+    ----------
+    name : its folder, a run's, or a repository of the hub (options: revision, token, cache_dir ... of the hub's).
+    backbone : one that is loaded already, to be shared.
+
+    Raises
+    ------
+    ValueError : files are missing or damaged, the backbone differs, or the hub does not have it.
+    """
+    folder = _folder(name, options)
+    experiment, trained_on, _, tensors = _read(folder)
+    model = build_segmenter(experiment, backbone, device)
+    found = model.backbone.fingerprint
+    if trained_on not in ("", found):  # "": imported, the release does not say
+        raise ValueError(
+            f"{folder} was trained on a backbone with hash {trained_on}, "
+            f"but {model.backbone.name} has {found}: use the same weights."
+        )
+    load_state(model, tensors)
+    return model.eval()
+
+
+def _folder(name: str | Path, options: dict[str, Any]) -> Path:
+    """The folder of a model's two files."""
+    folder = Path(name)
+    folder = folder / "model" if (folder / "model").is_dir() else folder
+    if all((folder / file).is_file() for file in FILES):
+        return folder
+    if folder.is_dir() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
+        raise ValueError(f"{folder} holds no saved model ({' and '.join(FILES)}): train one first.")
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(FILES), **options))
+    except (ValueError, OSError) as error:  # every error of the hub is one of these
+        why = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name} is no folder of a saved model, and the hub does not give it: {why}") from None
+
+
+def _read(folder: Path) -> tuple[Experiment, str, list[dict], dict[str, Tensor]]:
+    """A model's two files: its experiment, its backbone's hash, its results and what it learnt."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        experiment, fingerprint = Experiment.from_dict(config["experiment"]), config["backbone_fingerprint"]
+        return experiment, fingerprint, config.get("results", []), load_file(folder / "model.safetensors")
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"The model in {folder} cannot be read ({error}): delete it and train again.") from None
+
+
+def load_state(model: Segmenter, tensors: dict[str, Tensor]) -> None:
+    """Loads what `trainable_state` gave. Raises ValueError naming what does not fit."""
+    expected = {name: tuple(t.shape) for name, t in model.trainable_state().items()}
+    got = {name: tuple(t.shape) for name, t in tensors.items()}
+    if wrong := sorted(set(expected.items()) ^ set(got.items())):
+        raise ValueError(
+            f"Saved weights do not fit this model: {wrong[0][0]} differs or is missing ({len(wrong)} differences)."
+        )
+    model.load_state_dict(tensors, strict=False)
+
+
+def use(model: Segmenter, experiment: Experiment) -> None:
+    """Takes over how a trained model is used: data.eval_edges, model.any_batch, inference.*"""
+    model.experiment = experiment
+    if hasattr(model.refiner, "any_batch"):
+        model.refiner.any_batch = experiment.model.any_batch
+
+
+# Sharing
+
+
+def share(run: str | Path, folder: str | Path, repository: str = "", **options: Any) -> None:
+    """Writes a run's model with its results and a card into a folder, without the folders of this machine.
+
+    Parameters
+    ----------
+    run : a run folder, or that of a model.
+    repository : owner/name; the folder is then uploaded to it on the hub (options of `HfApi.create_repo`: private ...).
+    """
+    source, folder = _folder(run, {}), Path(folder)
+    experiment, fingerprint, results, tensors = _read(source)
+    if all((source.parent / file).is_file() for file in ("experiment.json", "metrics.json")):  # of a run
+        results = load_json(source.parent / "metrics.json")["results"]
+    own, *targets = (_public(text) for text in (experiment.data.source, *experiment.data.targets))
+    experiment = replace(experiment, data=replace(experiment.data, source=own, targets=tuple(targets)))
+    results = [result | {"domain": _public(result["domain"])} for result in results]
+    write_model(folder, tensors, experiment, fingerprint, results)
+    write_atomic(folder / "README.md", str(model_card(experiment, tensors, fingerprint, results)))
+    if repository:
+        hub = HfApi(token=options.pop("token", None))
+        hub.create_repo(repository, **{"exist_ok": True, **options})
+        hub.upload_folder(repo_id=repository, folder_path=folder)
+
+
+def model_card(
+    experiment: Experiment, tensors: dict[str, Tensor], fingerprint: str, results: Sequence[dict]
+) -> ModelCard:
+    """README.md of a shared model: what it is, how to load it, and the run's table."""
+    rows = [
+        f"| {r['domain']} | {r['class_set']} | {r['images']} | {r.get('inference', '')} | {r['miou']} |"
+        for r in results
+    ]
+    table = "\n".join(["| domain | classes | pictures | predicted in | mIoU, % |", "|---|---|---|---|---|", *rows])
+    sizes = {
+        part: sum(t.numel() for name, t in tensors.items() if name.startswith(part) and t.is_floating_point())
+        for part in ("backbone", "refiner", "head")
+    }
+    return ModelCard(
+        CARD.format(
+            refiner=experiment.model.refiner,
+            head=experiment.model.head,
+            backbone=experiment.model.backbone,
+            fingerprint=fingerprint,
+            source=experiment.data.source or "a source that is not known",
+            known=f"Steps: {experiment.train.steps}, seed {experiment.seed}." if experiment.data.source else "",
+            counts=" + ".join(f"{number:,} ({part})" for part, number in sizes.items() if number),
+            table=table if rows else "Not scored yet.",
+        )
+    )
+
+
+CARD = """---
+library_name: setlib
+pipeline_tag: image-segmentation
+tags: [semantic-segmentation, domain-generalization, {refiner}]
+---
+# {refiner} on {backbone}, trained on {source}
+
+A segmentation model with the 19 Cityscapes train classes for pictures of domains it was not trained on: the frozen
+backbone `{backbone}` (hash {fingerprint}, not stored here), the refiner `{refiner}` and the head `{head}`.
+Trained values: {counts}. {known}
+
+```python
+from setlib import load_segmenter, predict
+
+labels = predict(load_segmenter("THIS_REPOSITORY"), "street.jpg")  # (h, w) train ids
+```
+
+{table}
+"""
+
+
+def _public(text: str) -> str:
+    """A domain's name without the folder it lies in on this machine."""
+    return re.sub(r"@[^~]*", "", text)

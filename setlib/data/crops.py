@@ -1,0 +1,99 @@
+"""What training sees, random crops of the source by number, and what it does not see: held out pictures of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from setlib.data import domains
+from setlib.data.augment import augment
+from setlib.data.domains import Domain, Sample
+from setlib.experiment import Experiment
+
+
+class Crop(NamedTuple):
+    """An augmented crop (3, h, w) uint8, its labels (h, w) uint8 train ids, and the damaged pictures passed over."""
+
+    image: Tensor
+    label: Tensor
+    skipped: tuple[str, ...] = ()
+
+
+@dataclass
+class RandomCrops:
+    """Augmented crops of the source by number: crop i is the same picture, place and colours at every call."""
+
+    domain: Domain
+    experiment: Experiment
+
+    def __getitem__(self, index: int) -> Crop:
+        """Crop `index`. A damaged picture stops it with ValueError, or is replaced by the next (data.on_error=skip)."""
+        data, train = self.experiment.data, self.experiment.train
+        seed = data.content_seed if train.views else self.experiment.seed  # kept crops are shared by all seeds
+        epoch, place = divmod(index, len(self.domain))
+        order = np.random.default_rng([seed, 0, epoch]).permutation(len(self.domain))
+        sample, skipped = self._sample(int(order[(place + i) % len(order)]) for i in range(len(order)))
+        seed = np.random.SeedSequence([seed, 1, index]).generate_state(1, np.uint64)[0] >> 1
+        generator = Generator().manual_seed(int(seed))
+        image = torch.from_numpy(sample.image.copy()).permute(2, 0, 1).float() / 255
+        label = torch.from_numpy(self.domain.ids.to_train[sample.label]).long()
+        image, label = augment(image, label, data, generator)
+        return Crop((image * 255).round().byte(), label.byte(), skipped)
+
+    def _sample(self, order: Iterable[int]) -> tuple[Sample, tuple[str, ...]]:
+        """The first picture that can be decoded, at the size that the largest crop needs, and what is wrong before."""
+        data, skipped = self.experiment.data, []
+        for index in order:
+            try:
+                return self.domain.sample(index, math.ceil(data.long_edge * data.scale_max)), tuple(skipped)
+            except ValueError as error:
+                if data.on_error != "skip":
+                    raise
+                skipped.append(str(error))
+        raise ValueError(f"No picture of {self.domain.spec.text} can be decoded: {skipped[0]}")
+
+    def batches(self, chosen: Sequence[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Crops by their numbers, images (B, 3, h, w) and labels (B, h, w) uint8, made by data.workers processes.
+
+        A damaged picture that is skipped is named once.
+        """
+        named: set[str] = set()
+        workers = self.experiment.data.workers
+        for images, labels, skipped in DataLoader(self, batch_sampler=chosen, num_workers=workers, collate_fn=_collate):
+            for problem in dict.fromkeys(skipped):
+                if problem not in named:
+                    named.add(problem)
+                    tqdm.write(f"skipped ({len(named)}): {problem}")
+            yield images, labels
+
+
+def _collate(crops: list[Crop]) -> tuple[Tensor, Tensor, list[str]]:
+    images, labels, skipped = zip(*crops, strict=True)
+    return torch.stack(images), torch.stack(labels), [problem for problems in skipped for problem in problems]
+
+
+def held_out(experiment: Experiment, source: Domain) -> Domain:
+    """Pictures of the source's data set that are not among those it is trained on.
+
+    Raises ValueError if there are none, or if train.validate_on names another data set.
+    """
+    text = experiment.train.validate_on or source.spec.text
+    if domains.parse(text).name != source.spec.name:
+        raise ValueError(f"Option train.validate_on is for the source's own data set {source.spec.name}, not '{text}'.")
+    own = domains.load(text, experiment.data)
+    trained = set(source.keys)
+    kept = [i for i, key in enumerate(own.keys) if key not in trained]
+    if not kept or not own.has_labels:
+        raise ValueError(
+            f"'{text}' has no labelled picture that is not trained on: name a part of the data set that has with "
+            "train.validate_on, or leave train.validate_every at 0."
+        )
+    return replace(own, dataset=own.dataset.select(kept))

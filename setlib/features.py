@@ -1,0 +1,113 @@
+"""Features of the frozen first layers, computed once: for the crops of a training, and for a picture that several
+models score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from setlib.data.crops import RandomCrops
+    from setlib.segmenter import Segmenter
+
+
+@dataclass(frozen=True)
+class FrozenFeatures:
+    """What the first `stop` layers made of some images, kept so that they need not run again.
+
+    hidden: all tokens that layer `stop` itself answered with, before any refiner: (B, N, C) with class and register
+    tokens first, or (B, H, W, C). maps: patch features (B, H, W, C) of layers that a head reads, as they are without a
+    refiner; with those behind `stop`, a model that refines nothing need not run at all.
+    """
+
+    hidden: Tensor
+    maps: dict[int, Tensor]
+    stop: int
+
+    def __getitem__(self, images: slice | Sequence[int] | np.ndarray | Tensor) -> FrozenFeatures:
+        """Those of some of the images."""
+        return replace(self, hidden=self.hidden[images], maps={layer: m[images] for layer, m in self.maps.items()})
+
+    def to(self, device: torch.device | str) -> FrozenFeatures:
+        """The same on a device."""
+        return replace(
+            self, hidden=self.hidden.to(device), maps={layer: m.to(device) for layer, m in self.maps.items()}
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[FrozenFeatures]) -> FrozenFeatures:
+        """Those of several batches as one."""
+        if len(parts) == 1:
+            return parts[0]
+        maps = {layer: torch.cat([part.maps[layer] for part in parts]) for layer in parts[0].maps}
+        return replace(parts[0], hidden=torch.cat([part.hidden for part in parts]), maps=maps)
+
+
+class SharedFeatures:
+    """The frozen first layers of models that share one backbone, run once for all of them.
+
+    Those of the model that leaves most layers as they are; the models go on behind the last layer that all leave.
+    """
+
+    def __init__(self, models: Iterable[Segmenter]) -> None:
+        models = list(models)
+        self.model = max(models, key=lambda model: model.frozen_until)
+        self.stop = min((model.frozen_until for model in models if model.frozen_until), default=0)
+        read = {layer for model in models for layer in model.feature_layers}
+        self.layers = sorted(layer for layer in read if layer <= self.model.frozen_until)
+
+    def __call__(self, images: Tensor) -> FrozenFeatures | None:
+        """Features of images (B, 3, h, w) in [0, 1], on the model's device; None if no layer is frozen."""
+        if not self.stop:
+            return None
+        parts = images.split(self.model.experiment.inference.windows)
+        with self.model.autocast():
+            return FrozenFeatures.cat(
+                [
+                    self.model.backbone.frozen_features(part.to(self.model.device), self.stop, self.layers)
+                    for part in parts
+                ]
+            )
+
+
+class Batch(NamedTuple):
+    """Crops of a training step: images (B, 3, h, w) and labels (B, h, w) uint8, and their frozen features or None."""
+
+    images: Tensor
+    labels: Tensor
+    frozen: FrozenFeatures | None = None
+
+    def to(self, device: torch.device | str) -> tuple[Tensor, Tensor, FrozenFeatures | None]:
+        """On a device, as the network takes them: images float in [0, 1], labels int64."""
+        frozen = self.frozen and self.frozen.to(device)
+        return self.images.to(device).float() / 255, self.labels.to(device).long(), frozen
+
+
+class KeptCrops:
+    """A fixed set of crops, as many as train.views, with their frozen features, made once; shared by models and seeds.
+
+    Each crop is kept on the CPU, as uint8.
+    """
+
+    def __init__(self, models: Iterable[Segmenter], crops: RandomCrops, progress: bool = True) -> None:
+        features, settings = SharedFeatures(models), crops.experiment.train
+        chunks = [chunk.tolist() for chunk in torch.arange(settings.views).split(settings.batch_size)]
+        self.crops: list[Batch] = []
+        with tqdm(total=settings.views, desc="frozen features", unit="crop", disable=not progress) as bar:
+            for images, labels in crops.batches(chunks):
+                frozen = features(images.float() / 255)
+                for i in range(len(images)):
+                    own = frozen and frozen[i : i + 1].to("cpu")
+                    self.crops.append(Batch(images[i : i + 1], labels[i : i + 1], own))
+                bar.update(len(images))
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Some of the crops."""
+        images, labels, frozen = zip(*(self.crops[i] for i in indices), strict=True)
+        return Batch(torch.cat(images), torch.cat(labels), FrozenFeatures.cat(frozen) if frozen[0] else None)

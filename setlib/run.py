@@ -1,0 +1,119 @@
+"""A run folder: configuration, history, weights, metrics, figures, executed notebooks, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from setlib.experiment import PROFILES, Experiment
+from setlib.files import PROJECT, load_json, peak_bytes, plain, write_atomic
+
+SAME_NUMBERS = (  # cost time, memory or what a damaged file costs; change no number that is already made
+    *("train.checkpointing", "train.accumulate", "data.workers"),
+    *("train.validate_every", "train.validate_on", "inference.windows", "data.on_error", "train.checkpoint_every"),
+)
+
+
+class Run:
+    """A run folder: configuration, history, weights, metrics, figures, executed notebooks, report."""
+
+    def __init__(self, path: Path, experiment: Experiment) -> None:
+        self.path = Path(path)
+        self.experiment = experiment
+
+    @classmethod
+    def open(cls, path: str | Path | None, experiment: Experiment) -> Run:
+        """The folder for this experiment, made when missing; `path` None or "" names it after the experiment.
+
+        Raises ValueError if the folder holds what another configuration made, or cannot be written.
+        """
+        path = Path(path) if path else default_run_folder(experiment)
+        stored = path / "experiment.json"
+        if stored.is_file():
+            other = cls.load(path).experiment
+            differing = _differences(experiment, other)
+            if differing and any(file.name != stored.name for file in path.iterdir()):  # something was made with it
+                raise ValueError(
+                    f"Run folder {path} holds another configuration ({'; '.join(differing[:3])}): "
+                    "choose another with --run, or the same options."
+                )
+        run = cls(path, experiment)
+        run.write_json("experiment.json", experiment.to_dict())
+        return run
+
+    @classmethod
+    def load(cls, path: str | Path) -> Run:
+        """An existing run folder. Raises ValueError if there is none or its configuration cannot be read."""
+        stored = Path(path) / "experiment.json"
+        if not stored.is_file():
+            raise ValueError(
+                f"{path} is no run folder (no experiment.json): make one with python -m setlib run --run {path}."
+            )
+        return cls(Path(path), Experiment.from_dict(load_json(stored)))
+
+    def nested(self, name: str, *overrides: str) -> Run:
+        """A run of its own inside this one, with some options changed: the baseline, an ablation's variant."""
+        return Run.open(self.path / name, self.experiment.override(*overrides))
+
+    def file(self, name: str) -> Path:
+        """A path inside the folder; its parent is made."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write_json(self, name: str, values: Any) -> Path:
+        """Writes JSON into the folder, whole or not at all; NaN as null, numpy's numbers as plain ones."""
+        return write_atomic(self.path / name, json.dumps(plain(values), indent=1, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """Reads JSON of the folder. Raises ValueError naming the step that writes it when it is missing."""
+        path = self.path / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: run the notebook or command that writes it first.")
+        return load_json(path)
+
+    def finish(self, name: str, values: dict) -> dict:
+        """Writes a notebook's numbers to results/<name>.json, with profile, seed and peak memory; returns them."""
+        experiment = self.experiment
+        values = values | {"profile": experiment.profile, "seed": experiment.seed, "peak_bytes": peak_bytes()}
+        self.write_json(f"results/{name}.json", values)
+        return values
+
+    def save_figure(self, figure: Any, name: str) -> Any:
+        """Saves a matplotlib figure as figures/name.png and returns it, for showing; None is left out."""
+        if figure is None:
+            return (self.path / "figures" / f"{name}.png").unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.file("figures/x").parent) as folder:
+            made = Path(folder) / "figure.png"
+            figure.savefig(made, dpi=100, bbox_inches="tight")
+            os.replace(made, self.path / "figures" / f"{name}.png")
+        return figure
+
+
+def _differences(one: Experiment, other: Experiment) -> list[str]:
+    a, b = one.flat(), other.flat()
+    changed = (key for key in a if a[key] != b[key] and key not in SAME_NUMBERS)
+    return [f"{key} is {b[key]}, not {a[key]}" for key in changed if _one_folder(a[key]) != _one_folder(b[key])]
+
+
+def _one_folder(value: Any) -> str:
+    """A value as text in which the folders of domains are absolute and end without a slash."""
+    folder = r"(?:(?<=@)|(?<=hub:))[^']+?(?=(~[a-z]+\d?)?('|$))"  # a corruption may follow
+    return re.sub(folder, lambda found: os.path.realpath(os.path.expanduser(found[0])), str(value))
+
+
+def default_run_folder(experiment: Experiment) -> Path:
+    """runs/<profile>, with what differs from the profile's model, source and seed in the name."""
+    parts = [experiment.profile]
+    base = PROFILES[experiment.profile]
+    if experiment.data.source != base.data.source:
+        parts.append(experiment.data.source.partition("@")[0].replace(":", "-"))
+    if experiment.model.refiner != base.model.refiner:
+        parts.append(experiment.model.refiner)
+    if experiment.seed != base.seed:
+        parts.append(f"seed{experiment.seed}")
+    return PROJECT / "runs" / "-".join(parts)
