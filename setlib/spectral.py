@@ -115,10 +115,7 @@ def unit_phasor(spectrum: Tensor, axes: Axes = GRID) -> Tensor:
 
 
 def frequency_radius(size: tuple[int, int]) -> Tensor:
-    """Distance from zero frequency of every half-spectrum bin, (H, W // 2 + 1).
-
-    0 is the mean, 1 the highest frequency along an axis (Nyquist), up to sqrt(2) in the corners.
-    """
+    """Distance of every half-spectrum bin from zero frequency, (H, W // 2 + 1): 1 at Nyquist, sqrt(2) in a corner."""
     u, v = torch.fft.fftfreq(size[0]), torch.fft.rfftfreq(size[1])
     return 2 * torch.hypot(u[:, None], v[None, :])
 

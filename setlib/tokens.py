@@ -22,14 +22,13 @@ from setlib.spectral import Spectrum
 class Refiner(nn.Module):
     """No refiner: the frozen features as they are. Base of all refiners.
 
-    layers: numbers of the layers that it refines. channels, query_channels: C of the features, Q of the queries that a
-    refiner with tokens makes for a mask head; 0 = none.
+    layers: that it refines, from 1. channels, query_channels: C of the features, Q of the queries that its tokens make
+    for a mask head, 0 = none. linked: the branch whose tokens these are.
     inside: whether it works inside its layers (on what they read, or on their weights) instead of behind them.
     adapt: `adapt(model, layers)`, for a refiner that changes weights in a copy of the backbone's model; None = it does
     not. rate: learning rate of all that it has learn, here and there, in units of the head's (`train.refiner_rates`
     sets others).
     prompts: `prompts(layer) -> (P, C)`, tokens that a layer reads beside its own; None = it has none.
-    linked: name of the branch whose tokens become queries.
     """
 
     inside = False

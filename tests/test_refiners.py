@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from setlib import refiners
+from setlib import refiners, wavelets
+from setlib.checkpoint import build_segmenter, load_segmenter, save_segmenter
 from setlib.experiment import Experiment
-from setlib.model import Segmenter
+from setlib.features import SharedFeatures
 from setlib.refiners import REFINERS, build_refiner
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is an optional extra")
@@ -18,8 +19,8 @@ LORA = pytest.param("lora", marks=needs_peft)
 BASELINES = ["none", "full", LORA, "vpt", "adaptformer", "rein", "fada", "set"]
 
 
-def build(name, *overrides):
-    return Segmenter(Experiment.build("smoke", overrides=[f"model.refiner={name}", *overrides]))
+def build(name):
+    return build_segmenter(Experiment.build("smoke", overrides=[f"model.refiner={name}"]))
 
 
 def images():
@@ -73,8 +74,8 @@ def test_what_learns_is_what_is_counted_saved_and_loaded(name, tmp_path):
     with torch.no_grad():
         for p in learns.values():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    model.eval().save(tmp_path)
-    again = Segmenter.load(tmp_path)
+    save_segmenter(model.eval(), tmp_path)
+    again = load_segmenter(tmp_path)
     with torch.no_grad():
         assert torch.equal(model(images()), again(images()))
 
@@ -90,18 +91,18 @@ def test_all_that_learns_gets_a_gradient_and_frozen_layers_can_be_kept(name):
     never = {key for key, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
     assert not never
     if model.frozen_until:
-        prefix = model.prefix(images())
-        torch.testing.assert_close(model(images(), prefix), model(images()), rtol=1e-5, atol=1e-5)
+        frozen = SharedFeatures([model])(images())
+        torch.testing.assert_close(model(images(), frozen), model(images()), rtol=1e-5, atol=1e-5)
     expected = {"full": 0, "lora": 2, "vpt": 2, "none": 4}.get(name, 3)
     assert model.frozen_until == expected
 
 
-def test_a_model_that_changes_a_prefix_leaves_it_aside():
+def test_a_model_that_changes_frozen_features_leaves_them_aside():
     model, plain = build("full"), build("none")
-    prefix = plain.prefix(images())
+    frozen = SharedFeatures([plain])(images())
     with torch.no_grad():
         model.backbone.model.embeddings.cls_token.add_(5)
-        assert torch.equal(model(images(), prefix), model(images()))
+        assert torch.equal(model(images(), frozen), model(images()))
         assert not torch.equal(model.backbone(images())[4], plain.backbone(images())[4])
 
 
@@ -119,9 +120,9 @@ def test_fada_is_its_formula():
     refiner, x = build_refiner("fada", (2, 5), 12, 7, 3), torch.randn(2, 4, 6, 12)
     for p in refiner.parameters():
         nn.init.normal_(p, std=0.5)
-    bands = refiners.split_haar(x)
+    bands = wavelets.split_haar(x)
     changed = [refiner.low(bands[0].flatten(1, 2), 1), *(refiner.high(b.flatten(1, 2), 1) for b in bands[1:])]
-    expected = x + refiner.scale * refiners.join_haar(torch.stack(changed).view_as(bands), (4, 6))
+    expected = x + refiner.scale * wavelets.join_haar(torch.stack(changed).view_as(bands), (4, 6))
     torch.testing.assert_close(refiner(x, 5), expected)
 
 
@@ -132,9 +133,9 @@ def test_fada_is_its_formula():
 @given(st.tuples(st.integers(1, 13), st.integers(1, 13)), st.integers(0, 2**31))
 def test_haar_bands_joined_are_the_features_and_keep_the_energy(size, seed):
     x = torch.randn(2, *size, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    bands = refiners.split_haar(x)
+    bands = wavelets.split_haar(x)
     assert bands.shape == (4, 2, -(-size[0] // 2), -(-size[1] // 2), 3)
-    torch.testing.assert_close(refiners.join_haar(bands, size), x)
+    torch.testing.assert_close(wavelets.join_haar(bands, size), x)
     if size[0] % 2 == size[1] % 2 == 0:
         torch.testing.assert_close(bands.square().sum(), x.square().sum())
 
@@ -143,7 +144,7 @@ def test_haar_bands_are_the_mean_and_the_differences_of_each_square():
     x = torch.randn(2, 4, 6, 3, generator=torch.Generator().manual_seed(0))
     one, right, below, across = (x[:, i::2, j::2] for i in (0, 1) for j in (0, 1))
     signs = ((1, 1, 1), (-1, 1, -1), (1, -1, -1), (-1, -1, 1))  # of right, below and across
-    for band, (r, b, a) in zip(refiners.split_haar(x), signs, strict=True):
+    for band, (r, b, a) in zip(wavelets.split_haar(x), signs, strict=True):
         torch.testing.assert_close(band, (one + r * right + b * below + a * across) / 2)
-    assert not refiners.split_haar(torch.ones(1, 5, 7, 2))[1:].any()  # odd sides repeat their last patches
-    assert refiners.split_haar(x.half()).dtype == torch.float32
+    assert not wavelets.split_haar(torch.ones(1, 5, 7, 2))[1:].any()  # odd sides repeat their last patches
+    assert wavelets.split_haar(x.half()).dtype == torch.float32
