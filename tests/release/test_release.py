@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from setlib.model import Segmenter
 from transformers import ViTConfig, ViTModel
 
 from setlib import __main__ as cli
 from setlib.backbone import FrozenBackbone
+from setlib.checkpoint import load_segmenter
 from setlib.experiment import Experiment
-from setlib.heads import Mask2FormerHead
+from setlib.inference import predict
+from setlib.mask2former import Mask2FormerHead
 from setlib.refiners import build_refiner
 from setlib.release import checkpoint as release
 from setlib.run import Run
@@ -133,7 +134,7 @@ def test_an_imported_model_is_the_release(tmp_path):
     config = ViTConfig(hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, patch_size=16)
     torch.manual_seed(1)
     backbone = FrozenBackbone(ViTModel(config), "tiny")
-    model = Segmenter.load(run.path, backbone)
+    model = load_segmenter(run.path, backbone)
     tokens = {n.removeprefix("backbone.reins."): v for n, v in state.items() if n.startswith("backbone.reins.")}
     head = {n.removeprefix("decode_head."): v for n, v in state.items() if n.startswith("decode_head.")}
     refiner = release.load_release("set-released", tokens)
@@ -143,7 +144,7 @@ def test_an_imported_model_is_the_release(tmp_path):
         expected = release.load_head(head)(list(maps.values()), refiner.queries())
         torch.testing.assert_close(model(images).masks[-1], expected.masks[-1])
         torch.testing.assert_close(model(images).classes[-1], expected.classes[-1])
-    assert model.predict(np.zeros((64, 96, 3), np.uint8)).shape == (64, 96)
+    assert predict(model, np.zeros((64, 96, 3), np.uint8)).shape == (64, 96)
 
 
 def write_baseline(path, queries=("query_embed", "query_feat")):
@@ -165,7 +166,7 @@ def test_a_head_alone_comes_in_as_none_and_goes_out_again(tmp_path, capsys):
     run = Run.load(tmp_path / "run")
     assert (run.experiment.model.refiner, run.experiment.model.num_tokens) == ("none", 7)
     config = ViTConfig(hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, patch_size=16)
-    model = Segmenter.load(run.path, FrozenBackbone(ViTModel(config), "tiny"))
+    model = load_segmenter(run.path, FrozenBackbone(ViTModel(config), "tiny"))
     images = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         maps = list(model.backbone(images, model.refiner, model.feature_layers).values())
