@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from setlib.checkpoint import even_layers, write_model
@@ -25,7 +23,7 @@ from setlib.refiners import build_refiner
 from setlib.release.names import BRANCHES, head_from_release, head_to_release, tokens_from_release, tokens_to_release
 from setlib.run import Run
 from setlib.tokens import TokenRefiner
-from setlib.weights.convert import count_layers, read_tensors
+from setlib.weights.convert import count_layers, read_tensors, under
 from setlib.weights.presets import PRESETS, Preset, check_name
 
 REINS, HEAD = "backbone.reins.", "decode_head."
@@ -44,32 +42,38 @@ def import_checkpoint(path: Path, out: Path, backbone: str = "") -> Run:
         check_name(backbone)
     tokens, parameters = _read_release(path)
     head = load_head(parameters)
-    hidden, num_classes = head.classify.in_features, head.classify.out_features - 1
+    num_classes = head.classify.out_features - 1
     if num_classes != len(CITYSCAPES):
         raise ValueError(
             f"{path} knows {num_classes} classes: expected the {len(CITYSCAPES)} train classes of Cityscapes."
         )
+    num_layers = 0  # not known
     options = {"refiner": "none", "num_tokens": len(head.query_features.weight)}
     tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
-    channels, num_layers = head.channels, 0
     if tokens:
-        name = "set-released" if "learnable_tokens2" in tokens else "rein"
-        refiner = load_tokens(name, tokens)
+        refiner = "set-released" if "learnable_tokens2" in tokens else "rein"
+        made = load_tokens(refiner, tokens)
         num_layers, num_tokens, rank = tokens["learnable_tokens_a"].shape
         channels = tokens["learnable_tokens_b"].shape[-1]
-        if refiner.query_map is None or head.query_embed is not None or head.channels != channels:
+        if made.query_map is None or head.query_embed is not None or head.channels != channels:
             raise ValueError(f"The head of {path} does not read its tokens: expected a release with linked queries.")
-        options = {"refiner": name, "num_tokens": num_tokens, "rank": rank}
-        tensors |= {f"refiner.{name}": value for name, value in refiner.state_dict().items()}
-    dinov2 = _dinov2(channels, num_layers)
+        options = {"refiner": refiner, "num_tokens": num_tokens, "rank": rank}
+        tensors |= {f"refiner.{name}": value for name, value in made.state_dict().items()}
+    dinov2 = _dinov2(head.channels, num_layers)
     if not (backbone or dinov2):
         raise ValueError(
-            f"No DINOv2 has {num_layers or 'any'} layers of {channels} channels: name the backbone with --backbone."
+            f"No DINOv2 has {num_layers or 'any'} layers of {head.channels} channels: name the backbone with"
+            " --backbone."
         )
     if dinov2:
         num_layers = dinov2.layers
-    options |= head_sizes(parameters) | {"backbone": backbone or dinov2.source, "any_batch": "true"}
-    options |= {"feature_layers": ",".join(map(str, layers_read(num_layers))), "head_channels": hidden}
+    options |= {
+        "backbone": backbone or dinov2.source,
+        "feature_layers": ",".join(map(str, layers_read(num_layers))),
+        "any_batch": "true",
+        "head_channels": head.classify.in_features,
+        **head_sizes(parameters),
+    }
     options = [f"model.{key}={value}" for key, value in options.items()]
     experiment = PROFILES["paper"].override(*options, "inference.windows=1")  # as released: one window at a time
     run = Run(out, experiment)
@@ -102,23 +106,18 @@ def export_checkpoint(run: Run, path: Path) -> None:
             f"{run.path} has the refiner {config.refiner} and the head {config.head}: releases hold "
             f"{' or '.join(BRANCHES)} with mask2former, or none with it."
         )
-    folder = run.path / "model"
-    if not (folder / "model.safetensors").is_file():
-        raise ValueError(f"{folder} holds no saved model: train one first.")
-    try:
-        tensors = load_file(folder / "model.safetensors")
-    except SafetensorError as error:
-        raise ValueError(
-            f"{folder}/model.safetensors cannot be read ({error}): delete {folder} and train again."
-        ) from None
-    head = head_to_release(under(tensors, "head."))
+    stored = run.path / "model" / "model.safetensors"
+    if not stored.is_file():
+        raise ValueError(f"{stored.parent} holds no saved model: train one first.")
+    tensors = read_tensors(stored)
+    head, state = head_to_release(under(tensors, "head.")), {}
     dinov2 = _dinov2(load_head(head).channels)
     num_layers, refined = dinov2.layers if dinov2 else 0, ()
-    state = {f"{HEAD}{name}": value for name, value in head.items()}
     if config.refiner != "none":
         tokens = tokens_to_release(under(tensors, "refiner."), config.refiner)
         num_layers, refined = len(load_tokens(config.refiner, tokens).layers), config.refined_layers
-        state |= {f"{REINS}{name}": value for name, value in tokens.items()}
+        state = {f"{REINS}{name}": value for name, value in tokens.items()}
+    state |= {f"{HEAD}{name}": value for name, value in head.items()}
     read = config.feature_layers or even_layers(num_layers)
     everywhere = refined in ((), tuple(range(1, num_layers + 1)))
     if not everywhere or num_layers and read != layers_read(num_layers):
@@ -193,11 +192,6 @@ def head_sizes(parameters: dict[str, Tensor]) -> dict[str, int]:
     }
 
 
-def under(values: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The values whose name starts with the prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
-
-
 @contextlib.contextmanager
 def _sizes_of(what: str) -> Iterator[None]:
     """Sizes are read off parameters here, which may be anything."""
@@ -212,11 +206,10 @@ def _sizes_of(what: str) -> Iterator[None]:
 def _check(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
     """Raises ValueError with the names that are missing, left over or of another size; all names are a release's."""
     wrong = [f"{name} is missing" for name in expected if name not in found]
-    wrong += [f"{name} is left over" for name in found if name not in expected]
-    wrong += [
-        f"{name} of shape {tuple(found[name].shape)} should be of {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in found and found[name].shape != value.shape
-    ]
+    for name, value in found.items():
+        if name not in expected:
+            wrong.append(f"{name} is left over")
+        elif value.shape != expected[name].shape:
+            wrong.append(f"{name} of shape {tuple(value.shape)} should be of {tuple(expected[name].shape)}")
     if wrong:
         raise ValueError(f"These are not the parameters of {what}: {', '.join(wrong)}.")

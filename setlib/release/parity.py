@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from setlib.release.checkpoint import load_head, load_tokens, under
+from setlib.release.checkpoint import load_head, load_tokens
 from setlib.release.names import tokens_to_release
 from setlib.tokens import TokenRefiner
+from setlib.weights.convert import under
 
 TOLERANCE = 1e-5
 REFINERS = {"rein": "rein", "released_set": "set-released"}  # what a file calls them, and we

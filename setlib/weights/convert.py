@@ -28,38 +28,32 @@ SIGNS = {"rope_embed": "DINOv3", "rel_pos": "SAM", "attn.q_proj": "EVA-02", "inn
 UNNEEDED = re.compile(r"mask_token|pooler|head|decoder|text|logit|layernorm\.|layer_norm\.|(^|\.)norm\.|neck")
 HEADS = {1280: 16, 1408: 16, 1664: 16}  # of ViT-H, -g and -G; heads are 64 wide in all others
 
-# Meta's and timm's names, and those that transformers reads; # is a number.
-EMBEDDINGS = {
+# Meta's and timm's names, and those that transformers reads; # is a number. Query, key and value are split before.
+QUERY_KEY_VALUE = ("attn.query.", "attn.key.", "attn.value.")
+NAMES = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
     "register_tokens": "embeddings.register_tokens",
     "reg_token": "embeddings.register_tokens",  # timm
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
-}
-QUERY_KEY_VALUE = ("attn.query.", "attn.key.", "attn.value.")
-LAYER = {
     "blocks.#.attn.proj": "encoder.layer.#.attention.output.dense",
     "blocks.#.attn": "encoder.layer.#.attention.attention",
 }
-DINOV2 = LAYER | {
+DINOV2 = NAMES | {
     "blocks.#.ls1.gamma": "encoder.layer.#.layer_scale1.lambda1",
     "blocks.#.ls2.gamma": "encoder.layer.#.layer_scale2.lambda1",
     "blocks.#.mlp.w12": "encoder.layer.#.mlp.weights_in",
     "blocks.#.mlp.w3": "encoder.layer.#.mlp.weights_out",
     "blocks.#": "encoder.layer.#",
 }
-DINOV2_PACKED = {  # SwiGLU as timm packs it
-    "blocks.#.mlp.fc1": "encoder.layer.#.mlp.weights_in",
-    "blocks.#.mlp.fc2": "encoder.layer.#.mlp.weights_out",
-}
-VIT = LAYER | {
+VIT = NAMES | {
     "blocks.#.norm1": "encoder.layer.#.layernorm_before",
     "blocks.#.norm2": "encoder.layer.#.layernorm_after",
     "blocks.#.mlp.fc1": "encoder.layer.#.intermediate.dense",
     "blocks.#.mlp.fc2": "encoder.layer.#.output.dense",
-    "blocks.#": "encoder.layer.#",
 }
+TIMM_SWIGLU = {"blocks.#.mlp.fc1": "blocks.#.mlp.w12", "blocks.#.mlp.fc2": "blocks.#.mlp.w3"}
 
 
 def resize_patches(model: nn.Module, size: int) -> None:
@@ -79,11 +73,8 @@ def resize_patches(model: nn.Module, size: int) -> None:
     projection.weight = nn.Parameter(kernel.to(projection.weight.dtype), requires_grad=projection.weight.requires_grad)
     projection.kernel_size = projection.stride = (size, size)
     for holder in (model.config, *model.modules()):
-        before = getattr(holder, "patch_size", None)
-        if isinstance(before, int):
-            holder.patch_size = size
-        elif isinstance(before, tuple | list):
-            holder.patch_size = (size, size)
+        if isinstance(before := getattr(holder, "patch_size", None), int | tuple | list):
+            holder.patch_size = size if isinstance(before, int) else (size, size)
 
 
 def from_file(path: Path) -> PreTrainedModel:
@@ -94,7 +85,7 @@ def from_file(path: Path) -> PreTrainedModel:
     """
     tensors = read_tensors(path)
     try:
-        return build_model(_renamed(_vit_weights(tensors)))
+        return build_model(_renamed(tensors))
     except Exception as error:  # whatever tensors of unexpected names and shapes lead to
         known = isinstance(error, ValueError | RuntimeError)
         text = reason(error) if known else "its tensors do not fit together"
@@ -143,8 +134,8 @@ def build_model(weights: dict[str, Tensor]) -> PreTrainedModel:
     return model
 
 
-def _vit_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the vision transformer under its own names, whatever holds it."""
+def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the vision transformer, whatever holds it, under the names that transformers reads."""
     mark = "patch_embed.proj.weight"
     holder = next((name.removesuffix(mark) for name in tensors if name.endswith(mark)), None)
     if holder is None:
@@ -152,28 +143,23 @@ def _vit_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             f"it has no {mark}, as DINOv2 in Meta's layout and timm's names have it; a model of transformers is named"
             " by its folder, with its config.json"
         )
-    weights = {name.removeprefix(holder): value for name, value in tensors.items() if name.startswith(holder)}
+    weights = under(tensors, holder)
     for sign, what in SIGNS.items():
         if any(sign in name for name in weights):
             raise ValueError(f"it looks like {what} in its original layout: name its preset or hub id instead")
-    return {name: value for name, value in weights.items() if not UNUSED.match(name)}
-
-
-def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under the names that transformers reads."""
-    table = EMBEDDINGS | VIT
-    if "blocks.0.ls1.gamma" in weights:
-        table = EMBEDDINGS | DINOV2
-        first, last = (weights.get(f"blocks.0.mlp.{part}.weight") for part in ("fc1", "fc2"))
-        if first is not None and len(first) == 2 * last.shape[1]:
-            table = DINOV2_PACKED | table
-    weights = rename(split_three(weights, "attn.qkv.", QUERY_KEY_VALUE), table)
+    weights = {name: value for name, value in weights.items() if not UNUSED.match(name)}
+    weights = split_three(weights, "attn.qkv.", QUERY_KEY_VALUE)
+    is_dinov2 = "blocks.0.ls1.gamma" in weights
+    if is_dinov2 and "blocks.0.mlp.fc1.weight" in weights:
+        if len(weights["blocks.0.mlp.fc1.weight"]) == 2 * weights["blocks.0.mlp.fc2.weight"].shape[1]:
+            weights = rename(weights, TIMM_SWIGLU)
+    weights = rename(weights, DINOV2 if is_dinov2 else VIT)
     positions = weights.get("embeddings.position_embeddings")
     if positions is None or "embeddings.cls_token" not in weights:
         raise ValueError("it has no class token or no positions")
     count = positions.shape[1]
     if math.isqrt(count) ** 2 == count:  # timm adds the class token's to the token itself where there are registers
-        weights["embeddings.position_embeddings"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], 1)
+        weights["embeddings.position_embeddings"] = F.pad(positions, (0, 0, 1, 0))
     elif math.isqrt(count - 1) ** 2 != count - 1:
         raise ValueError(f"it has {count} positions, which are not those of a square grid and a class token")
     return weights
@@ -187,8 +173,6 @@ class Inert:
 
     def __new__(cls, *_: object, **__: object) -> Inert:
         return super().__new__(cls)
-
-    def __init__(self, *_: object, **__: object) -> None: ...
 
     def __setstate__(self, _: object) -> None: ...
 
@@ -232,12 +216,17 @@ def split_three(tensors: dict[str, Tensor], packed: str, parts: Sequence[str]) -
     """Query, key and value, one below the other under a name with `packed` in it, as tensors of their own."""
     made = {}
     for name, value in tensors.items():
-        if packed in name:
-            thirds = zip(parts, value.chunk(3), strict=True)
-            made |= {name.replace(packed, part): third.contiguous() for part, third in thirds}
-        else:
+        if packed not in name:
             made[name] = value
+            continue
+        for part, third in zip(parts, value.chunk(3), strict=True):
+            made[name.replace(packed, part)] = third.contiguous()
     return made
+
+
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose name starts with the prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def count_layers(names: Iterable[str], prefix: str) -> int:
@@ -275,6 +264,8 @@ def reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, UnpicklingError) or "weights_only" in text or not text:
         return "it is damaged or holds more than tensors"
+    if isinstance(error, ImportError) and "timm" in text:
+        return "it needs the package timm: install it with pip install -e '.[timm]'"
     if "ignore_mismatched_sizes" in text:
         return "the sizes of its tensors do not fit"
     return re.split(r"\.\s", text)[0].rstrip(".")

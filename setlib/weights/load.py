@@ -73,14 +73,10 @@ def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if name in (TINY, SALIENCY):
         return IMAGENET
     path = cached_file(name, "preprocessor_config.json") or cached_file(name, "config.json")
-    mean, std = None, None
     try:
         stored = json.loads(path.read_text(encoding="utf-8")) if path else {}
-        if path and path.name == "config.json":
-            timm = stored.get("pretrained_cfg") or {}
-            mean, std = timm.get("mean"), timm.get("std")
-        else:
-            mean, std = stored.get("image_mean"), stored.get("image_std")
+        timm = stored.get("pretrained_cfg") or {}
+        mean, std = (stored.get(f"image_{key}") or timm.get(key) for key in ("mean", "std"))
     except (ValueError, AttributeError):
         raise ValueError(f"{path} cannot be read as the settings of a model: fetch it anew.") from None
     if not mean:
@@ -144,12 +140,7 @@ def _pretrained(source: str | Path, local_files_only: bool) -> PreTrainedModel:
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else the hub is asked to convert a .bin
     # A model that brings code of its own is refused.
     options = {"local_files_only": local_files_only, "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-    except ImportError as error:
-        if "timm" not in str(error):
-            raise
-        raise ValueError(f"{source} needs the package timm: install it with pip install -e '.[timm]'.") from error
+    config = AutoConfig.from_pretrained(source, **options)
     if config.model_type == "timm_wrapper":
         config.model_args = {**(config.model_args or {}), "dynamic_img_size": True}
     options |= {"config": config, "weights_only": True, "output_loading_info": True}

