@@ -1,6 +1,6 @@
-"""Spectral-decomposed tokens for domain generalised semantic segmentation.
+"""Spectral-decomposed tokens for domain generalised semantic segmentation: the public names.
 
-Public names are imported when they are first used, so that `python -m setlib --help` stays instant.
+Each is imported when it is first used, so that `python -m setlib --help` stays instant.
 """
 
 from __future__ import annotations
@@ -8,14 +8,41 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-WHERE = {  # public name -> the module that holds it
-    "Studio": "setlib.explorer.studio",
+PLACES = {  # public name -> where it is, below setlib
+    "Experiment": "experiment.Experiment",
+    "Run": "run.Run",
+    "Domain": "data.domains.Domain",
+    "load_domain": "data.domains.load",
+    "RandomCrops": "data.crops.RandomCrops",
+    "FrozenBackbone": "backbone.FrozenBackbone",
+    "load_backbone": "weights.load.load_backbone",
+    "KeptCrops": "features.KeptCrops",
+    "REFINERS": "refiners.REFINERS",
+    "build_refiner": "refiners.build_refiner",
+    "Segmenter": "segmenter.Segmenter",
+    "build_segmenter": "checkpoint.build_segmenter",
+    "save_segmenter": "checkpoint.save_segmenter",
+    "load_segmenter": "checkpoint.load_segmenter",
+    "share": "checkpoint.share",
+    "predict": "inference.predict",
+    "make_optimiser": "training.make_optimiser",
+    "train": "training.train",
+    "train_together": "training.train_together",
+    "MeanIoU": "evaluation.MeanIoU",
+    "evaluate": "evaluation.evaluate",
+    "evaluate_run": "evaluation.evaluate_run",
+    "run_ablation": "analysis.ablation.run_ablation",
+    "Studio": "explorer.studio.Studio",
 }
-__all__ = list(WHERE)
+MODULES = ("plots", "spectral")
+__all__ = [*PLACES, *MODULES]
 
 
 def __getattr__(name: str) -> Any:
     """A public name, imported now."""
-    if name not in WHERE:
+    if name in MODULES:
+        return import_module(f"setlib.{name}")
+    if name not in PLACES:
         raise AttributeError(f"module 'setlib' has no attribute '{name}'")
-    return getattr(import_module(WHERE[name]), name)
+    module, _, inside = PLACES[name].rpartition(".")
+    return getattr(import_module(f"setlib.{module}"), inside)

@@ -10,17 +10,17 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from setlib.experiment import Data, Experiment
 from setlib.files import PROJECT, nearest, write_atomic
-from setlib.run import Run, default_run_folder
 
 if TYPE_CHECKING:
     from setlib.data.check import Check
+    from setlib.experiment import Data, Experiment
+    from setlib.run import Run
 
 BAR = 40  # characters of a class that covers everything
 FREE = (  # after training
@@ -29,7 +29,7 @@ FREE = (  # after training
 )
 SHARED = ("train", "evaluate")  # by several processes
 LISTED = 10  # problems of a domain that are shown
-PACKAGES = ("torch", "transformers", "datasets", "papermill")  # without which no command works
+PACKAGES = ("pydantic", "torch", "transformers", "datasets", "papermill")  # without which no command works
 ENTER = "enter the environment first, with 'source {}/.venv/bin/activate' or 'conda activate setlib' (README.md, Start)"
 
 
@@ -64,51 +64,57 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m setlib", description=text, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def add(name: str, text: str, *parents: Parser) -> Parser:
-        return commands.add_parser(name, help=text, description=text, parents=[base, *parents], allow_abbrev=False)
+    def add(name: str, call: Callable[[argparse.Namespace], int], text: str, *parents: Parser) -> Callable:
+        """Adds a sub-command, a function, and returns what adds its arguments."""
+        added = commands.add_parser(name, help=text, description=text, parents=[base, *parents], allow_abbrev=False)
+        added.set_defaults(call=call)
+        return added.add_argument
 
-    run = add("run", "Run the notebooks headless, in order, and write the report.", profile, options, made, target)
-    run.add_argument("--only", metavar="NN", default=[], help="notebooks to run, for example 01 03", **many)
-    add("train", "Train on the source; no notebooks, no scores.", profile, options, made, target)
-    add("evaluate", "Score a run's model on its targets or on others.", options, target).add_argument(
-        "run", metavar="RUN"
-    )
+    everything = (profile, options, made, target)
+    argument = add("run", run_command, "Run the notebooks headless, in order, and write the report.", *everything)
+    argument("--only", metavar="NN", default=[], help="notebooks to run, for example 01 03", **many)
+    add("train", train_command, "Train on the source; no notebooks, no scores.", *everything)
+    argument = add("evaluate", evaluate_command, "Score a run's model on its targets or on others.", options, target)
+    argument("run", metavar="RUN")
     text = "Predict pictures of up to 268 million pixels: a colour overlay and a PNG of train ids each."
-    predict = add("predict", text, options)
-    predict.add_argument("run", metavar="RUN", help="run folder")
-    predict.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
-    predict.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for what is made")
+    argument = add("predict", predict_command, text, options)
+    argument("run", metavar="RUN", help="run folder")
+    argument("images", metavar="IMAGE", nargs="+", type=Path)
+    argument("--out", metavar="DIR", type=Path, required=True, help="folder for what is made")
     text = "also a PNG of the label ids of this data set, as test servers take them, and one in its colours: cityscapes"
-    predict.add_argument("--labels", metavar="NAME", default="", help=text)
-    check = add("check", "Say what a domain holds, and whether it can be used.", profile, options)
-    check.add_argument("domains", metavar="DOMAIN", nargs="+", help="name[:split][@folder]")
-    check.add_argument("--deep", action="store_true", help="decode every file and count the pixels of the classes")
-    check.add_argument("--json", metavar="FILE", type=Path, help="write what was found to a file too")
+    argument("--labels", metavar="NAME", default="", help=text)
+    argument = add("check", check_command, "Say what a domain holds, and whether it can be used.", profile, options)
+    argument("domains", metavar="DOMAIN", nargs="+", help="name[:split][@folder]")
+    argument("--deep", action="store_true", help="decode every file and count the pixels of the classes")
+    argument("--json", metavar="FILE", type=Path, help="write what was found to a file too")
     text = "Write a resized copy of a domain, in the same tree; goes on where it was cut short."
-    prepare = add("prepare", text, options)
-    prepare.add_argument("domain", metavar="DOMAIN", help="name[:split]@folder")
-    prepare.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for the copy")
-    prepare.add_argument("--short-edge", metavar="N", type=int, required=True, help="pixels; smaller ones stay")
-
-    explore = add("explore", "Open the explorer in the browser: JupyterLab, on this machine alone.", profile, target)
-    explore.add_argument("run", metavar="RUN", nargs="?", help="run folder; default: runs/<profile>")
-    explore.add_argument("--port", metavar="N", type=int, default=0, help="default: a free one")
-    explore.add_argument("--no-browser", action="store_true", help="print the address only")
-    add("backbones", "List the backbones that are known by name, and whether their weights are on this machine.")
-    imported = add("import", "Read a checkpoint of Rein's or SET's release (.pth) into a run folder.")
-    imported.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=".pth, as released")
-    imported.add_argument("--out", metavar="RUN", type=Path, required=True, help="a new run folder")
-    imported.add_argument("--backbone", metavar="NAME", default="", help="default: the DINOv2 of its size")
-    exported = add("export", "Write a run's model as a checkpoint under the names of the releases.")
-    exported.add_argument("run", metavar="RUN", help="run folder with the refiner rein or set-released, or none")
-    exported.add_argument("--out", metavar="FILE.pth", type=Path, required=True)
-    verify = add(
-        "verify", "Compare refiners and the mask head with golden numbers of the public releases; exit 1 above 1e-5."
+    argument = add("prepare", prepare_command, text, options)
+    argument("domain", metavar="DOMAIN", help="name[:split]@folder")
+    argument("--out", metavar="DIR", type=Path, required=True, help="folder for the copy")
+    argument("--short-edge", metavar="N", type=int, required=True, help="pixels; smaller ones stay")
+    text = "Open the explorer in the browser: JupyterLab, on this machine alone."
+    argument = add("explore", explore_command, text, profile, target)
+    argument("run", metavar="RUN", nargs="?", help="run folder; default: runs/<profile>")
+    argument("--port", metavar="N", type=int, default=0, help="default: a free one")
+    argument("--no-browser", action="store_true", help="print the address only")
+    add(
+        "backbones",
+        backbones_command,
+        "List the backbones that are known by name, and whether their weights are on this machine.",
     )
-    verify.add_argument("files", metavar="FILE.npz", nargs="+", type=Path)
-    bench = add("bench", "Measure speed and memory of the parts, as ratios taken in one run.")
-    bench.add_argument("--only", metavar="NAME", default=[], help="benches to run; default: all", **many)
-    bench.add_argument("--json", metavar="FILE", type=Path, help="write the rows to a file too")
+    argument = add("import", import_command, "Read a checkpoint of Rein's or SET's release (.pth) into a run folder.")
+    argument("checkpoint", metavar="CHECKPOINT", type=Path, help=".pth, as released")
+    argument("--out", metavar="RUN", type=Path, required=True, help="a new run folder")
+    argument("--backbone", metavar="NAME", default="", help="default: the DINOv2 of its size")
+    argument = add("export", export_command, "Write a run's model as a checkpoint under the names of the releases.")
+    argument("run", metavar="RUN", help="run folder with the refiner rein or set-released, or none")
+    argument("--out", metavar="FILE.pth", type=Path, required=True)
+    text = "Compare refiners and the mask head with golden numbers of the public releases; exit 1 above 1e-5."
+    argument = add("verify", verify_command, text)
+    argument("files", metavar="FILE.npz", nargs="+", type=Path)
+    argument = add("bench", bench_command, "Measure speed and memory of the parts, as ratios taken in one run.")
+    argument("--only", metavar="NAME", default=[], help="benches to run; default: all", **many)
+    argument("--json", metavar="FILE", type=Path, help="write the rows to a file too")
 
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -126,6 +132,9 @@ def open_run(args: argparse.Namespace) -> Run:
     Raises ValueError for an unknown backbone, a refiner that is unknown or lacks a package, a domain that cannot be
     used, and a folder of another configuration.
     """
+    from setlib.experiment import Experiment
+    from setlib.run import Run
+
     experiment = Experiment.build(args.profile, args.source, args.target, args.seed, args.options)
     from setlib.data import domains
     from setlib.refiners import build_refiner
@@ -185,7 +194,7 @@ def train_command(args: argparse.Namespace) -> int:
     """train: the model alone."""
     run = open_run(args)
     from setlib.distributed import state
-    from setlib.train import train
+    from setlib.training import train
     from setlib.workbook.notebooks import shown
 
     model, history = train(run)
@@ -211,24 +220,26 @@ def freely(experiment: Experiment, options: Sequence[str]) -> Experiment:
 
 def evaluate_command(args: argparse.Namespace) -> int:
     """evaluate: scores of RUN/model, put into metrics.json."""
+    from setlib.run import Run
+
     run = Run.load(args.run)
     targets = args.target or run.experiment.data.targets
     if not targets:
         raise ValueError(f"{run.path} names no targets: name them with --target.")
     scored = Run(run.path, freely(run.experiment, args.options))
     check_labelled(targets, scored.experiment.data, every=True)
-    from setlib import evaluate
     from setlib.checkpoint import load_segmenter, use
     from setlib.distributed import state
+    from setlib.evaluation import evaluate_run, write_metrics
     from setlib.workbook import notebooks as workbook
 
     with state().main_process_first():
         name, model = run.experiment.model.refiner, load_segmenter(run.path)
     use(model, scored.experiment)
-    scores = evaluate.evaluate_run(scored, {name: model}, targets)[name]
+    scores = evaluate_run(scored, {name: model}, targets)[name]
     if not state().is_main_process:
         return 0
-    evaluate.write_metrics(run, scores, scored.experiment)
+    write_metrics(run, scores, scored.experiment)
     print(text_table(workbook.metric_rows(run)))
     if (run.path / "report.html").is_file():
         print(f"Report: {workbook.shown(workbook.write_report(run))}")
@@ -237,6 +248,8 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
 def predict_command(args: argparse.Namespace) -> int:
     """predict: PNGs for every picture that can be read; the others are named at the end."""
+    from setlib.run import Run
+
     run, images = Run.load(args.run), list(dict.fromkeys(args.images))
     used = freely(run.experiment, args.options)
     for path in images:
@@ -273,6 +286,8 @@ def predict_command(args: argparse.Namespace) -> int:
 
 def check_command(args: argparse.Namespace) -> int:
     """check: what each domain holds; 1 if one of them cannot be used."""
+    from setlib.experiment import Experiment
+
     data = Experiment.build(args.profile, args.domains[0], args.domains, overrides=args.options).data
     from setlib.data import check
 
@@ -298,6 +313,7 @@ def check_command(args: argparse.Namespace) -> int:
 def prepare_command(args: argparse.Namespace) -> int:
     """prepare: a resized copy."""
     from setlib.data import check
+    from setlib.experiment import Experiment
 
     if args.short_edge < 1:
         raise ValueError(f"A short edge of {args.short_edge} pixels is none: expected at least 1.")
@@ -314,6 +330,8 @@ def explore_command(args: argparse.Namespace) -> int:
     import subprocess
 
     from setlib.data import domains
+    from setlib.experiment import Experiment
+    from setlib.run import Run, default_run_folder
     from setlib.workbook import notebooks as workbook
 
     if args.run is None:
@@ -369,6 +387,7 @@ def import_command(args: argparse.Namespace) -> int:
 def export_command(args: argparse.Namespace) -> int:
     """export: a run as a release."""
     from setlib.release import checkpoint as release
+    from setlib.run import Run
 
     release.export_checkpoint(Run.load(args.run), args.out)
     print(f"Checkpoint: {args.out}")
@@ -451,7 +470,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if missing := [name for name in PACKAGES if find_spec(name) is None]:
             raise ModuleNotFoundError(name=missing[0])
-        return globals()[f"{args.command}_command"](args)
+        return args.call(args)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if "--debug" in argv:
             raise

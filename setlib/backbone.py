@@ -7,34 +7,47 @@ Where the weights come from is said in `weights/`, what a refiner computes in `t
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from setlib._families import Grid, call_model, find_layers, more_prefix_tokens, patch_convolution
 from setlib.features import FrozenFeatures
 
+if TYPE_CHECKING:  # transformers takes 3 s to import
+    from transformers import PreTrainedModel
+
 Colour = Sequence[float]  # red, green, blue
-Grid = tuple[int, int]  # patches in height and width
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of RGB in [0, 1]
+
+
+class LayerRefiner(Protocol):
+    """What a backbone asks of a refiner."""
+
+    layers: tuple[int, ...]  # those it refines, counted from 1
+    prompts: Callable[[int], Tensor] | None  # of a layer, (P, C): tokens that it reads beside its own
+
+    def __call__(self, features: Tensor, layer: int) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+
+    def frozen_until(self, depth: int) -> int:
+        """Number of first layers, of `depth`, whose own answer it cannot change."""
 
 
 class FrozenBackbone(nn.Module):
     """A frozen vision transformer whose patch features can be read and refined after every layer.
 
-    Layers are numbered from 1. A refiner is a module with an attribute `layers` (the numbers it refines) and the call
-    `refiner(features (B, H, W, C), layer) -> (B, H, W, C)`; class and register tokens pass by it untouched. One that
-    works inside the layers may give `prompts(layer) -> (P, C)`, tokens that a layer reads beside its own and that do
-    not leave it, or change a copy of the model (`adapted`). Nothing else in here ever learns, and nothing leaves eval
-    mode, whatever `train` is called on.
+    Layers are numbered from 1. A refiner (`LayerRefiner`) is called with the patch features behind a layer; class and
+    register tokens pass by it untouched, and prompts, if it has them, do not leave their layer. One that changes
+    weights gets a copy of the model (`adapted`). Nothing else in here ever learns, and nothing leaves eval mode,
+    whatever `train` is called on.
 
     Parameters
     ----------
@@ -43,9 +56,12 @@ class FrozenBackbone(nn.Module):
     mean, std : of the images it was trained on, RGB in [0, 1].
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         name: str = "",
         mean: Colour = IMAGENET[0],
         std: Colour = IMAGENET[1],
@@ -53,7 +69,7 @@ class FrozenBackbone(nn.Module):
         super().__init__()
         self.name = name
         self.model = model.eval().requires_grad_(False)
-        self._layers = _find_layers(model)  # a tuple: registered once only, inside the model
+        self._layers = find_layers(model)  # a tuple: registered once only, inside the model
         projection = patch_convolution(model)
         if not (projection or hasattr(model.config, "patch_size")) or hasattr(model.config, "num_detection_tokens"):
             raise ValueError(f"{type(model).__name__} has no patches in its last tokens: expected a plain ViT.")
@@ -96,7 +112,7 @@ class FrozenBackbone(nn.Module):
     def forward(
         self,
         images: Tensor,
-        refiner: nn.Module | None = None,
+        refiner: LayerRefiner | None = None,
         layers: Sequence[int] | None = None,
         frozen: FrozenFeatures | None = None,
         gradient_checkpointing: bool = False,
@@ -120,9 +136,9 @@ class FrozenBackbone(nn.Module):
         ValueError : unknown layers, a refiner that this backbone cannot take, or frozen features that do not fit.
         """
         wanted = self._known(layers or (self.num_layers,))
-        refined = self._known(refiner.layers) if refiner is not None else ()
         start, maps = (frozen.stop, dict(frozen.maps)) if frozen else (0, {})
-        if refined and start > refiner.frozen_until(self.num_layers):
+        refined = self._known(refiner.layers) if refiner is not None else ()
+        if refiner is not None and start > refiner.frozen_until(self.num_layers):
             raise ValueError(
                 f"Frozen features end with layer {start}, but the refiner refines {refined}: end them before."
             )
@@ -141,10 +157,12 @@ class FrozenBackbone(nn.Module):
 
         def step(number: int, hidden: Tensor) -> Tensor:
             """One frozen layer, and the refiner behind it."""
-            prompts = refiner.prompts(number) if number in refined and refiner.prompts is not None else None
+            if refiner is None or number not in refined:
+                return self._run_layer(number, hidden, arguments) if number > start else hidden
+            prompts = refiner.prompts(number) if refiner.prompts is not None else None
             if number > start:
                 hidden = self._run_layer(number, hidden, arguments, prompts)
-            return _refine(hidden, refiner, number, grid) if number in refined else hidden
+            return _refine(hidden, refiner, number, grid)
 
         for number in range(max(start, 1), max(wanted) + 1):
             learns = torch.is_grad_enabled() and (hidden.requires_grad or number in refined)
@@ -186,7 +204,7 @@ class FrozenBackbone(nn.Module):
                 "take another refiner."
             )
         longer = torch.cat([prompts.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], dim=1)  # (B, P + N, C)
-        with _more_prefix_tokens(layer, len(prompts)):
+        with more_prefix_tokens(layer, len(prompts)):
             return _tokens(layer(longer, *args, **kwargs))[:, len(prompts) :]
 
     def _first_input(self, images: Tensor, grid: Grid) -> tuple[Tensor, tuple[tuple, dict]]:
@@ -195,29 +213,13 @@ class FrozenBackbone(nn.Module):
         pixels = ((images - self.mean) / self.std).to(next(self.model.parameters()).dtype)
         hook = self._layers[0].register_forward_pre_hook(_Caught.throw, with_kwargs=True)
         try:
-            self._call(pixels, grid)
+            call_model(self.model, pixels, grid, self.patch_size)
         except _Caught as caught:
             (hidden, *args), kwargs = caught.args
             return hidden, (tuple(args), kwargs)
         finally:
             hook.remove()
         raise ValueError(f"{type(self.model).__name__} does not call its first layer: expected a plain ViT.")
-
-    def _call(self, pixels: Tensor, grid: Grid) -> object:
-        """The model's own forward, at any size: families differ in what they must be told."""
-        known = inspect.signature(self.model.forward).parameters
-        options: dict[str, Any] = {}
-        if "interpolate_pos_encoding" in known:  # CLIP, SigLIP, ViT, MAE: fit the position embedding
-            options["interpolate_pos_encoding"] = True
-        if "noise" in known:  # MAE: do not shuffle the patches
-            options["noise"] = torch.arange(grid[0] * grid[1], device=pixels.device).expand(len(pixels), -1)
-        if "spatial_shapes" in known:  # SigLIP 2 with any aspect takes patches, not pictures
-            pixels = pixels.unfold(2, self.patch_size, self.patch_size).unfold(3, self.patch_size, self.patch_size)
-            pixels = pixels.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # (B, N, p*p*3)
-            shapes = torch.tensor(grid, device=pixels.device).expand(len(pixels), 2)
-            options |= {"spatial_shapes": shapes, "pixel_attention_mask": None}
-        with _fitted(self.model, grid, tuple(pixels.shape[-2:])) as parameters:
-            return torch.func.functional_call(self.model, parameters, (pixels,), options)
 
     def _padded(self, images: Tensor) -> tuple[Tensor, Grid]:
         """The images at multiples of the patch size, the last pixels repeated, and their grid."""
@@ -243,56 +245,6 @@ class _Caught(Exception):
         raise _Caught(args, kwargs)
 
 
-def patch_convolution(model: nn.Module) -> nn.Conv2d | None:
-    """The convolution that cuts a picture into patches."""
-    return next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-
-
-def _find_layers(model: nn.Module) -> tuple[nn.Module, ...]:
-    """The column of layers: the first list of as many modules as the config says, of one class, that hold a norm."""
-    expected = getattr(model.config, "num_hidden_layers", None)
-    for column in model.modules():
-        if not isinstance(column, (nn.ModuleList, nn.Sequential)) or len({type(layer) for layer in column}) != 1:
-            continue
-        has_norm = any("norm" in type(module).__name__.lower() for module in column[0].modules())
-        if has_norm and len(column) == (expected or len(column)):
-            return tuple(column)
-    raise ValueError(f"{type(model).__name__} has no column of equal layers: expected a plain vision transformer.")
-
-
-@contextlib.contextmanager
-def _fitted(model: nn.Module, grid: Grid, size: tuple[int, int]) -> Iterator[dict[str, Tensor]]:
-    """Parameters to run the model with at another size than its own: SAM keeps a map of positions (1, H, W, C), which
-    is resized as Rein's released conversion does, and refuses other sizes unless its patch embedding is told."""
-    maps = {name: p for name, p in model.named_parameters() if name.endswith("pos_embed") and p.dim() == 4}
-    checks = [module for module in model.modules() if maps and hasattr(module, "image_size")]
-    before = [module.image_size for module in checks]
-    for module in checks:
-        module.image_size = size
-    try:
-        yield {
-            name: F.interpolate(p.permute(0, 3, 1, 2), grid, mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
-            for name, p in maps.items()
-            if p.shape[1:3] != grid
-        }
-    finally:
-        for module, own in zip(checks, before, strict=True):
-            module.image_size = own
-
-
-@contextlib.contextmanager
-def _more_prefix_tokens(layer: nn.Module, count: int) -> Iterator[None]:
-    """Tells timm's rotary attention that so many more tokens stand in front of the patches."""
-    rotating = [module for module in layer.modules() if hasattr(module, "num_prefix_tokens")]
-    try:
-        for module in rotating:
-            module.num_prefix_tokens += count
-        yield
-    finally:
-        for module in rotating:
-            module.num_prefix_tokens -= count
-
-
 def _tokens(output: Tensor | tuple) -> Tensor:
     """The tokens that a layer answers with, alone or first in a tuple."""
     return output[0] if isinstance(output, tuple) else output
@@ -308,7 +260,7 @@ def _patches(hidden: Tensor, grid: Grid) -> Tensor:
     return hidden[:, num_prefix:].unflatten(1, grid)  # (B, H, W, C)
 
 
-def _refine(hidden: Tensor, refiner: nn.Module, layer: int, grid: Grid) -> Tensor:
+def _refine(hidden: Tensor, refiner: LayerRefiner, layer: int, grid: Grid) -> Tensor:
     """All tokens with the patches refined and every other token as it was."""
     features = _patches(hidden, grid)
     refined = refiner(features, layer)

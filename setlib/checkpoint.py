@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from setlib.backbone import FrozenBackbone
 from setlib.data.labels import CITYSCAPES
@@ -53,18 +53,20 @@ def build_segmenter(
     for key, layers in (("feature_layers", read), ("refined_layers", refined)):
         if max(layers) > depth:
             raise ValueError(f"Option model.{key} names {layers}, but {backbone.name} has the layers 1 to {depth}.")
+    wanted = experiment.train.precision
+    precision = fast_precision(device) if wanted == "auto" else wanted
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(experiment.seed)  # torch.manual_seed would reseed every GPU as well
         head, refiner = _parts(config, backbone.channels, read, refined)
-    precision = experiment.train.precision
-    precision = fast_precision(device) if precision == "auto" else precision
-    return Segmenter(experiment, backbone, refiner, head, read, precision).to(device)
+        model = Segmenter(experiment, backbone, refiner, head, read, precision)  # lora draws here
+    return model.to(device)
 
 
 def _parts(
     config: Model, channels: int, feature_layers: Sequence[int], refined_layers: Sequence[int]
-) -> tuple[nn.Module, Refiner]:
+) -> tuple[PerPixelHead | Mask2FormerHead, Refiner]:
     """Head and refiner as a configuration names them, for a backbone of so many channels."""
+    head: PerPixelHead | Mask2FormerHead
     is_mask_head = config.head == "mask2former"
     if is_mask_head and len(feature_layers) != 4:
         raise ValueError(f"Option model.feature_layers must name 4 layers for mask2former, got {len(feature_layers)}.")
@@ -146,12 +148,7 @@ def load_segmenter(
     ValueError : files are missing or damaged, the backbone differs, or the hub does not have it.
     """
     folder = _folder(name, options)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        experiment, trained_on = Experiment.from_dict(config["experiment"]), config["backbone_fingerprint"]
-        tensors = load_file(folder / "model.safetensors")
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"The model in {folder} cannot be read ({error}): delete it and train again.") from None
+    experiment, trained_on, _, tensors = _read(folder)
     model = build_segmenter(experiment, backbone, device)
     found = model.backbone.fingerprint
     if trained_on not in ("", found):  # "": imported, the release does not say
@@ -178,6 +175,16 @@ def _folder(name: str | Path, options: dict[str, Any]) -> Path:
         raise ValueError(f"{name} is no folder of a saved model, and the hub does not give it: {why}") from None
 
 
+def _read(folder: Path) -> tuple[Experiment, str, list[dict], dict[str, Tensor]]:
+    """A model's two files: its experiment, its backbone's hash, its results and what it learnt."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        experiment, fingerprint = Experiment.from_dict(config["experiment"]), config["backbone_fingerprint"]
+        return experiment, fingerprint, config.get("results", []), load_file(folder / "model.safetensors")
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"The model in {folder} cannot be read ({error}): delete it and train again.") from None
+
+
 def load_state(model: Segmenter, tensors: dict[str, Tensor]) -> None:
     """Loads what `trainable_state` gave. Raises ValueError naming what does not fit."""
     expected = {name: tuple(t.shape) for name, t in model.trainable_state().items()}
@@ -192,7 +199,8 @@ def load_state(model: Segmenter, tensors: dict[str, Tensor]) -> None:
 def use(model: Segmenter, experiment: Experiment) -> None:
     """Takes over how a trained model is used: data.eval_edges, model.any_batch, inference.*"""
     model.experiment = experiment
-    model.refiner.any_batch = experiment.model.any_batch
+    if hasattr(model.refiner, "any_batch"):
+        model.refiner.any_batch = experiment.model.any_batch
 
 
 # Sharing
@@ -207,16 +215,14 @@ def share(run: str | Path, folder: str | Path, repository: str = "", **options: 
     repository : owner/name; the folder is then uploaded to it on the hub (options of `HfApi.create_repo`: private ...).
     """
     source, folder = _folder(run, {}), Path(folder)
-    config, tensors = load_json(source / "config.json"), load_file(source / "model.safetensors")
-    experiment, results = Experiment.from_dict(config["experiment"]), config.get("results", [])
-    if (source.parent / "metrics.json").is_file():
+    experiment, fingerprint, results, tensors = _read(source)
+    if all((source.parent / file).is_file() for file in ("experiment.json", "metrics.json")):  # of a run
         results = load_json(source.parent / "metrics.json")["results"]
     own, *targets = (_public(text) for text in (experiment.data.source, *experiment.data.targets))
     experiment = replace(experiment, data=replace(experiment.data, source=own, targets=tuple(targets)))
     results = [result | {"domain": _public(result["domain"])} for result in results]
-    write_model(folder, tensors, experiment, config["backbone_fingerprint"], results)
-    card = model_card(experiment, tensors, config["backbone_fingerprint"], results)
-    write_atomic(folder / "README.md", str(card))
+    write_model(folder, tensors, experiment, fingerprint, results)
+    write_atomic(folder / "README.md", str(model_card(experiment, tensors, fingerprint, results)))
     if repository:
         hub = HfApi(token=options.pop("token", None))
         hub.create_repo(repository, **{"exist_ok": True, **options})

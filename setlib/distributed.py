@@ -14,6 +14,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, reduce
 from torch import Tensor
 
+from setlib.experiment import Train
+
 WITHOUT_GPU = not torch.cuda.is_available()
 
 
@@ -33,17 +35,25 @@ def default_device() -> torch.device:
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
-def accelerator(some_unused: bool = False) -> Accelerator:
+def accelerator(settings: Train, some_unused: bool = False) -> Accelerator:
     """The engine of a training. some_unused: whether some weights that learn may have no gradient in a step.
 
-    Raises ValueError for what the launcher was asked for and the configuration decides.
+    Raises ValueError for what the launcher was asked for and the configuration decides, and for a batch that does not
+    divide among processes and parts.
     """
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         raise ValueError("Give -o train.precision=bfloat16 instead of accelerate's --mixed_precision.")
     if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
         raise ValueError("Only the frozen weights are large here: start without accelerate's FSDP and DeepSpeed.")
     options = DistributedDataParallelKwargs(find_unused_parameters=some_unused)
-    return Accelerator(cpu=WITHOUT_GPU, mixed_precision="no", kwargs_handlers=[options])  # autocast is the model's own
+    engine = Accelerator(cpu=WITHOUT_GPU, mixed_precision="no", kwargs_handlers=[options])  # the model casts itself
+    parts = engine.num_processes * settings.accumulate
+    if settings.batch_size % parts:
+        raise ValueError(
+            f"Option train.batch_size ({settings.batch_size}) must be a multiple of {parts}: "
+            f"{engine.num_processes} processes x train.accumulate ({settings.accumulate})."
+        )
+    return engine
 
 
 def shard_indices(count: int) -> range:

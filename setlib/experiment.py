@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from setlib.files import nearest
 
 LARGEST = 2**63 - 1  # what a seed or a count can hold
-settings = dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Count = Annotated[int, Field(ge=0, le=LARGEST)]  # 0 says all, none or off
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
@@ -41,7 +41,7 @@ def _edge(text: str) -> str:
     return text
 
 
-@settings
+@dataclass(frozen=True, config=STRICT)
 class Data:
     """Which domains, how many pictures of them, and how pictures are cut for training."""
 
@@ -73,7 +73,7 @@ class Data:
         return max(1, round(float(edge) * own)) if "." in edge else int(edge)
 
 
-@settings
+@dataclass(frozen=True, config=STRICT)
 class Model:
     """Backbone, refiner and head."""
 
@@ -102,7 +102,7 @@ class Model:
             raise ValueError(f"Option model.head_channels must be {wanted}, got {self.head_channels}.")
 
 
-@settings
+@dataclass(frozen=True, config=STRICT)
 class Train:
     """The loop."""
 
@@ -133,7 +133,7 @@ class Train:
         return float(rates.get(name, rates.get(name.partition("-")[0], own)))
 
 
-@settings
+@dataclass(frozen=True, config=STRICT)
 class Inference:
     """How a picture is predicted: whole or in windows of data.height x data.width, averaged where they overlap."""
 
@@ -150,7 +150,7 @@ class Inference:
         return " + ".join(words + ["flip"] * self.flip)
 
 
-@settings
+@dataclass(frozen=True, config=STRICT)
 class Ablation:
     """Variants x seeds of notebook 05; `overrides` make each training smaller than the main one."""
 
@@ -161,7 +161,7 @@ class Ablation:
     overrides: tuple[str, ...] = ("train.steps=50", "train.views=120", "train.batch_size=2", "data.eval_images=6")
 
 
-@settings
+@dataclass(frozen=True, config=STRICT)
 class Experiment:
     """Everything that decides a run's numbers. `build` makes one from a profile and options.
 
@@ -203,13 +203,14 @@ class Experiment:
         """
         if profile not in PROFILES:
             raise ValueError(f"Unknown profile '{profile}': expected one of {', '.join(PROFILES)}.")
-        experiment = PROFILES[profile]
-        targets, overrides = ([text] if isinstance(text, str) and text else text for text in (targets, overrides))
-        data = experiment.data
-        data = replace(data, source=source or data.source, targets=tuple(targets or ()) or data.targets)
-        if not data.source or not data.targets:
+        targets = [targets] if isinstance(targets, str) and targets else targets
+        overrides = [overrides] if isinstance(overrides, str) and overrides else overrides
+        values = PROFILES[profile].to_dict()
+        data = values["data"]
+        data |= {"source": source or data["source"], "targets": [*(targets or data["targets"])]}
+        if not data["source"] or not data["targets"]:
             raise ValueError(f"Profile {profile} has no domains of its own: name yours with --source and --target.")
-        experiment = replace(experiment, data=data, seed=experiment.seed if seed is None else int(seed))
+        experiment = _checked(values | ({} if seed is None else {"seed": seed}), strict=False)
         return experiment.override(*overrides)
 
     def override(self, *options: str) -> Experiment:
@@ -245,15 +246,8 @@ class Experiment:
     @classmethod
     def from_dict(cls, values: dict) -> Experiment:
         """The inverse of `to_dict`; what is missing has its default value. Raises ValueError if a field is unknown."""
-        try:
-            read = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-            train = read.setdefault("train", {})
-            train.setdefault("refiner_rates", [])  # an older file: one rate for all
-            for key in RETIRED:
-                train.pop(key, None)
-        except AttributeError as error:
-            raise ValueError(f"This configuration is not one of this version of setlib ({error}).") from None
-        return _checked(read, strict=True)
+        train = {"refiner_rates": []} | dict(values.get("train", {}))  # an older file: one rate for all
+        return _checked(values | {"train": {k: v for k, v in train.items() if k not in RETIRED}}, strict=True)
 
 
 RETIRED = ("shard", "compile", "cache_gb")  # options of older trainings; they changed no result
@@ -276,52 +270,49 @@ def _checked(values: dict, strict: bool) -> Experiment:
         raise ValueError(str(first["ctx"]["error"])) from None
     if first["type"] == "unexpected_keyword_argument":
         raise ValueError(f"This configuration is not one of this version of setlib (unknown: {key}).") from None
-    should = first["msg"].replace("Input should", "should").replace("Tuple should", "should")
+    should = re.sub(r"^\w+ (?=should)| after validation.*|, unable.*", "", first["msg"])
     raise ValueError(f"Option {key} {should}, got {first['input']!r}.") from None
 
 
-def _smoke() -> Experiment:
-    data = Data(
-        targets=("scenes:night", "scenes:fog"), height=64, width=128, long_edge=128, train_images=12, eval_images=4
-    )
-    layers = {"refined_layers": (3, 4), "feature_layers": (1, 2, 3, 4)}
-    model = Model(backbone="tiny-random", num_tokens=8, rank=4, head_channels=16, **layers)
-    train = Train(steps=12, batch_size=2, views=8, checkpoint_every=6, precision="float32")
-    variants = ("none", "full", "vpt", "adaptformer", "rein", "fada", "set")
-    ablation = Ablation(variants=variants, overrides=("train.steps=6", "data.eval_images=2"))
-    return Experiment(profile="smoke", data=data, model=model, train=train, ablation=ablation)
+def _profile(name: str, base: Experiment, *options: str, **data: Any) -> Experiment:
+    """A profile: another one with options put in."""
+    made = base.override(*options)
+    return replace(made, profile=name, data=replace(made.data, **data))
 
 
-def _paper(crop: int = 512) -> Experiment:
-    """One GPU. Source: the released configurations; what differs from them is listed in notebooks/README.md."""
-    edges = {"cityscapes": 1024, "bdd100k": 1280, "acdc": 960, "mapillary": 0.5, "mapillary-v2": 0.5}  # at crops of 512
-    data = Data(
-        source="",
-        targets=(),
-        height=crop,
-        width=crop,
-        long_edge=2 * crop,
-        eval_edges=tuple(f"{name}={edge * (crop // 512)}" for name, edge in edges.items()),
-        train_images=0,
-        eval_images=0,
-        scale_min=0.5,
-        scale_max=2.0,
-        workers=4,
-    )
-    model = Model(
-        backbone="facebook/dinov2-large",
-        patch_size=16,
-        refined_layers=(),
-        feature_layers=(8, 12, 16, 24),
-        head="mask2former",
-        head_channels=256,
-    )
-    train = Train(steps=40_000, batch_size=4, views=0, learning_rate=1e-4, clip_norm=0.0, checkpoint_every=1000)
-    train = replace(train, precision="float32", refiner_rates=())  # one rate for all, as released
-    if crop > 512:
-        train = replace(train, batch_size=8, learning_rate=6e-5, warmup=10_000)
-    profile = "paper" if crop == 512 else f"paper-{crop}"
-    return Experiment(profile=profile, data=data, model=model, train=train, ablation=Ablation(overrides=()))
-
-
-PROFILES = {made.profile: made for made in (_smoke(), Experiment(), _paper(), _paper(crop=1024))}
+_QUICK = Experiment()
+_SMOKE = _profile(
+    "smoke",
+    _QUICK,
+    *("data.height=64", "data.width=128", "data.long_edge=128", "data.train_images=12", "data.eval_images=4"),
+    *("model.backbone=tiny-random", "model.refined_layers=3,4", "model.feature_layers=1,2,3,4"),
+    *("model.num_tokens=8", "model.rank=4", "model.head_channels=16"),
+    *("train.steps=12", "train.views=8", "train.checkpoint_every=6", "train.precision=float32"),
+    "train.refiner_rates=set=0.1",
+    "ablation.variants=none,full,vpt,adaptformer,rein,fada,set",
+    "ablation.overrides=train.steps=6,data.eval_images=2",
+    targets=("scenes:night", "scenes:fog"),
+)
+# Source: the released configurations; what differs from them is listed in notebooks/README.md.
+_PAPER = _profile(
+    "paper",
+    _QUICK,
+    *("data.height=512", "data.width=512", "data.long_edge=1024", "data.scale_min=0.5", "data.scale_max=2"),
+    *("data.train_images=0", "data.eval_images=0", "data.workers=4"),
+    "data.eval_edges=cityscapes=1024,bdd100k=1280,acdc=960,mapillary=0.5,mapillary-v2=0.5",
+    *("model.backbone=facebook/dinov2-large", "model.patch_size=16", "model.head=mask2former"),
+    *("model.head_channels=256", "model.refined_layers=", "model.feature_layers=8,12,16,24"),
+    *("train.steps=40000", "train.batch_size=4", "train.views=0", "train.learning_rate=1e-4", "train.clip_norm=0"),
+    *("train.refiner_rates=", "train.precision=float32", "train.checkpoint_every=1000"),  # one rate for all
+    "ablation.overrides=",
+    source="",
+    targets=(),
+)
+_PAPER_1024 = _profile(
+    "paper-1024",
+    _PAPER,
+    *("data.height=1024", "data.width=1024", "data.long_edge=2048"),
+    "data.eval_edges=cityscapes=2048,bdd100k=2560,acdc=1920,mapillary=1.0,mapillary-v2=1.0",
+    *("train.batch_size=8", "train.learning_rate=6e-5", "train.warmup=10000"),
+)
+PROFILES = {made.profile: made for made in (_SMOKE, _QUICK, _PAPER, _PAPER_1024)}

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -29,7 +30,7 @@ class FrozenFeatures:
     maps: dict[int, Tensor]
     stop: int
 
-    def __getitem__(self, images: slice | Sequence[int]) -> FrozenFeatures:
+    def __getitem__(self, images: slice | Sequence[int] | np.ndarray | Tensor) -> FrozenFeatures:
         """Those of some of the images."""
         return replace(self, hidden=self.hidden[images], maps={layer: m[images] for layer, m in self.maps.items()})
 

@@ -45,7 +45,7 @@ def cut(pixels: Tensor, window: tuple[int, int], stride: tuple[int, int]) -> Win
     )
     corners = [(y, x) for y in rows for x in columns]
     cuts = [padded[:, y : y + window[0], x : x + window[1]] for y, x in corners]
-    return Windows(torch.stack(cuts), corners, tuple(size))
+    return Windows(torch.stack(cuts), corners, (size[0], size[1]))
 
 
 def blend(scores: Tensor, windows: Windows) -> Tensor:
@@ -107,7 +107,7 @@ def cut_picture(model: Segmenter, image: np.ndarray, long_edge: int = 0) -> list
         size = fit(pixels, long_edge or data.long_edge, scale)
         resized, patches = resize(pixels, size)[0], model.padded_size(size)
         window = patches if settings.whole else (min(data.height, patches[0]), min(data.width, patches[1]))
-        stride = tuple(max(1, round(side * settings.stride)) for side in window)
+        stride = (max(1, round(window[0] * settings.stride)), max(1, round(window[1] * settings.stride)))
         found.append(cut(resized, window, stride))
         if settings.flip:
             found.append(cut(resized.flip(-1), window, stride)._replace(flipped=True))
@@ -122,14 +122,14 @@ def class_probabilities(
 
     passes: of `cut_picture`, one a scale and mirroring. frozen: features of each pass's windows.
     """
-    total: Tensor | float = 0.0
+    blended = []
     for windows, kept in zip(passes, frozen or [None] * len(passes), strict=True):
-        scores = []
+        scores, (h, w) = [], windows.images.shape[-2:]
         for part in torch.arange(len(windows.images)).split(model.experiment.inference.windows):
             output = model(windows.images[part].to(model.device), kept and kept[part])
-            scores.append(model.pixel_probabilities(output, windows.images.shape[-2:]).cpu())
-        blended = blend(torch.cat(scores), windows)
-        if blended.shape[1:] != passes[0].size:
-            blended = F.interpolate(blended[None], passes[0].size, mode="bilinear", align_corners=False)[0]
-        total = total + blended
-    return total / len(passes)
+            scores.append(model.pixel_probabilities(output, (h, w)).cpu())
+        whole = blend(torch.cat(scores), windows)
+        if whole.shape[1:] != passes[0].size:
+            whole = F.interpolate(whole[None], passes[0].size, mode="bilinear", align_corners=False)[0]
+        blended.append(whole)
+    return sum(blended[1:], start=blended[0]) / len(passes)

@@ -7,6 +7,7 @@ How whole pictures are predicted is in `inference.py`; building one from an expe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,8 @@ class Segmenter(nn.Module):
     ) -> None:
         super().__init__()
         self.experiment, self.precision = experiment, precision
-        self.backbone, self.refiner, self.head = backbone.adapted(refiner.adapt), refiner, head
+        self.backbone, self.refiner = backbone.adapted(refiner.adapt), refiner
+        self.head: Any = head
         self.feature_layers = tuple(feature_layers)
 
     def forward(

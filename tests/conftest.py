@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is first imported
@@ -12,8 +14,10 @@ os.environ.pop("MPLBACKEND", None)  # set to Agg it would drop every figure of t
 
 import hypothesis  # noqa: E402
 import matplotlib  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 matplotlib.use("Agg")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -36,3 +40,39 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests first, so that several workers end together."""
     items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> str:
+    """A labelled domain of four pictures whose colours tell the class: road on the left, sky on the right."""
+    folder, rng = tmp_path_factory.mktemp("source"), np.random.default_rng(0)
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir()
+    for i in range(4):
+        label = np.where(np.arange(128) < 40 + 10 * i, 0, 10)[None].repeat(64, 0).astype(np.uint8)
+        image = np.where(label[..., None] == 0, [90, 80, 90], [120, 180, 250]) + rng.integers(-9, 9, (64, 128, 3))
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"images/{i}.png")
+        Image.fromarray(label).save(folder / f"labels/{i}.png")
+    return f"folder@{folder}"
+
+
+class Trained(NamedTuple):
+    """A finished run: its folder, what it was made with, its model and its history."""
+
+    path: Path
+    experiment: object
+    model: torch.nn.Module
+    history: list[dict]
+
+
+@pytest.fixture(scope="session")
+def trained(source, tmp_path_factory) -> Trained:
+    """A smoke run of 7 steps on `source`, a checkpoint every 3. Its folder is everybody's: copy it to change it."""
+    from setlib.experiment import Experiment
+    from setlib.run import Run
+    from setlib.training import train
+
+    options = ["train.steps=7", "train.checkpoint_every=3"]
+    experiment = Experiment.build("smoke", source, [source], overrides=options)
+    run = Run.open(tmp_path_factory.mktemp("trained") / "run", experiment)
+    return Trained(run.path, experiment, *train(run, progress=False))

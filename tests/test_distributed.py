@@ -10,7 +10,7 @@ import pytest
 from setlib import __main__ as cli
 from setlib import distributed as processes
 from setlib.run import Run
-from setlib.train import read_history
+from setlib.training import read_history
 
 LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0".split()
 LAUNCH += "--mixed_precision no --dynamo_backend no".split()

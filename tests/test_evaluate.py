@@ -9,11 +9,12 @@ from PIL import Image
 from setlib.model import Segmenter
 from setlib.windows import label_map
 
-from setlib import evaluate
+from setlib import evaluation as evaluate
+from setlib.analysis import scores as shown
 from setlib.analysis import spectra as analysis
 from setlib.data import domains
 from setlib.data.labels import CAMVID, CITYSCAPES
-from setlib.evaluate import MeanIoU
+from setlib.evaluation import MeanIoU
 from setlib.experiment import Data, Experiment
 from setlib.run import Run
 
@@ -96,7 +97,7 @@ def test_every_domain_is_scored_in_its_own_classes(folder, model, tmp_path):
 
 def test_scores_are_those_of_predict(folder, model):
     domain = domains.load(f"folder@{folder}/train", Data(eval_images=3))
-    score = evaluate.evaluate_models({"a": model}, domain, progress=False)["a"]
+    score = evaluate.evaluate({"a": model}, domain, progress=False)["a"]
     counts = np.zeros((19, 19), np.int64)
     for i in range(3):
         sample = domain.sample(i)
@@ -117,9 +118,9 @@ def test_models_are_scored_together_as_alone(folder):
                 if p.requires_grad and not key.startswith("head."):
                     p.add_(0.3 * torch.randn(p.shape, generator=generator))
     domain = domains.load(f"folder@{folder}/train", Data(eval_images=2))
-    together = evaluate.evaluate_models(models, domain, progress=False)
+    together = evaluate.evaluate(models, domain, progress=False)
     for name, model in models.items():
-        alone = evaluate.evaluate_models({name: model}, domain, progress=False)[name]
+        alone = evaluate.evaluate({name: model}, domain, progress=False)[name]
         assert np.abs(together[name].counts - alone.counts).sum() <= 20, name  # of 16,384 pixels: rounding
     assert np.abs(together["lora"].counts - together["none"].counts).sum() > 200
 
@@ -131,11 +132,11 @@ def test_a_damaged_picture_stops_the_scoring_or_is_passed_over_and_said(folder, 
     text = f"folder@{tmp_path}/set"
     domain = domains.load(text, Data())
     with pytest.raises(ValueError, match="'1.*' cannot be decoded"):
-        evaluate.evaluate_models({"a": model}, domain, progress=False)
+        evaluate.evaluate({"a": model}, domain, progress=False)
     with pytest.raises(ValueError, match="'1.*' cannot be decoded"):
         analysis.survey(domain, CITYSCAPES)
     domain = domains.load(text, Data(on_error="skip"))
-    found = evaluate.evaluate_models({"a": model}, domain, progress=False)["a"]
+    found = evaluate.evaluate({"a": model}, domain, progress=False)["a"]
     assert [place for place, _, _ in found.pictures] == [0, 2, 3, 4]
     assert analysis.survey(domain, CITYSCAPES).brightness > 0
     assert len(analysis.examples(domain, (0, 1, 2), CITYSCAPES)) == 4
@@ -148,7 +149,7 @@ def test_a_domain_without_labels_is_not_scored(tmp_path, model):
     Image.new("RGB", (20, 10)).save(tmp_path / "images" / "a.png")
     domain = domains.load(f"folder@{tmp_path}", Data())
     with pytest.raises(ValueError, match="has no labels"):
-        evaluate.evaluate_models({"a": model}, domain)
+        evaluate.evaluate({"a": model}, domain)
 
 
 def score(domain, hit, classes=CITYSCAPES):
@@ -159,25 +160,27 @@ def score(domain, hit, classes=CITYSCAPES):
 
 def test_verdict_names_the_hardest_domain():
     table = {"none": [score("s", 50), score("t", 20)], "set": [score("s", 40), score("t", 30)]}
-    assert "hardest for set is t" in (text := evaluate.verdict(table, "s")) and "points below its own source" in text
-    assert evaluate.summary(table, "s")[1]["drop none"] == pytest.approx(table["none"][0].miou - table["none"][1].miou)
+    assert "hardest for set is t" in (text := shown.say_scores(table, "s")) and "points below its own source" in text
+    assert shown.score_summary(table, "s")[1]["drop none"] == pytest.approx(
+        table["none"][0].miou - table["none"][1].miou
+    )
 
 
 def test_class_sets_are_never_averaged_or_compared():
     scores = [score("s", 50, CAMVID), score("t", 20, CAMVID), score("u", 30, CAMVID), score("v", 5)]
-    means = evaluate.target_means(scores, "s")
+    means = shown.target_means(scores, "s")
     assert means == pytest.approx({"camvid-11": (scores[1].miou + scores[2].miou) / 2, "cityscapes-19": scores[3].miou})
-    assert evaluate.hardest(scores, "s").domain == "t"  # not v, which is scored in other classes
-    assert np.isnan(evaluate.summary({"set": scores}, "s")[3]["drop set"])
-    text = evaluate.verdict({"set": scores}, "s")
+    assert shown.hardest(scores, "s").domain == "t"  # not v, which is scored in other classes
+    assert np.isnan(shown.score_summary({"set": scores}, "s")[3]["drop set"])
+    text = shown.say_scores({"set": scores}, "s")
     assert "in camvid-11: set" in text and f"in cityscapes-19: set {scores[3].miou:.1f}" in text
-    assert [len(found["set"]) for _, found in evaluate.class_means({"set": scores}, "s")] == [11, 19]
+    assert [len(found["set"]) for _, found in shown.class_means({"set": scores}, "s")] == [11, 19]
 
 
 def test_the_source_alone_is_said_to_be_all():
-    text = evaluate.verdict({"set": [score("s", 50)]}, "s")
+    text = shown.say_scores({"set": [score("s", 50)]}, "s")
     assert "No domain but the source was scored" in text and "nan" not in text
-    assert evaluate.target_means([score("s", 50)], "s") == {}
+    assert shown.target_means([score("s", 50)], "s") == {}
 
 
 @pytest.mark.parametrize("order", ["sie", "sei", "eis"])
@@ -188,13 +191,13 @@ def test_a_domain_without_a_labelled_pixel_is_out_of_everything_and_said_once(or
         "e": score("e", 9),
     }
     scores = [found[name] for name in order]
-    assert evaluate.target_means(scores, "s") == {"cityscapes-19": found["e"].miou}
-    assert evaluate.hardest(scores, "s").domain == "e"
-    ((_, means),) = evaluate.class_means({"set": scores}, "s")
+    assert shown.target_means(scores, "s") == {"cityscapes-19": found["e"].miou}
+    assert shown.hardest(scores, "s").domain == "e"
+    ((_, means),) = shown.class_means({"set": scores}, "s")
     assert np.array_equal(means["set"], found["e"].iou)
-    text = evaluate.verdict({"none": scores, "set": scores}, "s")
+    text = shown.say_scores({"none": scores, "set": scores}, "s")
     assert text.count("no pixel of it is labelled: i.") == 1 and "nan" not in text and "hardest for none is e" in text
-    alone = evaluate.verdict({"set": scores[: order.index("i") + 1] if order[0] == "s" else scores[1:]}, "s")
+    alone = shown.say_scores({"set": scores[: order.index("i") + 1] if order[0] == "s" else scores[1:]}, "s")
     assert "nan" not in alone
 
 

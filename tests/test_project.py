@@ -21,55 +21,47 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = sorted((ROOT / "setlib").glob("*.py"))
+MODULES = sorted((ROOT / "setlib").rglob("*.py"))
 USER_VISIBLE = {"torch", "transformers", "jupyterlab", "matplotlib", "ipywidgets", "datasets", "evaluate", "papermill"}
 
-# What each room may import directly; what those import in turn is allowed too, and everyone may import COMMON.
-# A room stands above all it imports, so the table is also the order of the house, top first.
-COMMON = {"experiment", "labels", "files"}
+# What each folder, and each file of the hall, may import directly; what those import in turn is allowed too. Each
+# stands above all it imports, so the table is also the order of the house, top first.
 IMPORTS = {
-    "__main__": {"check", "workbook", "release", "bench", "predict"},
-    "bench": {"gpu"},
-    "gpu": {"train"},
-    "workbook": {"explore", "ablation", "attention", "evaluate", "train", "plots"},
-    "explore": {"views", "controls"},
-    "controls": set(),
-    "views": {"material", "boards", "plots"},
-    "material": {"attention", "evaluate", "domains"},
-    "boards": {"plots"},
-    "attention": {"analysis", "refiners"},
-    "analysis": {"plots", "spectral", "model", "domains", "scenes", "transforms"},
-    "plots": set(),
-    "ablation": {"train", "evaluate"},
-    "train": {"evaluate", "model", "domains", "transforms", "processes"},
-    "evaluate": {"model", "domains", "processes", "windows"},
-    "predict": {"model", "readers"},
-    "release": {"model"},
-    "model": {"backbone", "refiners", "heads", "transforms", "pictures", "windows"},
-    "heads": {"pixels"},
-    "pixels": set(),
-    "windows": set(),
-    "processes": set(),
-    "backbone": {"weights"},
+    "__main__": {"bench", "workbook", "release"},
+    "bench": {"analysis"},
+    "workbook": {"explorer"},
+    "explorer": {"analysis"},
+    "analysis": {"training", "plots", "release"},
+    "training": {"evaluation"},
+    "evaluation": {"inference", "checkpoint", "run"},
+    "run": {"experiment"},
+    "inference": {"segmenter"},
+    "checkpoint": {"segmenter", "weights", "refiners", "mask2former", "distributed"},
+    "distributed": set(),
+    "segmenter": {"backbone", "tokens", "mask2former"},
+    "weights": {"backbone"},
+    "backbone": {"features"},
+    "features": {"data"},
+    "mask2former": {"_mask2former", "heads"},
+    "_mask2former": set(),
+    "heads": {"data"},
     "refiners": {"tokens"},
-    "tokens": {"spectral"},
+    "tokens": {"_kernels"},
+    "_kernels": {"spectral"},
     "spectral": set(),
-    "check": {"domains"},
-    "domains": {"scenes", "readers", "pictures", "corruptions", "weights"},
-    "weights": {"convert"},
-    "convert": set(),
-    "readers": set(),
-    "pictures": set(),
-    "corruptions": set(),
-    "scenes": {"surfaces", "streets"},
-    "surfaces": {"streets"},
-    "streets": set(),
-    "transforms": set(),
-    "labels": {"experiment", "files"},
+    "plots": {"data"},
+    "data": {"scenes", "experiment"},
+    "scenes": {"files"},
+    "_memory": set(),
     "experiment": {"files"},
     "files": set(),
     "__init__": set(),
 }
+HALL = {  # what a reader of the method reads
+    *("spectral", "tokens", "refiners", "backbone", "features", "heads", "mask2former", "segmenter", "inference"),
+    *("training", "evaluation", "experiment", "run"),
+}
+COMMON = {"experiment", "files", "_memory"}  # which everyone may import
 
 
 def read_pyproject() -> dict:
@@ -86,29 +78,35 @@ def read_tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-def find_rooms_imported(tree: ast.Module, rooms: set[str]) -> set[str]:
-    """Rooms of setlib that a module names in any import, at the top or inside a function."""
+def find_place(path: Path) -> str:
+    """The folder that a module lies in, or its own name in the hall."""
+    return path.relative_to(ROOT / "setlib").parts[0].removesuffix(".py")
+
+
+def find_imported(tree: ast.Module) -> set[str]:
+    """Places of setlib that a module names in any import, at the top or inside a function."""
+    typing_only = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    unread = {id(inner) for node in typing_only for inner in ast.walk(node)}
     found = set()
     for node in ast.walk(tree):
+        if id(node) in unread:
+            continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = "setlib" if node.level and not node.module else (node.module or "")
-            base = f"setlib.{base}" if node.level and node.module else base
-            names = [base] + [f"{base}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, "imports inside setlib name their module in full"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
         parts = [name.split(".") for name in names]
-        found |= {part[1] for part in parts if part[0] == "setlib" and len(part) > 1 and part[1] in rooms}
+        found |= {part[1] for part in parts if part[0] == "setlib" and len(part) > 1 and part[1] in IMPORTS}
     return found
 
 
-def find_allowed(room: str) -> set[str]:
-    """Every room that lies below a room."""
-    if room in COMMON | {"__init__"}:
-        return IMPORTS[room]
-    below = set(IMPORTS[room])
-    return below | COMMON | {deeper for name in below for deeper in find_allowed(name)}
+def find_allowed(place: str) -> set[str]:
+    """Every place that lies below one."""
+    below = IMPORTS[place] | (COMMON - {place} if place not in COMMON else set())
+    return below | {deeper for name in below for deeper in find_allowed(name)}
 
 
 # Set-up
@@ -173,47 +171,67 @@ def test_licence_and_citation():
 # The package
 
 
-@pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.stem)
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT / "setlib").as_posix()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_imports_go_downwards(path: Path):
-    assert path.stem in IMPORTS, f"{path.name} is new: give it a line in the table IMPORTS of this file"
-    wrong = find_rooms_imported(read_tree(path), set(IMPORTS)) - find_allowed(path.stem)
-    assert not wrong, f"{path.name} imports {sorted(wrong)}, which do not lie below it"
+    place = find_place(path)
+    assert place in IMPORTS, f"{place} is new: give it a line in the table IMPORTS of this file"
+    wrong = find_imported(read_tree(path)) - find_allowed(place) - {place}
+    assert not wrong, f"{name_of(path)} imports {sorted(wrong)}, which do not lie below it"
 
 
 def test_table_of_imports_has_no_circle():
     order = list(IMPORTS)
-    for room, below in IMPORTS.items():
-        assert all(order.index(name) > order.index(room) for name in below), f"{room} stands below what it imports"
+    for place, below in IMPORTS.items():
+        assert all(order.index(name) > order.index(place) for name in below), f"{place} stands below what it imports"
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        "import setlib.train",
-        "from setlib import train",
-        "from setlib.train import fit",
-        "from . import train",
-        "from .train import fit",
-        "def f():\n    from setlib.train import fit",
+        "import setlib.training",
+        "from setlib import training",
+        "from setlib.training import train",
+        "from setlib.plots.board import Board\nfrom setlib.training import train",
+        "def f():\n    from setlib.training import train",
     ],
 )
 def test_every_form_of_import_is_seen(line: str):
-    assert find_rooms_imported(ast.parse(line), set(IMPORTS)) == {"train"}
+    assert find_imported(ast.parse(line)) - {"plots"} == {"training"}
+
+
+def test_public_names_are_there_and_documented():
+    import setlib
+
+    assert 20 <= len(setlib.__all__) <= 30
+    for name in setlib.__all__:
+        found = getattr(setlib, name)
+        assert name == "REFINERS" or found.__doc__, f"{name} has no docstring"
+    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+        getattr(setlib, "trian")  # noqa: B009
 
 
 def test_what_is_no_module_is_packaged_too():
-    others = {path.name for path in (ROOT / "setlib").iterdir() if path.is_file() and path.suffix != ".py"}
-    assert others == set(read_pyproject()["tool"]["setuptools"]["package-data"]["setlib"])
+    package = ROOT / "setlib"
+    others = {
+        p.relative_to(package) for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc", ".md")
+    }
+    packaged = read_pyproject()["tool"]["setuptools"]["package-data"]
+    assert others == {Path(*name.split(".")[1:]) / file for name, files in packaged.items() for file in files}
 
 
 def test_package_stays_compact():
-    assert ROOMS, "setlib/ holds no module"
-    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOMS}
+    lines = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
+    hall = {name: count for name, count in lines.items() if find_place(ROOT / "setlib" / name) in HALL}
+    assert len(hall) == len(HALL) and sum(hall.values()) < 2000, hall
+    assert sum(lines.values()) < 8000, lines
     assert not {name: count for name, count in lines.items() if count > 480}
-    assert sum(lines.values()) <= 11200, lines
 
 
-@pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_nothing_is_unpickled(path: Path):
     wrong = []
     for node in ast.walk(read_tree(path)):
@@ -227,12 +245,12 @@ def test_nothing_is_unpickled(path: Path):
                 wrong.append(ast.unparse(node))
             elif given.get("allow_pickle", "False") != "False":
                 wrong.append(ast.unparse(node))
-    assert not wrong, f"{path.name} can unpickle: {wrong}"
+    assert not wrong, f"{name_of(path)} can unpickle: {wrong}"
 
 
 def test_no_path_of_one_machine():
     machine = re.compile(r"(?<![\w./~}-])/(?:work|home|root|Users|opt|mnt|tmp|media|scratch)/|\b[A-Z]:\\\\?\w")
-    files = [*ROOMS, *ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("*.md"), *ROOT.glob("data/*.md"), ROOT / "Makefile"]
+    files = [*MODULES, *ROOT.glob("notebooks/*.ipynb"), *READMES, ROOT / "Makefile"]
     wrong = [
         f"{path.relative_to(ROOT)}: {line.strip()}"
         for path in files
@@ -255,13 +273,14 @@ def test_no_large_file_is_tracked():
 # The README's commands
 
 
+READMES = [ROOT / name for name in ("README.md", "notebooks/README.md", "setlib/README.md", "data/README.md")]
+
+
 def read_commands() -> list[list[str]]:
-    """Each command of the README's fenced blocks as words, variables in front and comments dropped."""
-    readme = ROOT / "README.md"
-    if not readme.exists():
-        return []
+    """Each command of the READMEs' fenced blocks as words, variables in front and comments dropped."""
     commands = []
-    for block in re.findall(r"^```[^\n]*\n(.*?)^```", readme.read_text(encoding="utf-8"), flags=re.M | re.S):
+    text = "\n".join(path.read_text(encoding="utf-8") for path in READMES)
+    for block in re.findall(r"^```[^\n]*\n(.*?)^```", text, flags=re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
             if re.search(r"\bmake\b|python3? -m setlib", line):
                 words = shlex.split(line.removeprefix("$ "), comments=True)
@@ -273,7 +292,7 @@ def read_commands() -> list[list[str]]:
 
 
 def find_quoted() -> tuple[set[str], list[tuple[str, list[str]]]]:
-    """The make targets that the README quotes, and its sub-commands of setlib with their options."""
+    """The make targets that the READMEs quote, and their sub-commands of setlib with their options."""
     targets, calls = set(), []
     for words in read_commands():
         if words and words[0] == "make":
@@ -292,14 +311,17 @@ def read_help(command: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_pictures_of_the_readme_are_there_and_small():
-    named = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert len(named) >= 4
-    assert not [name for name in named if not 0 < (ROOT / name).stat().st_size < 150_000]
+def test_the_links_and_pictures_of_the_readmes_are_there_and_small():
+    for readme in READMES:
+        text = readme.read_text(encoding="utf-8")
+        names = [name for name in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if not name.startswith("http")]
+        assert not [name for name in names if not (readme.parent / name).exists()], readme
+        pictures = [readme.parent / name for name in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)]
+        assert not [path for path in pictures if not 0 < path.stat().st_size < 150_000]
 
 
-def test_readme_names_the_two_commands():
-    assert (ROOT / "README.md").exists(), "README.md is missing"
+def test_readme_is_read_in_one_go_and_names_the_two_commands():
+    assert len(READMES[0].read_text(encoding="utf-8").splitlines()) < 130
     assert {"workbook", "test"} <= find_quoted()[0]
 
 

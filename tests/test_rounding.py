@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from setlib import backbone, evaluate, spectral, train
+from setlib import backbone, spectral
+from setlib import evaluation as evaluate
+from setlib import training as train
 from setlib.analysis import spectra as analysis
 from setlib.analysis import tokens as attention
 from setlib.data import domains
@@ -71,7 +73,7 @@ def work(folder: Path) -> dict[str, Any]:
         "changes": reading.changes,
         "leak": attention.batch_leak(attention.frozen_features(model, night)),
     }
-    scores = evaluate.evaluate_models({"": model}, night, progress=False)
+    scores = evaluate.evaluate({"": model}, night, progress=False)
     return {
         "boards": boards,
         "rows": rows,

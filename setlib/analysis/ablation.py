@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from setlib.evaluate import evaluate_run, target_means
+from setlib.analysis.scores import target_means
+from setlib.evaluation import evaluate_run
 from setlib.run import Run
-from setlib.train import train_together
+from setlib.training import train_together
 
 MEAN = "mean of targets"  # with the class set's name behind it where the targets have several
 

@@ -25,7 +25,7 @@ from setlib.data.labels import ClassSet
 from setlib.experiment import Data
 from setlib.inference import predict
 from setlib.plots.charts import coloured, short_name
-from setlib.scenes.render import STYLES
+from setlib.scenes import STYLES
 from setlib.segmenter import Segmenter
 
 PARTS = ("amplitude", "phase")

@@ -31,7 +31,7 @@ from setlib.distributed import default_device
 from setlib.experiment import Experiment
 from setlib.features import FrozenFeatures, SharedFeatures
 from setlib.segmenter import Segmenter
-from setlib.train import make_optimiser
+from setlib.training import make_optimiser
 from setlib.weights.convert import resize_patches
 from setlib.weights.presets import is_here
 

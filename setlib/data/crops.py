@@ -1,10 +1,10 @@
-"""Random crops of a source by number: what training sees."""
+"""What training sees, random crops of the source by number, and what it does not see: held out pictures of it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from setlib.data import domains
 from setlib.data.augment import augment
 from setlib.data.domains import Domain, Sample
 from setlib.experiment import Experiment
@@ -77,3 +78,22 @@ class RandomCrops:
 def _collate(crops: list[Crop]) -> tuple[Tensor, Tensor, list[str]]:
     images, labels, skipped = zip(*crops, strict=True)
     return torch.stack(images), torch.stack(labels), [problem for problems in skipped for problem in problems]
+
+
+def held_out(experiment: Experiment, source: Domain) -> Domain:
+    """Pictures of the source's data set that are not among those it is trained on.
+
+    Raises ValueError if there are none, or if train.validate_on names another data set.
+    """
+    text = experiment.train.validate_on or source.spec.text
+    if domains.parse(text).name != source.spec.name:
+        raise ValueError(f"Option train.validate_on is for the source's own data set {source.spec.name}, not '{text}'.")
+    own = domains.load(text, experiment.data)
+    trained = set(source.keys)
+    kept = [i for i, key in enumerate(own.keys) if key not in trained]
+    if not kept or not own.has_labels:
+        raise ValueError(
+            f"'{text}' has no labelled picture that is not trained on: name a part of the data set that has with "
+            "train.validate_on, or leave train.validate_every at 0."
+        )
+    return replace(own, dataset=own.dataset.select(kept))

@@ -21,13 +21,13 @@ from datasets import Dataset
 from PIL import Image as PILImage
 from tqdm import tqdm
 
+from setlib import scenes
 from setlib.data import corruptions
 from setlib.data.decode import TURNED, UNREADABLE, LabelError, fitting, measure, read_label, read_picture
 from setlib.data.labels import IGNORE, ClassSet, IdMap, id_map
 from setlib.data.layouts import LAYOUTS, USUAL, Listing, Pair, list_pairs
 from setlib.experiment import Data
 from setlib.files import cache_folder, hub_answers, nearest
-from setlib.scenes import render as scenes
 
 NAMES = ("scenes", "hub", *LAYOUTS)
 ENDLESS = 500  # rendered scenes that "all" stands for
@@ -304,7 +304,7 @@ def _scene_pairs(spec: Spec, data: Data, role: str) -> list[Pair]:
     seed = 2 * data.content_seed + (role != "source")
     folder = Path(spec.folder) if spec.folder else cache_folder() / "scenes"
     folder = folder / f"v{scenes.VERSION}-seed{seed}-{data.height}x{data.width}"
-    made = scenes.cache(folder, spec.split, range(count), seed, (data.height, data.width))
+    made = scenes.cached_scenes(folder, spec.split, range(count), seed, (data.height, data.width))
     return [Pair(image, label, name) for image, label, name in made]
 
 

@@ -1,33 +1,22 @@
-"""Rendered street scenes: images with exact labels and depth, the same streets in eight styles, and their cache.
+"""Rendered street scenes: images with exact labels and depth, the same streets in eight styles.
 
-Turns a street into a picture: visibility, light, weather, camera. What stands where is drawn in streets.py from (seed,
-index) alone, textures are in surfaces.py; a style changes only the picture, so labels and depth are the same bits in
-all styles. The same call gives the same bytes again, in this process and in another. No data set reading here.
+Turns a street into a picture: visibility, light, weather, camera. What stands where is drawn in street.py from (seed,
+index) alone, surfaces are in texture.py; a style changes only the picture, so labels and depth are the same bits in
+all styles. The same call gives the same bytes again, in this process and in another. No files here.
 
 Colours of surfaces are gamma-2 values: light is their square. 1/z, u/z and v/z of a face are linear in the pixel, so
 faces need no clipping; they are drawn from near to far.
 """
 
-import io
-import json
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, make_dataclass
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 from numpy import ndarray
-from PIL import Image
-from tqdm import tqdm
 
-from setlib.files import PROJECT, nearest, write_atomic
+from setlib.files import nearest
 from setlib.scenes import street as streets
-from setlib.scenes.street import LANE, ROAD, SIDEWALK, SKY, TERRAIN, Street, stream  # noqa: F401 (train ids, for callers)
+from setlib.scenes.street import LANE, ROAD, SKY, Street, stream
 from setlib.scenes.texture import noise, surface
 
 VERSION = 2  # of the rendered content; a cache of another version is refused
@@ -48,48 +37,21 @@ class Scene:
     depth: ndarray
 
 
-COLOURS = {  # linear: sun, ambient, zenith, horizon (also what fog, glass and wet roads show), cloud
-    "game": ((1.15, 1.08, 0.9), (0.42, 0.46, 0.56), (0.08, 0.25, 0.72), (0.5, 0.72, 0.95), (1.0, 1.0, 1.0)),
-    "clear": ((1.3, 1.2, 1.0), (0.3, 0.32, 0.36), (0.26, 0.44, 0.74), (0.85, 0.9, 0.94), (1.0, 1.0, 1.0)),
-    "overcast": ((0, 0, 0), (0.66, 0.69, 0.72), (0.5, 0.53, 0.57), (0.8, 0.82, 0.83), (0.62, 0.64, 0.67)),
-    "dusk": ((0.45, 0.22, 0.09), (0.2, 0.18, 0.26), (0.07, 0.1, 0.26), (0.85, 0.42, 0.2), (0.5, 0.26, 0.26)),
-    "night": ((0, 0, 0), (0.014, 0.017, 0.03), (0.003, 0.004, 0.012), (0.05, 0.035, 0.03), (0.03, 0.024, 0.025)),
-    "fog": ((0, 0, 0), (0.66, 0.68, 0.7), (0.66, 0.69, 0.72), (0.66, 0.69, 0.72), (0.66, 0.69, 0.72)),
-    "rain": ((0, 0, 0), (0.4, 0.44, 0.5), (0.26, 0.3, 0.35), (0.36, 0.4, 0.45), (0.25, 0.28, 0.33)),
-    "snow": ((0, 0, 0), (0.62, 0.66, 0.73), (0.62, 0.65, 0.69), (0.74, 0.76, 0.79), (0.58, 0.61, 0.66)),
-}
-NUMBERS = {  # share of clouds, haze (Koschmieder's beta, 1/m), power of lights, wetness, snow, saturation, contrast of
-    # textures, exposure, blur, standard deviation of noise, vignette, warmth (share that red gains and blue loses)
-    "game": (0.42, 0.0008, 0.0, 0.0, 0.0, 1.3, 0.8, 1.0, 0.0, 0.0, 0.0, 0.0),
-    "clear": (0.32, 0.0014, 0.0, 0.0, 0.0, 0.9, 1.3, 1.0, 0.6, 0.012, 0.3, 0.04),
-    "overcast": (0.95, 0.002, 0.0, 0.0, 0.0, 0.66, 1.1, 0.85, 0.6, 0.015, 0.25, 0.0),
-    "dusk": (0.5, 0.0012, 0.45, 0.0, 0.0, 0.95, 1.0, 1.1, 0.6, 0.025, 0.4, 0.0),
-    "night": (0.5, 0.0008, 1.0, 0.0, 0.0, 0.85, 1.0, 0.9, 0.6, 0.03, 0.4, 0.11),
-    "fog": (0.0, 0.03, 0.15, 0.0, 0.0, 0.6, 1.0, 0.95, 0.6, 0.012, 0.2, 0.0),
-    "rain": (0.85, 0.009, 0.3, 1.0, 0.0, 0.7, 1.0, 0.85, 0.6, 0.02, 0.3, -0.055),
-    "snow": (0.8, 0.0075, 0.0, 0.0, 1.0, 0.6, 1.0, 0.9, 0.6, 0.015, 0.2, -0.03),
-}
-FIELDS = "sun ambient zenith horizon cloud clouds haze lights wet snow saturation grain exposure blur noise vignette"
-Look = make_dataclass("Look", [*FIELDS.split(), "warmth"], frozen=True)
-STYLES = tuple(COLOURS)
-LOOKS = {name: Look(*np.array(COLOURS[name], np.float32), *NUMBERS[name]) for name in STYLES}
-
-
-def _outline(kind: int, u: ndarray, v: ndarray, values, seed: float) -> ndarray:
+def _outline(face: np.record, u: ndarray, v: ndarray) -> ndarray:
     """Which points (u, v) in 0..1 of a face its outline holds."""
     x, y = 2 * u - 1, 2 * v - 1
-    if kind == streets.BARS:
-        length, _, share = values
+    r = x * x + y * y
+    if face["outline"] == streets.BARS:
+        length, _, share = face["values"].tolist()
         bar = (u * (length * 6)) % 1 < share
         return bar & (v < 0.97) | (np.abs(v - 0.12) < 0.03) | (np.abs(v - 0.9) < 0.035)
-    if kind == streets.LEAVES:
-        shape, size, _ = values
-        leaf = noise(u * (size * 11) + seed * 512, v * (22 if shape else 11 * size) + seed * 99, 0.9)
-        return v < 0.57 + 0.5 * leaf if shape else x * x + y * y < 0.35 + leaf
-    r = x * x + y * y
-    if kind == streets.DISC:
-        return r <= 1
-    return (r <= 1) & ((r > 0.62) | (np.abs(np.abs(x) - np.abs(y)) < 0.06) | (np.abs(x) < 0.04) | (np.abs(y) < 0.04))
+    if face["outline"] == streets.LEAVES:
+        shape, size, _ = face["values"].tolist()
+        rows = 22 if shape == streets.HEDGE else 11 * size
+        leaf = noise(u * (size * 11) + face["seed"] * 512, v * rows + face["seed"] * 99, 0.9)
+        return v < 0.57 + 0.5 * leaf if shape == streets.HEDGE else r < 0.35 + leaf
+    spokes = (np.abs(np.abs(x) - np.abs(y)) < 0.06) | (np.abs(x) < 0.04) | (np.abs(y) < 0.04)
+    return (r <= 1) & ((face["outline"] == streets.DISC) | (r > 0.62) | spokes)
 
 
 def _forms(p: ndarray, u: ndarray, v: ndarray) -> tuple[ndarray, ndarray]:
@@ -99,371 +61,304 @@ def _forms(p: ndarray, u: ndarray, v: ndarray) -> tuple[ndarray, ndarray]:
     return rows / np.where(np.abs(det) < 1e-9, np.inf, det)[:, None, None], det
 
 
-class _View:
-    """What the camera of a street sees: for each pixel the face and from it label and depth; road coordinates."""
-
-    def __init__(self, street: Street, size: tuple[int, int]):
-        (h, w), self.street, self.size, self.faces = size, street, size, street.faces
-        self.focal = street.focal * h
-        self.dx = ((np.arange(w) + 0.5 - w / 2) / self.focal).astype(np.float32)
-        self.dy = ((street.horizon * h - np.arange(h) - 0.5) / self.focal).astype(np.float32)
-        faces = self.faces
-        self.forms, det = _forms(faces.p, faces.u, faces.v)
-        near = np.repeat(np.maximum(self.dy / -street.height, 0)[:, None], w, axis=1)  # 1/z of the ground
-        self.face = np.where(near > 0, GROUND, OPEN).astype(np.int32)
-        order = np.argsort(faces.p[:, 2], kind="stable")
-        order = order[~faces.closed[order] | (det[order] > 0)]
-        for k, window, inside, depth in self.cover((faces.p, faces.u, faces.v), order, near):
-            np.copyto(near[window], depth, where=inside)
-            self.face[window][inside] = k
-        with np.errstate(divide="ignore"):
-            self.depth = np.where(near > 0, 1 / near, np.float32(np.inf))
-        rows = np.where(self.face == GROUND, -1, np.arange(h)[:, None])
-        self.foot = np.maximum.accumulate(rows, axis=0)  # (h, w) last row above that shows no ground
-        self.ground = np.flatnonzero(self.face == GROUND)
-        i, j = np.divmod(self.ground, w)
-        z = self.depth.ravel()[self.ground]
-        self.s, self.lat = street.locate(z * self.dx[j], z)
-        self.foot_lat, self.foot_s = z / self.focal, z * z / (self.focal * street.height)
-        self.zone = street.zone(self.s, self.lat)
-        self.label = np.concatenate([faces.label, [SKY, ROAD]]).astype(np.uint8)[self.face]
-        self.label.ravel()[self.ground] = self.zone
-
-    def windows(self, p, u, v) -> ndarray:
-        """Pixel ranges (n, 4) x0 x1 y0 y1 whose centres a face can hold; empty where it is out of sight."""
-        h, w = self.size
-        corners = np.stack([p, p + u, p + u + v, p + v], axis=1)  # (n, 4, 3)
-        step = np.roll(corners, -1, axis=1) - corners
-        z = corners[..., 2:]
-        share = (NEAR - z) / np.where(step[..., 2:] == 0, np.inf, step[..., 2:])  # of the edge, up to the near plane
-        points = np.concatenate([corners, corners + share * step], axis=1)  # (n, 8, 3)
-        seen = np.concatenate([z >= NEAR, (share > 0) & (share < 1)], axis=1)[..., 0]
-        z = np.where(seen, points[..., 2], 1)
-        col, row = points[..., 0] / z * self.focal + w / 2, self.street.horizon * h - points[..., 1] / z * self.focal
-        low, high = ([np.where(seen, at, far) for at in (col, row)] for far in (1e6, -1e6))
-        sides = np.stack([low[0].min(1), high[0].max(1), low[1].min(1), high[1].max(1)], axis=1)
-        return np.clip(np.ceil(sides - (0.51, -0.51, 0.51, -0.51)), 0, (w, w, h, h)).astype(np.int64)
-
-    def cover(self, planes, chosen, limit=None):
-        """Yields k, window, where inside it the face k lies (bool) and 1/z for the `chosen` faces that are in sight.
-
-        planes: p, u, v of all faces; limit: (h, w), 1/z of what may hide them.
-        """
-        planes = [q[chosen] for q in planes]
-        boxes, forms = self.windows(*planes), _forms(*planes)[0].astype(np.float32)
-        seen = np.flatnonzero((boxes[:, 1] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 2]))
-        faces, found = self.faces, (q[seen].tolist() for q in (chosen, boxes, forms))
-        for k, (x0, x1, y0, y1), form in zip(*found, strict=True):
-            window = np.s_[y0:y1, x0:x1]
-            dx, dy = self.dx[None, x0:x1], self.dy[y0:y1, None]
-            (a, b, c), (d, e, f), (g, m, n) = form
-            near = a * dx + (b * dy + c)
-            inside = near > (0 if limit is None else limit[window])
-            if not inside.any():
-                continue
-            u, v = d * dx + (e * dy + f), g * dx + (m * dy + n)
-            left, right = faces.taper[k].tolist()
-            inside &= (v >= 0) & (v <= near) & (near < 1 / NEAR) & (u >= left * v) & (u <= near - right * v)
-            if faces.outline[k]:
-                with np.errstate(all="ignore"):
-                    inside &= _outline(faces.outline[k], u / near, v / near, faces.values[k].tolist(), faces.seed[k])
-            yield k, window, inside, near
-
-
-def _sun_shadow(view: _View, sun: ndarray) -> ndarray:
-    """Ground pixels (h, w) in the sun's shadow: the faces within 45 m projected on the ground along the light."""
-    faces, lean = view.faces, np.array((sun[0], 0.0, sun[2])) / sun[1]
-    cast = (faces.p[:, 2] < 45) & (~faces.closed | ((view.forms[:, 0] * sun).sum(1) < 0))
-    length = np.sqrt((faces.u * faces.u).sum(1))[:, None]
-    across = np.array((sun[2], 0.0, -sun[0])) / math.sqrt(sun[0] ** 2 + sun[2] ** 2)
-    u = np.where(faces.facing[:, None], across * length, faces.u)  # cards turn to the sun
-    flat = [faces.p + (faces.u - u) / 2 + (0, view.street.height, 0), u, faces.v]
-    flat = [(q - lean * q[:, 1:2]) * (1, 0, 1) for q in flat]
-    flat[0][:, 1] = -view.street.height
-    shadow = np.zeros(view.size, bool)
-    for _, window, inside, *_ in view.cover(flat, np.flatnonzero(cast)):
-        shadow[window] |= inside
-    return shadow
-
-
-def _contact(view: _View) -> ndarray:
-    """Share of the sky's light (h, w) that reaches the ground under and just before what stands above it."""
-    depth = view.depth.clip(0, 1e4)
-    gap = depth[view.foot.clip(0), np.arange(view.size[1])] - depth
-    return np.clip(0.35 + 0.8 * np.maximum(gap, -2 - gap), 0.35, 1)
-
-
-def _sky(view: _View, look: Look, sun, rng) -> ndarray:
-    """Linear colour (h, w, 3) of the sky: gradient, clouds on a plane, and the sun's halo."""
-    h, w = view.size
-    rows = max(int(view.street.horizon * h) + 1, 1)
-    dx, dy = view.dx[None, :], np.maximum(view.dy[:rows, None], 0.0)
-    norm = np.sqrt(dx * dx + dy * dy + 1)
-    sky = look.horizon + (look.zenith - look.horizon) * np.sqrt(np.clip(dy / norm * 1.7, 0, 1))[..., None]
-    if look.clouds:
-        x, y = dx / (dy + 0.13) * 42 + rng.uniform(0, 512), 62 / (dy + 0.13) + rng.uniform(0, 512) + 0 * dx
-        thick, lit = noise(x, y, 0.55), noise(x + 5, y + 9, 0.55)
-        cover = np.clip((thick - 1 + look.clouds) * 3 / max(look.clouds, 0.4), 0, 1) * np.clip(dy * 9 + 0.15, 0, 1)
-        shade = np.clip(1.01 + 0.9 * lit - 1.15 * thick, 0.55, 1.15)[..., None]
-        sky = sky + (look.cloud * shade - sky) * cover[..., None] * 0.92
-    if sum(look.sun):
-        halo = np.clip((dx * sun[0] + dy * sun[1] + sun[2]) / norm, 0, 1) ** 8
-        sky = sky + halo[..., None] * look.sun * 0.35
-    out = np.broadcast_to(look.horizon, (h, w, 3)).copy()
-    out[:rows] = sky
-    return out
-
-
-def _lamp_light(view: _View, where, normal) -> ndarray:
-    """Light (n, 3) of the nearest street lamps and the camera's own headlights on the pixels `where`."""
-    i, j = np.divmod(where, view.size[1])
-    z, lights = view.depth.ravel()[where], view.street.lights
-    x, y, power = view.dx[j] * z, view.dy[i] * z, np.zeros(len(where), np.float32)
-    lamps = lights[(lights[:, 7] > 0) & (lights[:, 2] > -8)]
-    for lamp in lamps[np.argsort(lamps[:, 2], kind="stable")][:6].tolist():
-        a, b, c = lamp[0] - x, lamp[1] - y, lamp[2] - z
-        square = a * a + b * b + c * c
-        facing = np.maximum(normal[:, 0] * a + normal[:, 1] * b + normal[:, 2] * c, 0) / np.sqrt(square)
-        power += lamp[7] * (0.25 + facing) * np.clip(b * 0.6, 0, 1) / (square + 6)
-    beam = (
-        np.clip(1 - (view.dy[i] + 0.03) * 9, 0.03, 1) / (1 + np.square(np.square(view.dx * 2.2))[j]) * 42 / (z * z + 60)
-    )
-    return power[:, None] * np.array(streets.AMBER, np.float32) + beam[:, None] * np.array((1, 0.95, 0.85), np.float32)
-
-
-def _glows(view: _View, look: Look, image: ndarray):
-    """Adds the halo of each light in sight to the linear image (h, w, 3)."""
-    h, w = view.size
-    for x, y, z, *colour, width, _ in view.street.lights:
-        z = max(z, 0.1)
-        col, row = x / z * view.focal + w / 2, view.street.horizon * h - y / z * view.focal
-        j, i = int(col), int(row)
-        if not (1.5 < z < 130 and 0 <= col < w and 0 <= row < h and view.depth[i, j] > z - 1.2):
-            continue
-        radius = max(width / z * view.focal * 0.6, 0.0035 * h)
-        reach = int(radius * 9) + 2
-        window = np.s_[max(i - reach, 0) : i + reach + 1, max(j - reach, 0) : j + reach + 1]
-        dy, dx = (np.arange(size, dtype=np.float32)[part] for size, part in zip((h, w), window, strict=True))
-        r = ((dx[None, :] + 0.5 - col) ** 2 + (dy[:, None] + 0.5 - row) ** 2) / (radius * radius)
-        glow = (look.lights + 0.06) * 1.6 / (1 + r) * np.clip(1 - r / 81, 0, 1) ** 2 * min(1.0, 0.5 + width)
-        image[window] += glow[..., None] * np.array(colour, np.float32)
-
-
-def _wet(view: _View, image: ndarray):
-    """Mirrors in the wet ground of the linear image (h, w, 3) what stands above it in its column."""
-    h, w = view.size
-    top, rows = int(view.street.horizon * h), np.arange(h)[:, None]
-    jitter = (noise(np.arange(w)[None, :] * 3.0, rows * 9.0, 0.9) - 0.5) * h * 0.03
-    source = np.clip(2 * view.foot + 1 - rows + jitter.astype(np.int64), 0, h - 1)[top:]
-    seen = image[source, np.arange(w)]
-    wet = np.zeros(view.size, np.float32)
-    wet.ravel()[view.ground] = np.clip(0.15 + 0.75 * noise(view.s * 4, view.lat * 9, 0.65), 0, 0.7)
-    wet = wet[top:] * np.clip(1 + view.dy[top:, None] * 1.1, 0.15, 1)
-    image[top:] += (seen * 0.85 - image[top:]) * wet[..., None]
-
-
-def _snow_cover(view: _View, solid, colour, upright) -> ndarray:
-    """Whitens what lies open to the sky; wheels keep two tracks a lane darker."""
-    face, patch = view.face.ravel()[solid], np.zeros(view.face.size, np.float32)
-    lane = np.abs(np.abs(view.lat) % LANE - LANE / 2)
-    track = (view.zone == ROAD) * np.clip(1.6 - np.abs(lane - 0.8) * 2.2, 0.3, 1)
-    patch[view.ground] = 0.95 - track * (0.43 + 0.48 * noise(view.s * 2, view.lat * 22, 0.8))
-    i, j = np.divmod(solid, view.size[1])
-    speck = noise(j * 2.0, i * 2.0, 0.9)
-    leaves = np.clip(upright * 1.1 + speck - 0.55, 0, 0.9)
-    cover = np.where(view.faces.material[face] == streets.LEAF, leaves, np.clip(upright * 1.5 - 0.35, 0, 0.95))
-    white = np.array((0.9, 0.92, 0.95), np.float32) * (0.93 + 0.12 * speck)[:, None]
-    return colour + (white - colour) * np.where(face == GROUND, patch[solid], cover)[:, None]
-
-
 def _soften(image: ndarray) -> ndarray:
-    """One pass of a 1-2-1 filter in both directions over (h, w, 3)."""
+    """One pass of a 1-2-1 filter in both directions over (h, w, c)."""
     padded = np.pad(image, ((1, 1), (0, 0), (0, 0)), mode="edge")
     image = (padded[:-2] + padded[2:]) * 0.25 + image * 0.5
     padded = np.pad(image, ((0, 0), (1, 1), (0, 0)), mode="edge")
     return (padded[:, :-2] + padded[:, 2:]) * 0.25 + image * 0.5
 
 
-def _shade(view: _View, look: Look, rng) -> ndarray:
-    """Linear image (h, w, 3) of a view in the light and weather of a style."""
-    base, side = surface(view, look.grain), rng.choice([-1.0, 1.0])
-    sun = np.array((side * rng.uniform(0.35, 0.8), rng.uniform(0.5, 0.8), rng.uniform(-0.5, 0.15)))
-    if look.lights:
-        sun = np.array((side * 0.25, 0.25, 0.9))  # low and ahead
-    sun = (sun / math.sqrt((sun * sun).sum())).astype(np.float32)
-    solid = np.flatnonzero(view.face.ravel() != OPEN)
-    ground = view.face.ravel()[solid] == GROUND
-    normal, colour = base.normal[solid], np.clip(base.colour[solid], 0.01, 1.0)
-    dark, upright = colour.max(1) < 0.6, normal[:, 1]
-    contact = np.where(ground, _contact(view).ravel()[solid], 1)
-    if look.snow:
-        colour = _snow_cover(view, solid, colour, upright)
-    colour = colour * colour
-    if look.wet:
-        colour = colour * np.where(ground, 0.5, 0.8)[:, None].astype(np.float32)
-    light = look.ambient * ((0.72 + 0.28 * upright + 0.06 * normal[:, 0]) * contact)[:, None]
-    if sum(look.sun):
-        facing = np.maximum((normal * sun).sum(1), 0) * (0.4 + 0.6 * contact)
-        if not look.lights:
-            facing = facing * ~(_sun_shadow(view, sun.astype(np.float64)).ravel()[solid] & ground)
-        light = light + facing[:, None] * look.sun
-    if look.lights > 0.2:
-        light = light + _lamp_light(view, solid, normal) * (look.lights * (0.3 + 0.7 * contact))[:, None]
-    glow = base.glow[solid] * np.where(base.glow[solid] > 2, 0.5, look.lights * 0.9)
-    shown = np.where(dark[:, None], np.array((1.0, 0.78, 0.45), np.float32), colour)  # dark glass is lit from inside
-    gloss = base.gloss[solid, None] * look.horizon * 0.7
-    image = _sky(view, look, sun, rng)
-    image.reshape(-1, 3)[solid] = colour * light + gloss + glow[:, None] * shown
-    if look.wet:
-        _wet(view, image)
-    return image
+class Camera:
+    """What the camera of a street sees, in images of size (h, w).
+
+    dx (w,), dy (h,): the ray of pixel (i, j) is (dx[j], dy[i], 1); focal: pixels; forms: (n, 3, 3) of the faces.
+    Per pixel (h, w): face (its index, GROUND or OPEN), depth in metres, label, ground (bool), foot (the last row above
+    it that shows no ground; -1 for none). Per pixel of the ground (m,): s, lat and zone, see Street; foot_s and
+    foot_lat, the footprint of the pixel in metres.
+    """
+
+    def __init__(self, street: Street, size: tuple[int, int]):
+        (h, w), self.street, self.size, self.faces = size, street, size, street.faces
+        self.focal = street.focal * h
+        self.dx = ((np.arange(w) + 0.5 - w / 2) / self.focal).astype(np.float32)
+        self.dy = ((street.horizon * h - np.arange(h) - 0.5) / self.focal).astype(np.float32)
+        planes = self.faces.p, self.faces.u, self.faces.v
+        self.forms, outside = _forms(*planes)
+        near = np.repeat(np.maximum(self.dy / -street.height, 0)[:, None], w, axis=1)  # 1/z of the ground
+        self.face = np.where(near > 0, GROUND, OPEN).astype(np.int32)
+        order = np.argsort(self.faces.p[:, 2], kind="stable")
+        order = order[~self.faces.closed[order] | (outside[order] > 0)]
+        for k, window, inside, depth in self.cover(*planes, order, near):
+            np.copyto(near[window], depth, where=inside)
+            self.face[window][inside] = k
+        with np.errstate(divide="ignore"):
+            self.depth = np.where(near > 0, 1 / near, np.float32(np.inf))
+        self.ground = self.face == GROUND
+        self.foot = np.maximum.accumulate(np.where(self.ground, -1, np.arange(h)[:, None]), axis=0)
+        z, (_, j) = self.depth[self.ground], np.nonzero(self.ground)
+        self.s, self.lat = street.locate(z * self.dx[j], z)
+        self.zone = street.zone(self.s, self.lat)
+        self.foot_lat, self.foot_s = z / self.focal, z * z / (self.focal * street.height)
+        self.label = np.append(self.faces.label, [SKY, ROAD]).astype(np.uint8)[self.face]
+        self.label[self.ground] = self.zone
+
+    def windows(self, p: ndarray, u: ndarray, v: ndarray) -> ndarray:
+        """Pixel ranges (n, 4) x0 x1 y0 y1 whose centres a face can hold; empty where it is out of sight."""
+        h, w = self.size
+        x, y, z = np.stack([p, p + u, p + u + v, p + v], axis=1).transpose(2, 0, 1)  # corners, (n, 4) each
+        col = x / z.clip(NEAR) * self.focal + w / 2
+        row = self.street.horizon * h - y / z.clip(NEAR) * self.focal
+        sides = np.stack([col.min(1), col.max(1), row.min(1), row.max(1)], axis=1)
+        sides[z.min(1) < NEAR] = 0, w, 0, h  # reaches behind the camera
+        sides[z.max(1) < NEAR] = 0  # lies there
+        return np.clip(np.ceil(sides - (0.51, -0.51, 0.51, -0.51)), 0, (w, w, h, h)).astype(np.int64)
+
+    def cover(self, p: ndarray, u: ndarray, v: ndarray, chosen: ndarray, limit: ndarray):
+        """Yields index, window, what it covers there (bool) and its 1/z for each of the `chosen` faces in sight.
+
+        p, u, v: (n, 3), of all faces; limit: (h, w), 1/z of what may hide them.
+        """
+        p, u, v, faces = p[chosen], u[chosen], v[chosen], self.faces[chosen]
+        boxes, forms = self.windows(p, u, v), _forms(p, u, v)[0].astype(np.float32)
+        tapers, outlined = faces.taper.tolist(), (faces.outline != streets.SOLID).tolist()
+        for n in np.flatnonzero((boxes[:, 1] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 2])):
+            x0, x1, y0, y1 = boxes[n].tolist()
+            window = np.s_[y0:y1, x0:x1]
+            dx, dy = self.dx[None, x0:x1], self.dy[y0:y1, None]
+            (a, b, c), *others = forms[n].tolist()
+            near = a * dx + (b * dy + c)
+            inside = near > limit[window]
+            if inside.any():
+                uz, vz = (a * dx + (b * dy + c) for a, b, c in others)  # u/z, v/z
+                left, right = tapers[n]
+                inside &= (vz >= 0) & (vz <= near) & (near < 1 / NEAR) & (uz >= left * vz) & (uz <= near - right * vz)
+                if outlined[n]:
+                    with np.errstate(all="ignore"):
+                        inside &= _outline(faces[n], uz / near, vz / near)
+                yield chosen[n], window, inside, near
+
+    def sun_shadow(self, sun: ndarray) -> ndarray:
+        """Pixels (h, w) in the sun's shadow: the faces within 45 m projected on the ground along the light."""
+        faces, lean = self.faces, np.array((sun[0], 0.0, sun[2])) / sun[1]
+        cast = (faces.p[:, 2] < 45) & (~faces.closed | ((self.forms[:, 0] * sun).sum(1) < 0))
+        length = np.sqrt((faces.u * faces.u).sum(1))[:, None]
+        across = np.array((sun[2], 0.0, -sun[0])) / math.sqrt(sun[0] ** 2 + sun[2] ** 2)
+        u = np.where(faces.facing[:, None], across * length, faces.u)  # cards turn to the sun
+        p = faces.p + (faces.u - u) / 2 + (0, self.street.height, 0)
+        p, u, v = ((q - lean * q[:, 1:2]) * (1, 0, 1) for q in (p, u, faces.v))
+        p[:, 1] = -self.street.height
+        shadow = np.zeros(self.size, bool)
+        for _, window, inside, _ in self.cover(p, u, v, np.flatnonzero(cast), np.zeros(self.size)):
+            shadow[window] |= inside
+        return shadow
+
+    def contact(self) -> ndarray:
+        """Share of the sky's light (h, w) that reaches the ground under and just before what stands above it."""
+        depth = self.depth.clip(0, 1e4)
+        gap = np.take_along_axis(depth, self.foot.clip(0), axis=0) - depth
+        return np.where(self.ground, np.clip(0.35 + 0.8 * np.maximum(gap, -2 - gap), 0.35, 1), 1)
+
+    def lamp_light(self, normal: ndarray) -> ndarray:
+        """Light (h, w, 3) of the nearest street lamps and the camera's own headlights on surfaces."""
+        dx, dy, lights = self.dx[None, :], self.dy[:, None], self.street.lights
+        z = np.where(np.isinf(self.depth), 1, self.depth)
+        x, y, power = dx * z, dy * z, np.zeros(self.size, np.float32)
+        lamps = lights[(lights[:, 7] > 0) & (lights[:, 2] > -8)]
+        for lamp in lamps[np.argsort(lamps[:, 2], kind="stable")][:6].tolist():
+            a, b, c = lamp[0] - x, lamp[1] - y, lamp[2] - z
+            square = a * a + b * b + c * c
+            facing = np.maximum(normal[..., 0] * a + normal[..., 1] * b + normal[..., 2] * c, 0) / np.sqrt(square)
+            power += lamp[7] * (0.25 + facing) * np.clip(b * 0.6, 0, 1) / (square + 6)
+        beam = np.clip(1 - (dy + 0.03) * 9, 0.03, 1) / (1 + np.square(np.square(dx * 2.2))) * 42 / (z * z + 60)
+        return power[..., None] * np.float32(streets.AMBER) + beam[..., None] * np.float32((1, 0.95, 0.85))
+
+    def wet(self, image: ndarray):
+        """Mirrors in the wet ground of the linear image (h, w, 3) what stands above it in its column."""
+        h, w = self.size
+        rows, columns = np.arange(h)[:, None], np.arange(w)[None, :]
+        jitter = (noise(columns * 3.0, rows * 9.0, 0.9) - 0.5) * h * 0.03
+        source = np.clip(2 * self.foot + 1 - rows + jitter.astype(np.int64), 0, h - 1)
+        wet = np.zeros(self.size, np.float32)
+        wet[self.ground] = np.clip(0.15 + 0.75 * noise(self.s * 4, self.lat * 9, 0.65), 0, 0.7)
+        wet = wet * np.clip(1 + self.dy[:, None] * 1.1, 0.15, 1)
+        return image + (image[source, columns] * 0.85 - image) * wet[..., None]
+
+    def snow_cover(self, colour: ndarray, upright: ndarray) -> ndarray:
+        """Whitens what lies open to the sky; wheels keep two tracks a lane darker."""
+        rows, columns = np.arange(self.size[0])[:, None], np.arange(self.size[1])[None, :]
+        speck = noise(columns * 2.0, rows * 2.0, 0.9)
+        is_leaf = (self.face >= 0) & (self.faces.material[self.face] == streets.LEAF)
+        cover = np.where(is_leaf, np.clip(upright * 1.1 + speck - 0.55, 0, 0.9), np.clip(upright * 1.5 - 0.35, 0, 0.95))
+        lane = np.abs(np.abs(self.lat) % LANE - LANE / 2)
+        track = (self.zone == ROAD) * np.clip(1.6 - np.abs(lane - 0.8) * 2.2, 0.3, 1)
+        cover[self.ground] = 0.95 - track * (0.43 + 0.48 * noise(self.s * 2, self.lat * 22, 0.8))
+        white = np.float32((0.9, 0.92, 0.95)) * (0.93 + 0.12 * speck)[..., None]
+        return colour + (white - colour) * cover[..., None]
 
 
-def _fog(view: _View, look: Look, image: ndarray, rng) -> ndarray:
-    """Koschmieder: I = J t + A (1 - t) with t = exp(-beta d)."""
-    beta = look.haze * (rng.uniform(0.75, 1.5) if look.haze > 0.005 else 1.0)
-    t = np.exp(np.float32(-beta) * np.minimum(view.depth, np.float32(1e4)))
-    t = np.where(np.isinf(view.depth), np.float32(look.haze < 0.02), t)[..., None]
-    return image * t + look.horizon * (1 - t)
+@dataclass(frozen=True)
+class Look:
+    """Light, weather and camera of one style; colours are linear, float32 (3,)."""
+
+    sun: ndarray
+    ambient: ndarray
+    zenith: ndarray
+    horizon: ndarray  # also what fog, glass and wet roads show
+    cloud: ndarray
+    clouds: float  # share of the sky
+    haze: float  # Koschmieder's beta, 1/m
+    lights: float  # power of lamps and lit windows
+    falling: str  # "rain", "snow" or ""
+    saturation: float
+    contrast: float  # of textures
+    exposure: float
+    noise: float  # standard deviation; without it the picture is sharp as well
+    vignette: float
+    warmth: float  # share that red gains and blue loses
+
+    def sky(self, camera: Camera, sun: ndarray, rng: np.random.Generator) -> ndarray:
+        """Linear colour (h, w, 3) of the sky: gradient, clouds on a plane, and the sun's halo."""
+        dx, dy = camera.dx[None, :], np.maximum(camera.dy[:, None], 0.0)
+        norm = np.sqrt(dx * dx + dy * dy + 1)
+        sky = self.horizon + (self.zenith - self.horizon) * np.sqrt(np.clip(dy / norm * 1.7, 0, 1))[..., None]
+        if self.clouds:
+            x, y = dx / (dy + 0.13) * 42 + rng.uniform(0, 512), 62 / (dy + 0.13) + rng.uniform(0, 512)
+            thick, lit = noise(x, y, 0.55), noise(x + 5, y + 9, 0.55)
+            cover = np.clip((thick - 1 + self.clouds) * 3 / max(self.clouds, 0.4), 0, 1) * np.clip(dy * 9 + 0.15, 0, 1)
+            shade = np.clip(1.01 + 0.9 * lit - 1.15 * thick, 0.55, 1.15)[..., None]
+            sky = sky + (self.cloud * shade - sky) * cover[..., None] * 0.92
+        if self.sun.any():
+            halo = np.clip((dx * sun[0] + dy * sun[1] + sun[2]) / norm, 0, 1) ** 8
+            sky = sky + halo[..., None] * self.sun * 0.35
+        return sky
+
+    def glows(self, camera: Camera, image: ndarray):
+        """Adds the halo of each light in sight to the linear image (h, w, 3)."""
+        h, w = camera.size
+        for x, y, z, *colour, width, _ in camera.street.lights:
+            z = max(z, 0.1)
+            col, row = x / z * camera.focal + w / 2, camera.street.horizon * h - y / z * camera.focal
+            j, i = int(col), int(row)
+            if not (1.5 < z < 130 and 0 <= col < w and 0 <= row < h and camera.depth[i, j] > z - 1.2):
+                continue
+            radius = max(width / z * camera.focal * 0.6, 0.0035 * h)
+            reach = int(radius * 9) + 2
+            window = np.s_[max(i - reach, 0) : i + reach + 1, max(j - reach, 0) : j + reach + 1]
+            dy, dx = (np.arange(size, dtype=np.float32)[part] for size, part in zip((h, w), window, strict=True))
+            r = ((dx[None, :] + 0.5 - col) ** 2 + (dy[:, None] + 0.5 - row) ** 2) / (radius * radius)
+            glow = (self.lights + 0.06) * 1.6 / (1 + r) * np.clip(1 - r / 81, 0, 1) ** 2 * min(1.0, 0.5 + width)
+            image[window] += glow[..., None] * np.float32(colour)
+
+    def shade(self, camera: Camera, rng: np.random.Generator) -> ndarray:
+        """Linear image (h, w, 3) of what a camera sees in the light and weather of a style."""
+        side = rng.choice([-1.0, 1.0])
+        sun = np.array((side * rng.uniform(0.35, 0.8), rng.uniform(0.5, 0.8), rng.uniform(-0.5, 0.15)))
+        if self.lights:
+            sun = np.array((side * 0.25, 0.25, 0.9))  # low and ahead
+        sun = (sun / math.sqrt((sun * sun).sum())).astype(np.float32)
+
+        colour, normal, gloss, glow = surface(camera, self.contrast)
+        colour = np.clip(colour, 0.01, 1.0)
+        is_dark, upright, contact = colour.max(-1) < 0.6, normal[..., 1], camera.contact()
+        if self.falling == "snow":
+            colour = camera.snow_cover(colour, upright)
+        colour = colour * colour
+        if self.falling == "rain":
+            colour = colour * np.where(camera.ground, np.float32(0.5), np.float32(0.8))[..., None]
+
+        light = self.ambient * ((0.72 + 0.28 * upright + 0.06 * normal[..., 0]) * contact)[..., None]
+        if self.sun.any():
+            facing = np.maximum((normal * sun).sum(-1), 0) * (0.4 + 0.6 * contact)
+            if not self.lights:
+                facing = facing * ~(camera.sun_shadow(sun.astype(np.float64)) & camera.ground)
+            light = light + facing[..., None] * self.sun
+        if self.lights > 0.2:
+            light = light + camera.lamp_light(normal) * (self.lights * (0.3 + 0.7 * contact))[..., None]
+        shown = np.where(is_dark[..., None], np.float32((1.0, 0.78, 0.45)), colour)  # dark glass is lit from inside
+        glow = glow * np.where(glow > 2, 0.5, self.lights * 0.9)
+        lit = colour * light + gloss[..., None] * self.horizon * 0.7 + glow[..., None] * shown
+        image = np.where((camera.face == OPEN)[..., None], self.sky(camera, sun, rng), lit.astype(np.float32))
+        return camera.wet(image) if self.falling == "rain" else image
+
+    def fog(self, camera: Camera, image: ndarray, rng: np.random.Generator) -> ndarray:
+        """Koschmieder: I = J t + A (1 - t) with t = exp(-beta d)."""
+        beta = self.haze * (rng.uniform(0.75, 1.5) if self.haze > 0.005 else 1.0)
+        t = np.exp(np.float32(-beta) * np.minimum(camera.depth, np.float32(1e4)))
+        t = np.where(np.isinf(camera.depth), np.float32(self.haze < 0.02), t)[..., None]
+        return image * t + self.horizon * (1 - t)
+
+    def precipitation(self, image: ndarray, rng: np.random.Generator) -> ndarray:
+        """Rain streaks or snow flakes in front of the scene."""
+        h, w = image.shape[:2]
+        veil = np.zeros((h, w), np.float32)
+        if self.falling == "rain":
+            drops, slant = (rng.random((h, w), np.float32) < 0.0035).astype(np.float32), rng.uniform(-0.25, 0.25)
+            for k in range(max(h // 16, 3)):
+                veil += np.roll(drops, (k, int(slant * k)), (0, 1))
+            veil = np.minimum(veil, 1.5) * 0.1
+        else:
+            for share, size in ((0.004, 1), (0.0012, 2), (0.0003, 3)):
+                size = max(round(size * h / 224), 1)
+                flakes = (rng.random((h, w), np.float32) < share).astype(np.float32) * 0.75
+                for k in range(size * size):
+                    veil = np.maximum(veil, np.roll(flakes, (k // size, k % size), (0, 1)))
+        return image + (self.horizon * 1.15 - image) * veil[..., None]
+
+    def expose(self, image: ndarray, rng: np.random.Generator) -> ndarray:
+        """The camera: vignette, exposure, tone curve, colour, blur, noise; uint8 (h, w, 3)."""
+        h, w = image.shape[:2]
+        gain = self.exposure * rng.uniform(0.92, 1.1) * np.array((1 + self.warmth, 1.0, 1 - self.warmth))
+        y, x = np.linspace(-1, 1, h)[:, None, None], np.linspace(-1, 1, w)[None, :, None]
+        image = image * (gain * (1 - self.vignette * 0.5 * (x * x + y * y))).astype(np.float32)
+        image = np.sqrt(image * 1.25 / (1 + 0.25 * image))
+        grey = (image[..., 0] * 0.3 + image[..., 1] * 0.59 + image[..., 2] * 0.11)[..., None]
+        image = grey + (image - grey) * self.saturation
+        if self.noise:
+            image = image + (_soften(image) - image) * 0.6
+            image += np.float32(self.noise * rng.uniform(0.7, 1.3)) * rng.standard_normal((h, w, 3), np.float32)
+        return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def _falling(look: Look, image: ndarray, rng) -> ndarray:
-    """Rain streaks or snow flakes in front of the scene."""
-    h, w = image.shape[:2]
-    veil = np.zeros((h, w), np.float32)
-    if look.wet:
-        drops, slant = (rng.random((h, w), np.float32) < 0.0035).astype(np.float32), rng.uniform(-0.25, 0.25)
-        for k in range(max(h // 16, 3)):
-            veil += np.roll(drops, (k, int(slant * k)), (0, 1))
-        veil = np.minimum(veil, 1.5) * 0.1
-    for share, size in ((0.004, 1), (0.0012, 2), (0.0003, 3)) if look.snow else ():
-        size, flakes = max(round(size * h / 224), 1), (rng.random((h, w), np.float32) < share).astype(np.float32) * 0.75
-        for k in range(size * size):
-            veil = np.maximum(veil, np.roll(flakes, (k // size, k % size), (0, 1)))
-    return image + (look.horizon * 1.15 - image) * veil[..., None]
+COLOURS = {  # sun, ambient, zenith, horizon, cloud
+    "game": ((1.15, 1.08, 0.9), (0.42, 0.46, 0.56), (0.08, 0.25, 0.72), (0.5, 0.72, 0.95), (1.0, 1.0, 1.0)),
+    "clear": ((1.3, 1.2, 1.0), (0.3, 0.32, 0.36), (0.26, 0.44, 0.74), (0.85, 0.9, 0.94), (1.0, 1.0, 1.0)),
+    "overcast": ((0, 0, 0), (0.66, 0.69, 0.72), (0.5, 0.53, 0.57), (0.8, 0.82, 0.83), (0.62, 0.64, 0.67)),
+    "dusk": ((0.45, 0.22, 0.09), (0.2, 0.18, 0.26), (0.07, 0.1, 0.26), (0.85, 0.42, 0.2), (0.5, 0.26, 0.26)),
+    "night": ((0, 0, 0), (0.014, 0.017, 0.03), (0.003, 0.004, 0.012), (0.05, 0.035, 0.03), (0.03, 0.024, 0.025)),
+    "fog": ((0, 0, 0), (0.66, 0.68, 0.7), (0.66, 0.69, 0.72), (0.66, 0.69, 0.72), (0.66, 0.69, 0.72)),
+    "rain": ((0, 0, 0), (0.4, 0.44, 0.5), (0.26, 0.3, 0.35), (0.36, 0.4, 0.45), (0.25, 0.28, 0.33)),
+    "snow": ((0, 0, 0), (0.62, 0.66, 0.73), (0.62, 0.65, 0.69), (0.74, 0.76, 0.79), (0.58, 0.61, 0.66)),
+}
+NUMBERS = {  # the other fields of Look
+    "game": (0.42, 0.0008, 0.0, "", 1.3, 0.8, 1.0, 0.0, 0.0, 0.0),
+    "clear": (0.32, 0.0014, 0.0, "", 0.9, 1.3, 1.0, 0.012, 0.3, 0.04),
+    "overcast": (0.95, 0.002, 0.0, "", 0.66, 1.1, 0.85, 0.015, 0.25, 0.0),
+    "dusk": (0.5, 0.0012, 0.45, "", 0.95, 1.0, 1.1, 0.025, 0.4, 0.0),
+    "night": (0.5, 0.0008, 1.0, "", 0.85, 1.0, 0.9, 0.03, 0.4, 0.11),
+    "fog": (0.0, 0.03, 0.15, "", 0.6, 1.0, 0.95, 0.012, 0.2, 0.0),
+    "rain": (0.85, 0.009, 0.3, "rain", 0.7, 1.0, 0.85, 0.02, 0.3, -0.055),
+    "snow": (0.8, 0.0075, 0.0, "snow", 0.6, 1.0, 0.9, 0.015, 0.2, -0.03),
+}
+STYLES = tuple(COLOURS)
+LOOKS = {style: Look(*np.float32(COLOURS[style]), *NUMBERS[style]) for style in STYLES}
 
 
-def _expose(look: Look, image: ndarray, rng) -> ndarray:
-    """The camera: vignette, exposure, tone curve, colour, blur, noise; uint8 (h, w, 3)."""
-    h, w = image.shape[:2]
-    gain = look.exposure * rng.uniform(0.92, 1.1) * np.array((1 + look.warmth, 1.0, 1 - look.warmth))
-    y, x = np.linspace(-1, 1, h)[:, None, None], np.linspace(-1, 1, w)[None, :, None]
-    image = image * (gain * (1 - look.vignette * 0.5 * (x * x + y * y))).astype(np.float32)
-    image = np.sqrt(image * 1.25 / (1 + 0.25 * image))
-    grey = (image[..., 0] * 0.3 + image[..., 1] * 0.59 + image[..., 2] * 0.11)[..., None]
-    image = grey + (image - grey) * look.saturation
-    if look.blur:
-        image = image + (_soften(image) - image) * look.blur
-    if look.noise:
-        image += np.float32(look.noise * rng.uniform(0.7, 1.3)) * rng.standard_normal((h, w, 3), np.float32)
-    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
-
-
-def render(seed: int, index: int, style: str, size: tuple[int, int] = (224, 448)) -> Scene:
+def render_scene(seed: int, index: int, style: str, size: tuple[int, int] = (224, 448)) -> Scene:
     """Renders street `index` of the set `seed` in one of STYLES.
 
     size: (h, w) in pixels, both at least 32; another size shows the same street.
     Raises ValueError for an unknown style or a size too small.
     """
-    _check(style, size)
-    view, look, rng = _View(Street(seed, index), size), LOOKS[style], stream(seed, index, 1, STYLES.index(style))
-    image = _fog(view, look, _shade(view, look, rng), rng)
-    _glows(view, look, image)
-    faces = view.face[..., None].astype(np.float32)
-    image = np.where(_soften(faces) != faces, _soften(image), image)  # softens the steps where two faces meet
-    if look.wet or look.snow:
-        image = _falling(look, image, rng)
-    return Scene(_expose(look, image, rng), view.label, view.depth)
-
-
-def _check(style: str, size: tuple[int, int]):
     if style not in STYLES:
         raise ValueError(f"style is one of {', '.join(STYLES)}; got {style!r}, {nearest(str(style), STYLES)}")
     if min(size) < MIN_SIDE:
         raise ValueError(f"size (h, w) needs at least {MIN_SIDE} pixels a side; got {tuple(size)}")
-
-
-def cache(
-    folder: Path, style: str, indices: Sequence[int], seed: int, size: tuple[int, int], progress: bool = True
-) -> list[tuple[Path, Path, str]]:
-    """Renders the missing scenes of one style to PNG files; safe to kill and to call again.
-
-    Files: images/<style>/<index:05d>.png, labels/<index:05d>.png (shared by the styles), scenes.json (seed, size).
-    Returns (image path, label path, name) per index.
-    Raises ValueError if the folder holds scenes of another seed, size or version, or cannot be written.
-    """
-    _check(style, size)
-    folder, size = Path(folder), (int(size[0]), int(size[1]))
-    _claim(folder, {"seed": int(seed), "size": list(size), "version": VERSION})
-    found = {int(index): _files(folder, style, int(index)) for index in indices}
-    missing = [index for index, files in found.items() if not all(path.exists() for path in files.values())]
-    _render_all(folder, style, int(seed), size, missing, progress)
-    return [(found[int(i)]["image"], found[int(i)]["label"], f"{style}/{int(i):05d}") for i in indices]
-
-
-def _claim(folder: Path, content: dict):
-    """Writes scenes.json, or checks that it names the same content."""
-    path = folder / "scenes.json"
-    if not path.exists():
-        write_atomic(path, json.dumps(content))
-    try:
-        held = json.loads(path.read_text())
-    except ValueError:
-        held = "an unreadable scenes.json"
-    if held != content:
-        cure = f"name another folder or delete the folder {folder}"
-        raise ValueError(f"{folder} holds rendered scenes of {held}, asked for {content}; {cure}")
-
-
-def _files(folder: Path, style: str, index: int) -> dict[str, Path]:
-    """Where a scene lies in the cache."""
-    return {"image": folder / f"images/{style}/{index:05d}.png", "label": folder / f"labels/{index:05d}.png"}
-
-
-def _store(folder: Path, style: str, seed: int, size: tuple[int, int], index: int):
-    """Renders one scene into the cache, where its picture or its label is missing."""
-    missing = {part: path for part, path in _files(folder, style, index).items() if not path.exists()}
-    scene = render(seed, index, style, size) if missing else None
-    for part, path in missing.items():
-        Image.fromarray(getattr(scene, part)).save(file := io.BytesIO(), format="PNG", compress_level=4)
-        write_atomic(path, file.getvalue())
-
-
-def _render_all(folder: Path, style: str, seed: int, size: tuple[int, int], indices: list[int], progress: bool):
-    """Stores all scenes, with a process for each core where it pays."""
-    with tqdm(total=len(indices), desc=f"render {style}", unit="scene", disable=not progress or not indices) as bar:
-        workers = min(os.cpu_count() or 1, len(indices) // 8)
-        if workers > 1:
-            parts = [[str(folder), style, seed, size, indices[k::workers]] for k in range(workers)]
-            with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(partial(_run_worker, bar), parts))
-        bar.reset()
-        for index in indices:  # whatever a worker could not do is done here, and says why
-            _store(folder, style, seed, size, index)
-            bar.update()
-
-
-def _run_worker(bar: tqdm, part: list):
-    """One fresh Python that stores some scenes and prints a line for each.
-
-    Not multiprocessing: its workers run the caller's script again unless that is guarded.
-    """
-    code = "import json, sys; from setlib.scenes.render import _work; _work(*json.loads(sys.argv[1]))"
-    paths = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, json.dumps(part)]
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(command, env=environment, stdin=quiet, stdout=subprocess.PIPE, stderr=quiet) as process:
-        try:
-            for _ in process.stdout:
-                bar.update()
-        except BaseException:
-            process.kill()
-            raise
-
-
-def _work(folder: str, style: str, seed: int, size: Sequence[int], indices: Sequence[int]):
-    """What a worker does."""
-    for index in indices:
-        _store(Path(folder), style, seed, tuple(size), index)
-        print(index, flush=True)
+    camera, look, rng = Camera(Street(seed, index), size), LOOKS[style], stream(seed, index, 1, STYLES.index(style))
+    image = look.fog(camera, look.shade(camera, rng), rng)
+    look.glows(camera, image)
+    faces = camera.face[..., None].astype(np.float32)
+    image = np.where(_soften(faces) != faces, _soften(image), image)  # softens the steps where two faces meet
+    if look.falling:
+        image = look.precipitation(image, rng)
+    return Scene(look.expose(image, rng), camera.label, camera.depth)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from setlib.backbone import patch_convolution
+from setlib._families import patch_convolution
 
 if TYPE_CHECKING:  # transformers takes 3 s to import
     from transformers import PreTrainedModel

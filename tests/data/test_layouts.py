@@ -18,9 +18,9 @@ from scipy.io import savemat
 
 from setlib.data import check, domains
 from setlib.data import layouts as readers
+from setlib.data.crops import held_out
 from setlib.data.labels import CLASS_SETS, id_map, read_rows
 from setlib.experiment import Data, Experiment
-from setlib.train import validation_pictures
 from setlib.weights import load as weights
 
 SIZE = (12, 17)  # (h, w), odd on purpose
@@ -552,7 +552,7 @@ def test_names_that_two_splits_share_are_two_pictures(tmp_path):
         make(tmp_path, f"leftImg8bit/{split}/0/{{}}_image.jpg", f"gtFine/{split}/0/{{}}_label.png", "iddlite", "ids")
     text, options = f"idd-lite@{tmp_path}", ["train.validate_every=1"]
     source = domains.load(text, Data(), "source")
-    own = validation_pictures(Experiment.build("smoke", text, overrides=options), source)
+    own = held_out(Experiment.build("smoke", text, overrides=options), source)
     assert len(own) == 3 and [*own.dataset["name"]] == [*source.dataset["name"]]
     assert not domains.shared(text, text, Data()) and domains.shared(text, f"idd-lite:train@{tmp_path}/", Data()) == 3
 

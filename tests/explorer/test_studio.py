@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from setlib.model import Segmenter
 
-from setlib import evaluate, spectral
+from setlib import evaluation as evaluate
+from setlib import spectral
 from setlib.analysis import spectra as analysis
 from setlib.experiment import Experiment
 from setlib.explorer import board as boards
@@ -129,7 +130,7 @@ def test_weight_0_and_the_same_picture_change_nothing(studio, trained, space, pa
 def test_the_miou_of_the_content_is_that_of_an_evaluation(studio, trained):
     model = studio.model(trained)
     model.experiment = model.experiment.override("inference.whole=true")
-    score = evaluate.evaluate_models({"set": model}, studio.domain(NIGHT), progress=False)["set"]
+    score = evaluate.evaluate({"set": model}, studio.domain(NIGHT), progress=False)["set"]
     for index, _, miou in score.pictures:
         assert studio.segmented(trained, NIGHT, index).miou == pytest.approx(miou, abs=1e-6)
         words = studio.swap(**BASE | {"content": NIGHT, "content_index": index, "run": trained}).words

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
-import evaluate
 import numpy as np
-import pandas
 import torch
+from evaluate import Metric, MetricInfo
 from tqdm import tqdm
 
 from setlib._memory import keep_freed_memory
@@ -25,7 +24,7 @@ from setlib.run import Run
 from setlib.segmenter import Segmenter
 
 
-class MeanIoU(evaluate.Metric):
+class MeanIoU(Metric):
     """IoU per class and their mean over any number of pictures, kept as one K x K matrix of pixel counts.
 
     A class that neither label nor prediction holds has no IoU (NaN) and is left out of the mean. IoU in percent.
@@ -35,9 +34,9 @@ class MeanIoU(evaluate.Metric):
         self.counts = np.zeros((num_classes, num_classes), np.int64)  # rows: label, columns: prediction
         super().__init__(**options)
 
-    def _info(self) -> evaluate.MetricInfo:
+    def _info(self) -> MetricInfo:
         pixels = datasets.Sequence(datasets.Sequence(datasets.Value("uint8")))
-        return evaluate.MetricInfo(
+        return MetricInfo(
             description="Mean intersection over union from pixel counts.",
             citation="",
             inputs_description="predictions and references: (h, w) class indices; references of 255 are ignored.",
@@ -121,7 +120,7 @@ class Score:
         }
 
 
-def evaluate_models(models: dict[str, Segmenter], domain: Domain, progress: bool = True) -> dict[str, Score]:
+def evaluate(models: dict[str, Segmenter], domain: Domain, progress: bool = True) -> dict[str, Score]:
     """Scores models that share one backbone on a domain; the first layers, which they leave as they are, run once.
 
     The 19 classes are merged into the domain's own by summed probabilities. Of several processes each takes its part
@@ -140,7 +139,7 @@ def evaluate_models(models: dict[str, Segmenter], domain: Domain, progress: bool
     shown = progress and state().is_main_process
     with tqdm(shard_indices(len(domain)), desc=f"evaluate {domain.spec.text}", unit="img", disable=not shown) as bar:
         for index, sample in domain.samples(bar):
-            reference = domain.to_score(sample.label)
+            reference = np.asarray(domain.to_score(sample.label))
             edge = any_model.experiment.data.edge(domain.spec.name, max(sample.image.shape[:2]))
             passes = cut_picture(any_model, sample.image, edge)
             frozen = [shared(windows.images) for windows in passes]
@@ -171,106 +170,9 @@ def evaluate_run(
         if not domain.has_labels:
             tqdm.write(f"{text} has no labels: looked at, not scored")
             continue
-        for name, score in evaluate_models(models, domain, progress).items():
+        for name, score in evaluate(models, domain, progress).items():
             table[name].append(score)
     return table
-
-
-# What the scores show: `table` is what `evaluate_run` returns, {model: [Score, ...]}
-
-
-def results(table: Mapping[str, Sequence[Score]], source: str) -> pandas.DataFrame:
-    """One row a model and domain: model, domain, class_set, miou (percent), drop, pictures, precision, unseen.
-
-    drop: points below the same model on the source in the same class set, NaN without it. unseen: of no source, with
-    labelled pixels. mIoU of different class sets is never averaged or compared.
-    """
-    columns = ["model", "domain", "class_set", "miou", "pictures", "precision", "unseen"]
-    rows = [
-        (
-            *(name, score.domain, score.class_set.name, score.miou, len(score.pictures), score.precision),
-            score.domain != source and bool(score.counts.any()),
-        )
-        for name, scores in table.items()
-        for score in scores
-    ]
-    frame = pandas.DataFrame(rows, columns=columns)
-    own = frame[frame.domain == source].set_index(["model", "class_set"]).miou.rename("own")
-    frame["drop"] = frame.join(own, on=["model", "class_set"]).own - frame.miou
-    return frame
-
-
-def summary(table: Mapping[str, Sequence[Score]], source: str) -> list[dict]:
-    """Rows of mIoU per domain, one column per model, and each model's drop against the source; percent and points."""
-    rows = []
-    for domain, found in results(table, source).groupby("domain", sort=False):
-        first, by_model = found.iloc[0], found.set_index("model")
-        row = {"domain": domain + " (source)" * (domain == source)} | by_model["miou"].to_dict()
-        row |= {f"drop {name}": points for name, points in by_model["drop"].items()}
-        rows.append(row | {"pictures": first.pictures, "classes": first.class_set, "precision": first.precision})
-    return rows
-
-
-def unseen(scores: Iterable[Score], source: str) -> dict[ClassSet, list[Score]]:
-    """The scores of all domains but the source in which a pixel is labelled, by class set."""
-    return by_class_set([score for score in scores if score.domain != source and score.counts.any()])
-
-
-def by_class_set(scores: Iterable[Score]) -> dict[ClassSet, list[Score]]:
-    """The scores by their class set."""
-    groups: dict[ClassSet, list[Score]] = {}
-    for score in scores:
-        groups.setdefault(score.class_set, []).append(score)
-    return groups
-
-
-def target_means(table: Mapping[str, Sequence[Score]], source: str) -> dict[str, dict[str, float]]:
-    """Mean mIoU over the unseen domains of each class set, percent: {class set's name: {model: mean}}."""
-    groups = results(table, source).query("unseen").groupby("class_set", sort=False)
-    return {classes: found.groupby("model", sort=False).miou.mean().to_dict() for classes, found in groups}
-
-
-def class_means(table: Mapping[str, Sequence[Score]], source: str) -> list[tuple[ClassSet, dict[str, np.ndarray]]]:
-    """Per class set, {model: (K,) percent}: IoU of each class, averaged over the unseen domains that have it."""
-    groups = {name: unseen(scores, source) for name, scores in table.items()}
-    return [
-        (
-            classes,
-            {name: pandas.DataFrame([s.iou for s in own[classes]]).mean().to_numpy() for name, own in groups.items()},
-        )
-        for classes in next(iter(groups.values()))
-    ]
-
-
-def hardest(scores: Sequence[Score], source: str) -> Score:
-    """The lowest mIoU among the unseen domains of the first one's class set; the source's score if none is unseen."""
-    own = [score for score in scores if score.domain == source] or scores
-    return min(next(iter(unseen(scores, source).values()), own), key=lambda score: score.miou)
-
-
-def extremes(score: Score, count: int = 2) -> list[tuple[int, str, float]]:
-    """The `count` best and the `count` worst pictures of a domain, best first; fewer if there are not so many."""
-    ranked = sorted((p for p in score.pictures if p[2] == p[2]), key=lambda picture: -picture[2])
-    return ranked[:count] + ranked[count:][-count:]
-
-
-def verdict(table: Mapping[str, Sequence[Score]], source: str) -> str:
-    """What the table shows, in words made from its numbers."""
-    frame, means = results(table, source), target_means(table, source)
-    text = "" if means else "No domain but the source was scored. "
-    for classes, found in means.items():
-        words = ", ".join(f"{name} {mean:.1f}" for name, mean in found.items())
-        text += f"Mean over the unseen domains in {classes}: {words} % mIoU. "
-    if empty := [score.domain for score in next(iter(table.values())) if not score.counts.any()]:
-        text += f"Left out, for no pixel of it is labelled: {', '.join(empty)}. "
-    first = next(iter(means.values()), dict.fromkeys(table, 0.0))
-    best = max(first, key=first.get)
-    worst = hardest(table[best], source)
-    if worst.domain != source:
-        row = frame[(frame.model == best) & (frame.domain == worst.domain)].iloc[0]
-        text += f"The hardest for {best} is {worst.domain} ({worst.miou:.1f} %)"
-        text += f", {row['drop']:.1f} points below its own source. " if row["drop"] == row["drop"] else ". "
-    return text + "One seed each: a difference of a few points can be chance (notebook 05 shows the spread)."
 
 
 def write_metrics(run: Run, scores: Sequence[Score], used: Experiment | None = None) -> dict:

@@ -11,11 +11,9 @@ import json
 import math
 import time
 from collections import defaultdict
-from dataclasses import replace
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save as save_bytes
 from torch import nn
@@ -25,10 +23,10 @@ from setlib._memory import keep_freed_memory
 from setlib.backbone import FrozenBackbone
 from setlib.checkpoint import FILES, build_segmenter, load_segmenter, save_segmenter
 from setlib.data import domains
-from setlib.data.crops import RandomCrops
+from setlib.data.crops import RandomCrops, held_out
 from setlib.data.domains import Domain
 from setlib.distributed import accelerator, all_reduce, state
-from setlib.evaluate import evaluate_models
+from setlib.evaluation import evaluate
 from setlib.experiment import Experiment, Train
 from setlib.features import Batch, KeptCrops
 from setlib.files import write_atomic
@@ -68,9 +66,11 @@ def train(
     with state().main_process_first():  # what is fetched, converted or rendered once is then there for all
         model = build_segmenter(experiment, backbone)
         source = source or domains.load(experiment.data.source, experiment.data, role="source")
-        held_out = validation_pictures(experiment, source) if settings.validate_every else None
+        validation = held_out(experiment, source) if settings.validate_every else None
     keep_freed_memory()
-    engine, progress = _engine(model), progress and state().is_main_process
+    unread = max(model.refiner.layers, default=0) > max(model.feature_layers)
+    engine = accelerator(settings, some_unused=unread or model.refiner.adapt is not None)
+    progress = progress and state().is_main_process
     network = engine.prepare_model(model, device_placement=False)
     optimiser = make_optimiser(model)
     training = Training(run, model, optimiser)
@@ -88,7 +88,7 @@ def train(
             images, labels, frozen = batch.to(model.device)
             rate = set_learning_rate(optimiser, settings, step)
             optimiser.zero_grad()
-            loss = torch.zeros((), device=model.device)
+            total = torch.zeros((), device=model.device)
             counts, seeds = all_reduce(model.head.counts(labels)), own_part(point_seeds(experiment, step))
             for part in np.array_split(np.arange(len(images)), settings.accumulate):
                 is_last = part[-1] == len(images) - 1
@@ -96,8 +96,8 @@ def train(
                     output = network(images[part], frozen and frozen[part])
                     share = model.loss(output, labels[part], counts, [seeds[i] for i in part])
                     (share * engine.num_processes).backward()  # the engine takes the processes' mean
-                loss += share.detach()
-            loss = all_reduce(loss).item()
+                total += share.detach()
+            loss = all_reduce(total).item()
             norm = nn.utils.clip_grad_norm_(training.parameters.values(), settings.clip_norm or math.inf).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise ValueError(
@@ -110,8 +110,8 @@ def train(
             is_last = step + 1 == settings.steps
             seconds = round(time.perf_counter() - began, 4)
             entry = {"step": step + 1, "loss": loss, "lr": rate, "grad_norm": norm, "seconds": seconds}
-            if held_out and ((step + 1) % settings.validate_every == 0 or is_last):
-                entry["source_miou"] = evaluate_models({"": model.eval()}, held_out, progress=False)[""].miou
+            if validation and ((step + 1) % settings.validate_every == 0 or is_last):
+                entry["source_miou"] = evaluate({"": model.eval()}, validation, progress=False)[""].miou
                 model.train()
             training.history.append(entry)
             training.step = step + 1
@@ -125,20 +125,6 @@ def train(
         (run.path / "checkpoint.safetensors").unlink(missing_ok=True)
     state().wait_for_everyone()
     return model.eval(), training.history
-
-
-def _engine(model: Segmenter) -> Accelerator:
-    """The engine of a training. Raises ValueError for a batch that does not divide among processes and parts."""
-    settings = model.experiment.train
-    unread = max(model.refiner.layers, default=0) > max(model.feature_layers)
-    engine = accelerator(some_unused=unread or model.refiner.adapt is not None)
-    parts = engine.num_processes * settings.accumulate
-    if settings.batch_size % parts:
-        raise ValueError(
-            f"Option train.batch_size ({settings.batch_size}) must be a multiple of {parts}: "
-            f"{engine.num_processes} processes x train.accumulate ({settings.accumulate})."
-        )
-    return engine
 
 
 def batch_indices(experiment: Experiment, step: int) -> list[int]:
@@ -201,25 +187,6 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, settings: Train, step: i
     return rate
 
 
-def validation_pictures(experiment: Experiment, source: domains.Domain) -> domains.Domain:
-    """Pictures of the source's data set that are not among those it is trained on.
-
-    Raises ValueError if there are none, or if train.validate_on names another data set.
-    """
-    text = experiment.train.validate_on or source.spec.text
-    if domains.parse(text).name != source.spec.name:
-        raise ValueError(f"Option train.validate_on is for the source's own data set {source.spec.name}, not '{text}'.")
-    own = domains.load(text, experiment.data)
-    trained = set(source.keys)
-    kept = [i for i, key in enumerate(own.keys) if key not in trained]
-    if not kept or not own.has_labels:
-        raise ValueError(
-            f"'{text}' has no labelled picture that is not trained on: name a part of the data set that has with "
-            "train.validate_on, or leave train.validate_every at 0."
-        )
-    return replace(own, dataset=own.dataset.select(kept))
-
-
 class Training:
     """What changes from step to step, and its checkpoint: weights, optimiser, moving average, history."""
 
@@ -270,8 +237,9 @@ class Training:
                 for name, value in self.model.trainable_state().items():  # buffers too
                     value.copy_(tensors[f"model.{name}"])
                 for name, p in self.parameters.items():
-                    kept = {key: tensors.get(f"optimiser.{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
-                    if kept["step"] is not None:
+                    keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimiser.{name}.{key}" in tensors]
+                    kept = {key: tensors[f"optimiser.{name}.{key}"] for key in keys}
+                    if kept:  # else it had no gradient yet
                         self.optimiser.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in kept.items()}
                 for name, value in self.average.items():
                     value.copy_(tensors[f"average.{name}"])
@@ -308,26 +276,3 @@ def read_history(run: Run) -> list[dict]:
     except (ValueError, AttributeError):
         tqdm.write(f"{path} is damaged: its curve is left out; the model does not need it")
         return []
-
-
-def summary(trained: dict[str, tuple[Segmenter, list[dict]]], window: int = 10) -> list[dict]:
-    """Rows per model: parameters by part, mean loss of first and last `window` steps, median seconds; NaN if lost."""
-    rows = []
-    for name, (model, history) in trained.items():
-        losses = [entry["loss"] for entry in history] or [math.nan]
-        parts = {f"parameters of the {part}": count for part, count in model.num_trainable().items()}
-        ends = {"first loss": float(np.mean(losses[:window])), "last loss": float(np.mean(losses[-window:]))}
-        seconds = {"seconds per step": float(np.median([entry["seconds"] for entry in history] or [math.nan]))}
-        steps = {"steps": model.experiment.train.steps, "precision": model.precision}
-        rows.append({"model": name} | parts | steps | ends | seconds)
-    return rows
-
-
-def verdict(rows: list[dict]) -> str:
-    """What `summary` shows, in words made from its numbers."""
-    rows = [row for row in rows if row["last loss"] == row["last loss"]]
-    parts = [f"{row['model']} from {row['first loss']:.2f} to {row['last loss']:.2f}" for row in rows]
-    text = f"The loss on the source went, over {rows[0]['steps']} steps: {'; '.join(parts)}. " if rows else ""
-    if len(rows) > 1:
-        text += f"Lowest at the end is {min(rows, key=lambda row: row['last loss'])['model']}. "
-    return text + "A low loss on the source says nothing yet of other domains: that is asked in notebook 04."

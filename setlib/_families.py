@@ -1,0 +1,84 @@
+"""Private: what differs between families of vision transformers, so that `backbone.py` need not know."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:  # transformers takes 3 s to import
+    from transformers import PreTrainedModel
+
+Grid = tuple[int, int]  # patches in height and width
+
+
+def call_model(model: PreTrainedModel, pixels: Tensor, grid: Grid, patch_size: int) -> object:
+    """The model's own forward, at any size: families differ in what they must be told."""
+    known = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {}
+    if "interpolate_pos_encoding" in known:  # CLIP, SigLIP, ViT, MAE: fit the position embedding
+        options["interpolate_pos_encoding"] = True
+    if "noise" in known:  # MAE: do not shuffle the patches
+        options["noise"] = torch.arange(grid[0] * grid[1], device=pixels.device).expand(len(pixels), -1)
+    if "spatial_shapes" in known:  # SigLIP 2 with any aspect takes patches, not pictures
+        pixels = pixels.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)
+        pixels = pixels.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # (B, N, p*p*3)
+        shapes = torch.tensor(grid, device=pixels.device).expand(len(pixels), 2)
+        options |= {"spatial_shapes": shapes, "pixel_attention_mask": None}
+    with _fitted(model, grid, (pixels.shape[-2], pixels.shape[-1])) as parameters:
+        return torch.func.functional_call(model, parameters, (pixels,), options)
+
+
+def patch_convolution(model: nn.Module) -> nn.Conv2d | None:
+    """The convolution that cuts a picture into patches."""
+    return next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+
+
+def find_layers(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The column of layers: the first list of as many modules as the config says, of one class, that hold a norm."""
+    expected = getattr(model.config, "num_hidden_layers", None)
+    for column in model.modules():
+        if not isinstance(column, (nn.ModuleList, nn.Sequential)) or len({type(layer) for layer in column}) != 1:
+            continue
+        has_norm = any("norm" in type(module).__name__.lower() for module in column[0].modules())
+        if has_norm and len(column) == (expected or len(column)):
+            return tuple(column)
+    raise ValueError(f"{type(model).__name__} has no column of equal layers: expected a plain vision transformer.")
+
+
+@contextlib.contextmanager
+def _fitted(model: nn.Module, grid: Grid, size: tuple[int, int]) -> Iterator[dict[str, Tensor]]:
+    """Parameters to run the model with at another size than its own: SAM keeps a map of positions (1, H, W, C), which
+    is resized as Rein's released conversion does, and refuses other sizes unless its patch embedding is told."""
+    maps = {name: p for name, p in model.named_parameters() if name.endswith("pos_embed") and p.dim() == 4}
+    checks: list[Any] = [module for module in model.modules() if maps and hasattr(module, "image_size")]
+    before = [module.image_size for module in checks]
+    for module in checks:
+        module.image_size = size
+    try:
+        yield {
+            name: F.interpolate(p.permute(0, 3, 1, 2), grid, mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+            for name, p in maps.items()
+            if p.shape[1:3] != grid
+        }
+    finally:
+        for module, own in zip(checks, before, strict=True):
+            module.image_size = own
+
+
+@contextlib.contextmanager
+def more_prefix_tokens(layer: nn.Module, count: int) -> Iterator[None]:
+    """Tells timm's rotary attention that so many more tokens stand in front of the patches."""
+    rotating: list[Any] = [module for module in layer.modules() if hasattr(module, "num_prefix_tokens")]
+    try:
+        for module in rotating:
+            module.num_prefix_tokens += count
+        yield
+    finally:
+        for module in rotating:
+            module.num_prefix_tokens -= count
