@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -44,15 +43,9 @@ def test_tiny_random_is_the_same_every_time_and_leaves_the_random_state_alone():
     states = model(torch.randn(1, 3, 64, 64), output_hidden_states=True).hidden_states
     for before, after in zip(states, states[1:], strict=False):  # a layer changes what it reads
         assert (after - before).std() > 0.1 * before.std()
-
-
-def test_a_fingerprint_sees_one_changed_value():
-    model = load_model("tiny-random")
-    before = fingerprint(model)
-    assert re.fullmatch("[0-9a-f]{16}", before)
     with torch.no_grad():
         model.layernorm.bias[0] += 1e-6
-    assert fingerprint(model) != before
+    assert fingerprint(model) != fingerprint(load_model("tiny-random", seed=1))  # one value is seen
 
 
 def test_a_folder_is_loaded_and_brings_its_normalisation(tmp_path):
@@ -162,13 +155,19 @@ def test_presets_are_what_they_say():
             assert PRESETS[name][1:5] == (round(count, 2), 14, depth, width)
 
 
-def test_a_preset_in_the_hubs_cache_is_found_loaded_and_listed_without_a_network(tmp_path):
-    folder = tmp_path / "hub" / "models--facebook--dinov2-small"
-    model = load_model("tiny-random", seed=7)
+def fill_cache(hub: Path, repository: str, model) -> Path:
+    """The folder of a model in the hub's cache."""
+    folder = hub / f"models--{repository.replace('/', '--')}"
     model.save_pretrained(folder / "snapshots" / "abc")
-    (folder / "snapshots" / "abc" / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3]}')
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("abc")
+    return folder / "snapshots" / "abc"
+
+
+def test_a_preset_in_the_hubs_cache_is_found_loaded_and_listed_without_a_network(tmp_path):
+    model = load_model("tiny-random", seed=7)
+    folder = fill_cache(tmp_path / "hub", "facebook/dinov2-small", model)
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3]}')
     script = """
 from setlib.__main__ import main
 from setlib.weights.load import load_backbone, normalisation
@@ -199,11 +198,8 @@ def test_timms_models_bring_their_normalisation_and_name_the_extra(tmp_path, mon
 
 def test_a_cached_copy_that_is_damaged_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    folder = tmp_path / "models--facebook--dinov2-base"
-    load_model("tiny-random").save_pretrained(folder / "snapshots" / "abc")
-    (folder / "snapshots" / "abc" / "model.safetensors").write_bytes(b"half")
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text("abc")
+    folder = fill_cache(tmp_path, "facebook/dinov2-base", load_model("tiny-random"))
+    (folder / "model.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match="The copy of facebook/dinov2-base in the cache .* cannot be used"):
         load_model("dinov2-base")
 
