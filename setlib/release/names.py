@@ -2,54 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from setlib.weights.convert import rename, split_three
 
 BRANCHES = {"rein": "patches", "set-released": "phase"}  # refiner -> its branch of low-rank tokens
-TOKENS = {  # of a release, and ours
-    "scale": "scale",
-    "learnable_tokens_a": "{branch}.tokens.a",
-    "learnable_tokens_b": "{branch}.tokens.b",
-    "mlp_token2feat": "{branch}.token_map",
-    "mlp_delta_f": "{branch}.delta_map",
-    "learnable_tokens2": "amplitude.tokens.t",
-    "mlp_token2feat2": "amplitude.token_map",
-    "mlp_delta_f2": "amplitude.delta_map",
-    "transform": "query_map.transform",
-    "merge": "query_map.merge",
-}
-PIXEL, DECODER = "pixel_decoder.encoder.layers.#", "transformer_decoder.layers.#"
-HEAD = {  # of a release, and ours; # is a number
-    "pixel_decoder.input_convs.#.conv": "pixel_decoder.input_projections.#.0",
-    "pixel_decoder.input_convs.#.gn": "pixel_decoder.input_projections.#.1",
-    f"{PIXEL}.self_attn": f"{PIXEL}.self_attn",
-    f"{PIXEL}.norms.0": f"{PIXEL}.self_attn_layer_norm",
-    f"{PIXEL}.norms.1": f"{PIXEL}.final_layer_norm",
-    f"{PIXEL}.ffn.layers.0.0": f"{PIXEL}.fc1",
-    f"{PIXEL}.ffn.layers.1": f"{PIXEL}.fc2",
-    "pixel_decoder.level_encoding.weight": "pixel_decoder.level_embed",
-    "pixel_decoder.lateral_convs.0.conv": "pixel_decoder.adapter_1.0",
-    "pixel_decoder.lateral_convs.0.gn": "pixel_decoder.adapter_1.1",
-    "pixel_decoder.output_convs.0.conv": "pixel_decoder.layer_1.0",
-    "pixel_decoder.output_convs.0.gn": "pixel_decoder.layer_1.1",
-    "pixel_decoder.mask_feature": "pixel_decoder.mask_projection",
-    f"{DECODER}.cross_attn.attn": "decoder.layers.#.cross_attn",
-    f"{DECODER}.self_attn.attn": "decoder.layers.#.self_attn",
-    f"{DECODER}.norms.0": "decoder.layers.#.cross_attn_layer_norm",
-    f"{DECODER}.norms.1": "decoder.layers.#.self_attn_layer_norm",
-    f"{DECODER}.norms.2": "decoder.layers.#.final_layer_norm",
-    f"{DECODER}.ffn.layers.0.0": "decoder.layers.#.fc1",
-    f"{DECODER}.ffn.layers.1": "decoder.layers.#.fc2",
-    "transformer_decoder.post_norm": "decoder.layernorm",
-    "cls_embed": "classify",
-    "mask_embed.0": "decoder.mask_predictor.mask_embedder.0.0",
-    "mask_embed.2": "decoder.mask_predictor.mask_embedder.1.0",
-    "mask_embed.4": "decoder.mask_predictor.mask_embedder.2.0",
-    "query_feat": "query_features",  # learned
-    "querys2feat": "query_features",  # made from tokens
-}
+with open(Path(__file__).with_suffix(".csv"), encoding="utf-8", newline="") as file:
+    ROWS = list(csv.DictReader(file))  # part, release, ours; # is a number, {branch} one of BRANCHES
+TOKENS, HEAD = ({row["release"]: row["ours"] for row in ROWS if row["part"] == part} for part in ("tokens", "head"))
 PACKED = "self_attn.attn.in_proj_"  # query, key and value, one below the other
 PARTS = tuple(f"self_attn.attn.{part}_proj." for part in "qkv")
 
