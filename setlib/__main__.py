@@ -138,7 +138,7 @@ def open_run(args: argparse.Namespace) -> Run:
     experiment = Experiment.build(args.profile, args.source, args.target, args.seed, args.options)
     from setlib.data import domains
     from setlib.refiners import build_refiner
-    from setlib.weights.load import check_name
+    from setlib.weights.presets import check_name
 
     check_name(experiment.model.backbone)
     rates = [text.partition("=")[0] for text in experiment.train.refiner_rates]
@@ -358,7 +358,7 @@ def explore_command(args: argparse.Namespace) -> int:
 
 def backbones_command(args: argparse.Namespace) -> int:
     """backbones: one row a preset."""
-    from setlib.weights.load import PRESETS, is_here
+    from setlib.weights.presets import PRESETS, is_here
 
     rows = [["backbone", "M parameters", "patch", "layers", "here", "licence", "from"]]
     for name, preset in PRESETS.items():
@@ -396,14 +396,14 @@ def export_command(args: argparse.Namespace) -> int:
 
 def verify_command(args: argparse.Namespace) -> int:
     """verify: the largest difference of each item; 1 if one is above the tolerance."""
-    from setlib.release import checkpoint as release
+    from setlib.release import parity
 
     wrong = []
     for path in args.files:
-        rows = release.verify(path)
-        wrong += [f"{path}: {row['item']}" for row in rows if not row["difference"] <= release.TOLERANCE]
+        rows = parity.verify(path)
+        wrong += [f"{path}: {row['item']}" for row in rows if not row["difference"] <= parity.TOLERANCE]
         print(text_table([[str(path), "largest difference"], *([r["item"], f"{r['difference']:.1e}"] for r in rows)]))
-    return fail(f"above {release.TOLERANCE:g}: {', '.join(wrong)}", 1) if wrong else 0
+    return fail(f"above {parity.TOLERANCE:g}: {', '.join(wrong)}", 1) if wrong else 0
 
 
 def bench_command(args: argparse.Namespace) -> int:

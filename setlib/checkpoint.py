@@ -28,6 +28,7 @@ from setlib.segmenter import Segmenter
 from setlib.weights.load import load_backbone
 
 FILES = ("config.json", "model.safetensors")
+CARD = Path(__file__).with_name("model_card.md")
 
 
 def build_segmenter(
@@ -243,7 +244,7 @@ def model_card(
         for part in ("backbone", "refiner", "head")
     }
     return ModelCard(
-        CARD.format(
+        CARD.read_text(encoding="utf-8").format(
             refiner=experiment.model.refiner,
             head=experiment.model.head,
             backbone=experiment.model.backbone,
@@ -254,27 +255,6 @@ def model_card(
             table=table if rows else "Not scored yet.",
         )
     )
-
-
-CARD = """---
-library_name: setlib
-pipeline_tag: image-segmentation
-tags: [semantic-segmentation, domain-generalization, {refiner}]
----
-# {refiner} on {backbone}, trained on {source}
-
-A segmentation model with the 19 Cityscapes train classes for pictures of domains it was not trained on: the frozen
-backbone `{backbone}` (hash {fingerprint}, not stored here), the refiner `{refiner}` and the head `{head}`.
-Trained values: {counts}. {known}
-
-```python
-from setlib import load_segmenter, predict
-
-labels = predict(load_segmenter("THIS_REPOSITORY"), "street.jpg")  # (h, w) train ids
-```
-
-{table}
-"""
 
 
 def _public(text: str) -> str:

@@ -411,7 +411,7 @@ def test_check_looks_at_all_domains_and_names_what_is_unusable(spoil, capsys, tm
 
 
 def test_backbones_lists_every_preset(capsys: pytest.CaptureFixture):
-    from setlib.weights.load import PRESETS
+    from setlib.weights.presets import PRESETS
 
     assert cli.main(["backbones"]) == 0
     head, *rows, advice = capsys.readouterr().out.splitlines()

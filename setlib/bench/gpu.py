@@ -33,7 +33,7 @@ from setlib.features import FrozenFeatures, SharedFeatures
 from setlib.segmenter import Segmenter
 from setlib.training import make_optimiser
 from setlib.weights.convert import resize_patches
-from setlib.weights.load import is_here
+from setlib.weights.presets import is_here
 
 Step = Callable[[], object]
 DEVICE = default_device()

@@ -1,19 +1,18 @@
-"""Weights in other libraries' layouts as models of transformers: an ONNX graph, files with Meta's or timm's names."""
+"""Weights in other layouts as models of transformers: files with Meta's or timm's names, patches of another size."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import re
-from collections import defaultdict
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,34 +24,36 @@ if TYPE_CHECKING:  # transformers takes 3 s to import
 WRAPPERS = ("model", "state_dict", "teacher", "student")  # what training scripts put their weights into
 UNUSED = re.compile(r"(decoder\w*|head\w*|fc_norm|mask_token|dino_head|ibot_head)\b")  # nothing that features need
 SIGNS = {"rope_embed": "DINOv3", "rel_pos": "SAM", "attn.q_proj": "EVA-02", "inner_attn": "EVA-02"}  # of other layouts
-CONFUSED = (AttributeError, LookupError, RuntimeError, TypeError)  # what tensors of unexpected shapes lead to
 # Missing, these change no feature: what stands behind the layers or in another tower, and the token of masked training.
 UNNEEDED = re.compile(r"mask_token|pooler|head|decoder|text|logit|layernorm\.|layer_norm\.|(^|\.)norm\.|neck")
 HEADS = {1280: 16, 1408: 16, 1664: 16}  # of ViT-H, -g and -G; heads are 64 wide in all others
-EMBEDDINGS = {
+
+# Meta's and timm's names, and those that transformers reads; # is a number. Query, key and value are split before.
+QUERY_KEY_VALUE = ("attn.query.", "attn.key.", "attn.value.")
+NAMES = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
     "register_tokens": "embeddings.register_tokens",
     "reg_token": "embeddings.register_tokens",  # timm
-    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
-    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
-    "norm.weight": "layernorm.weight",
-    "norm.bias": "layernorm.bias",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+    "blocks.#.attn.proj": "encoder.layer.#.attention.output.dense",
+    "blocks.#.attn": "encoder.layer.#.attention.attention",
 }
-DINOV2 = {  # names in a block; transformers still reads these, its first ones
-    "attn.proj": "attention.output.dense",
-    "ls1.gamma": "layer_scale1.lambda1",
-    "ls2.gamma": "layer_scale2.lambda1",
-    "mlp.w12": "mlp.weights_in",
-    "mlp.w3": "mlp.weights_out",
+DINOV2 = NAMES | {
+    "blocks.#.ls1.gamma": "encoder.layer.#.layer_scale1.lambda1",
+    "blocks.#.ls2.gamma": "encoder.layer.#.layer_scale2.lambda1",
+    "blocks.#.mlp.w12": "encoder.layer.#.mlp.weights_in",
+    "blocks.#.mlp.w3": "encoder.layer.#.mlp.weights_out",
+    "blocks.#": "encoder.layer.#",
 }
-VIT = {
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "attn.proj": "attention.output.dense",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
+VIT = NAMES | {
+    "blocks.#.norm1": "encoder.layer.#.layernorm_before",
+    "blocks.#.norm2": "encoder.layer.#.layernorm_after",
+    "blocks.#.mlp.fc1": "encoder.layer.#.intermediate.dense",
+    "blocks.#.mlp.fc2": "encoder.layer.#.output.dense",
 }
+TIMM_SWIGLU = {"blocks.#.mlp.fc1": "blocks.#.mlp.w12", "blocks.#.mlp.fc2": "blocks.#.mlp.w3"}
 
 
 def resize_patches(model: nn.Module, size: int) -> None:
@@ -84,44 +85,110 @@ def from_file(path: Path) -> PreTrainedModel:
     """
     tensors = read_tensors(path)
     try:
-        return _build(*_renamed(_vit_weights(tensors)))
-    except (ValueError, *CONFUSED) as error:
-        text = reason(error) if isinstance(error, ValueError | RuntimeError) else "its tensors do not fit together"
+        return build_model(_renamed(tensors))
+    except Exception as error:  # whatever tensors of unexpected names and shapes lead to
+        known = isinstance(error, ValueError | RuntimeError)
+        text = reason(error) if known else "its tensors do not fit together"
         raise ValueError(f"{path} is no vision transformer that can be used: {text}.") from error
 
 
-def _renamed(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], int, bool]:
-    """The weights under the names that transformers reads, the number of blocks, and whether they are DINOv2's."""
-    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+def build_model(weights: dict[str, Tensor]) -> PreTrainedModel:
+    """The DINOv2 (with registers) or ViT of weights under the names that transformers reads; sizes are read off them.
+
+    Raises ValueError naming what is missing or left over; tensors that do not fit together raise what they may.
+    """
+    from transformers import MODEL_MAPPING, AutoConfig
+
+    width, _, patch, _ = weights["embeddings.patch_embeddings.projection.weight"].shape
+    if width % 64:
+        raise ValueError(f"it is {width} wide, no multiple of 64, the width of an attention head")
+    sizes = {
+        "hidden_size": width,
+        "num_hidden_layers": count_layers(weights, "encoder.layer."),
+        "num_attention_heads": HEADS.get(width, width // 64),
+        "patch_size": patch,
+        "image_size": patch * math.isqrt(weights["embeddings.position_embeddings"].shape[1] - 1),
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": "encoder.layer.0.attention.attention.query.bias" in weights,
+    }
+    family, options = "dinov2", {}
+    if "encoder.layer.0.layer_scale1.lambda1" not in weights:
+        family, options = "vit", {"add_pooling_layer": False}
+        sizes["intermediate_size"] = len(weights["encoder.layer.0.intermediate.dense.weight"])
+    else:
+        weights = weights | {"embeddings.mask_token": torch.zeros(1, width)}  # only masked training uses it
+        sizes["use_swiglu_ffn"] = "encoder.layer.0.mlp.weights_in.weight" in weights
+        if not sizes["use_swiglu_ffn"]:
+            sizes["mlp_ratio"] = len(weights["encoder.layer.0.mlp.fc1.weight"]) // width
+        if "embeddings.register_tokens" in weights:
+            family = "dinov2_with_registers"
+            sizes["num_register_tokens"] = weights["embeddings.register_tokens"].shape[1]
+    config = AutoConfig.for_model(family, **sizes)
+    kind = MODEL_MAPPING[type(config)]
+    options |= {"config": config, "state_dict": weights, "output_loading_info": True}
+    with quiet():
+        model, report = kind.from_pretrained(None, **options)
+    check_complete(report)
+    if left := sorted(report["unexpected_keys"]):
+        raise ValueError(f"{', '.join(left[:5])} left over for {kind.__name__}")
+    return model
+
+
+def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the vision transformer, whatever holds it, under the names that transformers reads."""
+    mark = "patch_embed.proj.weight"
+    holder = next((name.removesuffix(mark) for name in tensors if name.endswith(mark)), None)
+    if holder is None:
+        raise ValueError(
+            f"it has no {mark}, as DINOv2 in Meta's layout and timm's names have it; a model of transformers is named"
+            " by its folder, with its config.json"
+        )
+    weights = under(tensors, holder)
+    for sign, what in SIGNS.items():
+        if any(sign in name for name in weights):
+            raise ValueError(f"it looks like {what} in its original layout: name its preset or hub id instead")
+    weights = {name: value for name, value in weights.items() if not UNUSED.match(name)}
+    weights = split_three(weights, "attn.qkv.", QUERY_KEY_VALUE)
     is_dinov2 = "blocks.0.ls1.gamma" in weights
-    inner = DINOV2 if is_dinov2 else VIT
-    packed, back = (weights.get(f"blocks.0.mlp.fc{n}.weight") for n in (1, 2))
-    if is_dinov2 and packed is not None and len(packed) == 2 * back.shape[1]:
-        inner = inner | {"mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"}  # SwiGLU as timm packs it
-    made: dict[str, Tensor] = {}
-    for name, value in weights.items():
-        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-        if name in EMBEDDINGS:
-            made[EMBEDDINGS[name]] = value
-        elif block and block[2].startswith("attn.qkv."):
-            kind = block[2].rpartition(".")[2]
-            for part, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                made[f"encoder.layer.{block[1]}.attention.attention.{part}.{kind}"] = third.contiguous()
-        elif block:
-            old = next((old for old in inner if f"{block[2]}.".startswith(f"{old}.")), block[2])
-            made[f"encoder.layer.{block[1]}.{inner.get(old, old)}{block[2].removeprefix(old)}"] = value
-        elif not UNUSED.match(name):
-            made[name] = value  # the model will not know it, and it is named then
-    _complete_positions(made)
-    return made, len(blocks), is_dinov2
+    if is_dinov2 and "blocks.0.mlp.fc1.weight" in weights:
+        if len(weights["blocks.0.mlp.fc1.weight"]) == 2 * weights["blocks.0.mlp.fc2.weight"].shape[1]:
+            weights = rename(weights, TIMM_SWIGLU)
+    weights = rename(weights, DINOV2 if is_dinov2 else VIT)
+    positions = weights.get("embeddings.position_embeddings")
+    if positions is None or "embeddings.cls_token" not in weights:
+        raise ValueError("it has no class token or no positions")
+    count = positions.shape[1]
+    if math.isqrt(count) ** 2 == count:  # timm adds the class token's to the token itself where there are registers
+        weights["embeddings.position_embeddings"] = F.pad(positions, (0, 0, 1, 0))
+    elif math.isqrt(count - 1) ** 2 != count - 1:
+        raise ValueError(f"it has {count} positions, which are not those of a square grid and a class token")
+    return weights
+
+
+# Files of tensors, and their names
+
+
+class Inert:
+    """What stands for every object of a file that is no tensor: nothing in it is run or kept."""
+
+    def __new__(cls, *_: object, **__: object) -> Inert:
+        return super().__new__(cls)
+
+    def __setstate__(self, _: object) -> None: ...
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, or of a .pth or .bin read as weights only. Raises ValueError if it cannot be."""
+    """The tensors of a .safetensors, or of a .pth or .bin, whatever holds them there; nothing is unpickled.
+
+    Raises ValueError if the file cannot be read.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        values = torch.load(path, map_location="cpu", weights_only=True)
+        is_zip = zipfile.is_zipfile(path)  # else of torch before 1.6
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
+        with torch.serialization.safe_globals([(Inert, name) for name in names]):
+            values = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes its reader say
         raise ValueError(
             f"{path} cannot be read ({reason(error)}): expected safetensors or a .pth of tensors."
@@ -130,6 +197,44 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     while inner := next((values[key] for key in WRAPPERS if isinstance(values.get(key), dict)), None):
         values = inner
     return {name: value for name, value in values.items() if isinstance(name, str) and isinstance(value, Tensor)}
+
+
+def rename(tensors: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
+    """Tensors whose name starts as the table says (# is a number) under the new name; all others keep theirs."""
+    patterns = [
+        (re.compile(re.escape(old).replace(r"\#", r"(\d+)") + r"(?=\.|$)"), new.replace("#", r"\1"))
+        for old, new in table.items()
+    ]
+    made = {}
+    for name, value in tensors.items():
+        fitting = (pattern.sub(new, name, count=1) for pattern, new in patterns if pattern.match(name))
+        made[next(fitting, name)] = value
+    return made
+
+
+def split_three(tensors: dict[str, Tensor], packed: str, parts: Sequence[str]) -> dict[str, Tensor]:
+    """Query, key and value, one below the other under a name with `packed` in it, as tensors of their own."""
+    made = {}
+    for name, value in tensors.items():
+        if packed not in name:
+            made[name] = value
+            continue
+        for part, third in zip(parts, value.chunk(3), strict=True):
+            made[name.replace(packed, part)] = third.contiguous()
+    return made
+
+
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose name starts with the prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def count_layers(names: Iterable[str], prefix: str) -> int:
+    """How many numbers follow the prefix in names such as prefix0.weight."""
+    return len({name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)})
+
+
+# What transformers says when it loads
 
 
 @contextlib.contextmanager
@@ -148,153 +253,19 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def reason(error: Exception) -> str:
-    """Why weights cannot be read, in few words; torch's own advice would be to unpickle them."""
-    text = " ".join(str(error).split())
-    if isinstance(error, UnpicklingError) or "weights_only" in text or not text:
-        return "it is damaged or holds more than tensors"
-    if "ignore_mismatched_sizes" in text:
-        return "the sizes of its tensors do not fit"
-    return re.split(r"\.\s", text)[0].rstrip(".")
-
-
-def _vit_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the vision transformer under its own names, whatever holds it."""
-    mark = "patch_embed.proj.weight"
-    holders = [name.removesuffix(mark) for name in tensors if name.endswith(mark)]
-    if not holders:
-        raise ValueError(
-            f"it has no {mark}, as DINOv2 in Meta's layout and timm's names have it; a model of transformers is named"
-            " by its folder, with its config.json"
-        )
-    weights = {name.removeprefix(holders[0]): value for name, value in tensors.items() if name.startswith(holders[0])}
-    for sign, what in SIGNS.items():
-        if any(sign in name for name in weights):
-            raise ValueError(f"it looks like {what} in its original layout: name its preset or hub id instead")
-    return weights
-
-
-def _complete_positions(made: dict[str, Tensor]) -> None:
-    """Positions of class token and grid: timm adds the first to the token itself where there are registers."""
-    positions = made.get("embeddings.position_embeddings")
-    if positions is None or "embeddings.cls_token" not in made:
-        raise ValueError("it has no class token or no positions")
-    count = positions.shape[1]
-    if math.isqrt(count) ** 2 == count:
-        made["embeddings.position_embeddings"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], 1)
-    elif math.isqrt(count - 1) ** 2 != count - 1:
-        raise ValueError(f"it has {count} positions, which are not those of a square grid and a class token")
-
-
-def _build(made: dict[str, Tensor], depth: int, is_dinov2: bool) -> PreTrainedModel:
-    """The model of these weights. Raises ValueError naming what is missing or left over."""
-    from transformers import (
-        Dinov2Config,
-        Dinov2Model,
-        Dinov2WithRegistersConfig,
-        Dinov2WithRegistersModel,
-        ViTConfig,
-        ViTModel,
-    )
-
-    width, _, patch, _ = made["embeddings.patch_embeddings.projection.weight"].shape
-    registers, first = made.get("embeddings.register_tokens"), "encoder.layer.0"
-    if width % 64:
-        raise ValueError(f"it is {width} wide, no multiple of 64, the width of an attention head")
-    sizes = {
-        "hidden_size": width,
-        "num_hidden_layers": depth,
-        "num_attention_heads": HEADS.get(width, width // 64),
-        "patch_size": patch,
-        "image_size": patch * math.isqrt(made["embeddings.position_embeddings"].shape[1] - 1),
-        "layer_norm_eps": 1e-6,
-        "qkv_bias": f"{first}.attention.attention.query.bias" in made,
-    }
-    if not is_dinov2:
-        sizes["intermediate_size"] = len(made[f"{first}.intermediate.dense.weight"])
-        config, kind, options = ViTConfig(**sizes), ViTModel, {"add_pooling_layer": False}
-    else:
-        made["embeddings.mask_token"], options = torch.zeros(1, width), {}  # only masked training uses it
-        sizes["use_swiglu_ffn"] = f"{first}.mlp.weights_in.weight" in made
-        if not sizes["use_swiglu_ffn"]:
-            sizes["mlp_ratio"] = len(made[f"{first}.mlp.fc1.weight"]) // width
-        config, kind = Dinov2Config(**sizes), Dinov2Model
-        if registers is not None:
-            sizes["num_register_tokens"] = registers.shape[1]
-            config, kind = Dinov2WithRegistersConfig(**sizes), Dinov2WithRegistersModel
-    with quiet():
-        model, report = kind.from_pretrained(None, config=config, state_dict=made, output_loading_info=True, **options)
-    check_complete(report)
-    if left := sorted(report["unexpected_keys"]):
-        raise ValueError(f"{', '.join(left[:5])} left over for {kind.__name__}")
-    return model
-
-
 def check_complete(report: dict) -> None:
     """Raises ValueError if weights that features depend on are missing in what transformers says of its loading."""
     if missing := sorted(name for name in report["missing_keys"] if not UNNEEDED.search(name)):
         raise ValueError(f"{', '.join(missing[:5])} missing ({len(missing)} in all)")
 
 
-def convert_onnx(onnx: bytes, folder: Path) -> None:
-    """Writes the DINOv2 encoder in an ONNX graph to a folder that transformers loads.
-
-    All sizes are read off the weights; heads are 64 wide, as in every DINOv2. Linear weights stand transposed in
-    the graph and are named by the node that uses them; the position embedding is split in class token and grid.
-    """
-    from transformers import Dinov2Config
-
-    graph = _message(_message(memoryview(onnx))[7][0])
-    modules = {}  # weight -> the module that multiplies by it
-    for node in map(_message, graph[1]):
-        for source in node[1]:
-            modules[str(source, "utf-8")] = str(node[3][0], "utf-8").removesuffix("/MatMul").replace("/", ".")
-    weights, position = {}, {}
-    for tensor in map(_message, graph[5]):
-        name = str(tensor[8][0], "utf-8")
-        if tensor[2] != [1] or not (name.startswith("backbone.") or "backbone" in modules.get(name, "")):
-            continue  # not float32, or of the saliency decoder
-        value = torch.from_numpy(np.frombuffer(tensor[9][0], "<f4").reshape(tensor[1]).copy())
-        if name.startswith("backbone."):
-            weights[name.removeprefix("backbone.")] = value
-        elif value.dim() == 2:
-            weights[modules[name].removeprefix(".backbone.") + ".weight"] = value.T.contiguous()
-        else:
-            position["class" if value.shape[1] == 1 else "grid"] = value  # (1, 1, C), (1, N, C)
-    patch, width = weights["embeddings.patch_embeddings.projection.weight"], weights["embeddings.cls_token"].shape[-1]
-    weights["embeddings.position_embeddings"] = torch.cat([position["class"], position["grid"]], 1)
-    weights["embeddings.mask_token"] = torch.zeros(1, width)  # only masked training uses it
-    config = Dinov2Config(
-        hidden_size=width,
-        num_hidden_layers=sum(name.endswith("norm1.weight") for name in weights),
-        num_attention_heads=max(1, width // 64),
-        mlp_ratio=weights["encoder.layer.0.mlp.fc1.bias"].numel() // width,
-        patch_size=patch.shape[-1],
-        image_size=patch.shape[-1] * math.isqrt(position["grid"].shape[1]),
-    )
-    config.save_pretrained(folder)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # a cache folder may be shared by a class
-
-
-def _message(data: memoryview) -> dict[int, list[int | memoryview]]:
-    """The fields of a protobuf message by number: integers, or the bytes of strings, arrays and inner messages."""
-    fields, place = defaultdict(list), 0
-    while place < len(data):
-        key, place = _varint(data, place)
-        value, place = (0, place) if key & 7 in (1, 5) else _varint(data, place)
-        if key & 7:  # 2: so many bytes follow; 1 and 5: fixed sizes
-            size = {1: 8, 2: value, 5: 4}[key & 7]
-            value, place = data[place : place + size], place + size
-        fields[key >> 3].append(value)
-    return fields
-
-
-def _varint(data: memoryview, place: int) -> tuple[int, int]:
-    """The integer of 7-bit groups, lowest first, that starts at `place`, and the place after it."""
-    value = shift = 0
-    while True:
-        byte, place = data[place], place + 1
-        value, shift = value | (byte & 127) << shift, shift + 7
-        if byte < 128:
-            return value, place
+def reason(error: Exception) -> str:
+    """Why weights cannot be read, in few words; torch's own advice would be to unpickle them."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UnpicklingError) or "weights_only" in text or not text:
+        return "it is damaged or holds more than tensors"
+    if isinstance(error, ImportError) and "timm" in text:
+        return "it needs the package timm: install it with pip install -e '.[timm]'"
+    if "ignore_mismatched_sizes" in text:
+        return "the sizes of its tensors do not fit"
+    return re.split(r"\.\s", text)[0].rstrip(".")

@@ -132,7 +132,7 @@ def test_what_does_not_fit_or_fails_or_is_not_reached_is_a_row(monkeypatch):
 def test_the_offline_backbone_is_not_fetched(monkeypatch):
     monkeypatch.setattr(gpu, "is_here", lambda name: False)
     monkeypatch.setattr(gpu, "DINOV2", {"S": gpu.DINOV2["tiny"]})
-    monkeypatch.setattr("setlib.weights.load._fetch_wheel", lambda folder: pytest.fail("fetched"))
+    monkeypatch.setattr("setlib.weights.saliency._fetch_wheel", lambda folder: pytest.fail("fetched"))
     overrides = ("data.height=28", "data.width=56", "model.feature_layers=", "model.refined_layers=6", "model.rank=4")
     gpu.profile_step("quick", "set", *overrides)()
 
