@@ -1,7 +1,6 @@
 """Every refiner by name: Rein and SET (`tokens.py`), and the baselines that a reviewer asks for beside them.
 
-All are trained with the same data, head, schedule and seeds. A new refiner is a class, its name in REFINERS and its
-line in `build_refiner`.
+All are trained with the same data, head, schedule and seeds. A new refiner is a class and its line in REFINERS.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,49 +115,53 @@ class Adapters(Refiner):
         return features + ADAPTER_SCALE * self.up[index](F.relu(self.down[index](features)))
 
 
-REFINERS = ("none", "full", "lora", "vpt", "adaptformer", "rein", "fada", "set")
-REFINERS += ("set-amplitude", "set-phase", "set-unnormalised", "set-released")
+class Options(NamedTuple):
+    """What a refiner may be built with, beside its layers and channels."""
+
+    num_tokens: int = 100  # M, per layer
+    rank: int = 16
+    query_channels: int = 0  # Q of the queries for a mask head; 0 = none
+    any_batch: bool = False  # lets set-released be evaluated at another batch size than it was trained with
+    num_prompts: int = 150
+    adapter_width: int = 64
+    lora_rank: int = 8
+
+    @property
+    def tokens(self) -> tuple[int, int, int]:
+        """Of the refiners with tokens."""
+        return self.num_tokens, self.rank, self.query_channels
 
 
-def build_refiner(
-    name: str,
-    layers: Sequence[int],
-    channels: int,
-    num_tokens: int = 100,
-    rank: int = 16,
-    query_channels: int = 0,
-    any_batch: bool = False,
-    num_prompts: int = 150,
-    adapter_width: int = 64,
-    lora_rank: int = 8,
-) -> Refiner:
-    """The refiner called `name` for features of C channels; each takes the options in its line.
-
-    layers: that it refines, from 1. num_tokens, rank: M tokens per layer of rank r. query_channels: Q of the queries
-    for a mask head, 0 = none. any_batch: lets set-released be evaluated at another batch size than it was trained with.
-    Raises ValueError for an unknown name (the nearest are listed) and for lora without peft.
-    """
-    makers: dict[str, Callable[[], Refiner]] = {
-        "none": lambda: Refiner(),
-        "full": lambda: FullFineTuning(layers),
-        "lora": lambda: LowRankAdaptation(layers, lora_rank),
-        "vpt": lambda: Prompts(layers, channels, num_prompts),
-        "adaptformer": lambda: Adapters(layers, channels, adapter_width),
-        "rein": lambda: Rein(layers, channels, num_tokens, rank, query_channels),
-        "fada": lambda: WaveletTokens(layers, channels, num_tokens, rank, query_channels),
-        "set": lambda: SpectralTokens(layers, channels, num_tokens, rank, query_channels),
-        "set-amplitude": lambda: SpectralTokens(layers, channels, num_tokens, rank, query_channels, phase=False),
-        "set-phase": lambda: SpectralTokens(layers, channels, num_tokens, rank, query_channels, amplitude=False),
-        "set-unnormalised": lambda: SpectralTokens(layers, channels, num_tokens, rank, query_channels, normalise=""),
-        "set-released": lambda: _released_set()(layers, channels, num_tokens, rank, query_channels, any_batch),
-    }
-    if name not in REFINERS:
-        raise ValueError(f"Unknown refiner '{name}' ({nearest(name, REFINERS)}).")
-    return makers[name]()
-
-
-def _released_set() -> Callable[..., Refiner]:
+def _released_set(layers: Sequence[int], channels: int, options: Options) -> Refiner:
     """SET as released: apart, in the room above that knows the releases, so it is imported when it is asked for."""
     from setlib.release.released_set import ReleasedSpectralTokens
 
-    return ReleasedSpectralTokens
+    return ReleasedSpectralTokens(layers, channels, *options.tokens, options.any_batch)
+
+
+REFINERS: dict[str, Callable[[Sequence[int], int, Options], Refiner]] = {
+    "none": lambda layers, channels, options: Refiner(),
+    "full": lambda layers, channels, options: FullFineTuning(layers),
+    "lora": lambda layers, channels, options: LowRankAdaptation(layers, options.lora_rank),
+    "vpt": lambda layers, channels, options: Prompts(layers, channels, options.num_prompts),
+    "adaptformer": lambda layers, channels, options: Adapters(layers, channels, options.adapter_width),
+    "rein": lambda layers, channels, options: Rein(layers, channels, *options.tokens),
+    "fada": lambda layers, channels, options: WaveletTokens(layers, channels, *options.tokens),
+    "set": lambda layers, channels, options: SpectralTokens(layers, channels, *options.tokens),
+    "set-amplitude": lambda layers, channels, options: SpectralTokens(layers, channels, *options.tokens, phase=False),
+    "set-phase": lambda layers, channels, options: SpectralTokens(layers, channels, *options.tokens, amplitude=False),
+    "set-unnormalised": lambda layers, channels, options: SpectralTokens(
+        layers, channels, *options.tokens, normalise=""
+    ),
+    "set-released": _released_set,
+}
+
+
+def build_refiner(name: str, layers: Sequence[int], channels: int, *options: int, **named: int) -> Refiner:
+    """The refiner called `name` for features of C channels; layers: that it refines, from 1; options: of `Options`.
+
+    Raises ValueError for an unknown name (the nearest are listed) and for lora without peft.
+    """
+    if name not in REFINERS:
+        raise ValueError(f"Unknown refiner '{name}' ({nearest(name, REFINERS)}).")
+    return REFINERS[name](layers, channels, Options(*options, **named))
