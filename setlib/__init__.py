@@ -23,7 +23,7 @@ PLACES = {  # public name -> where it is, below setlib
     "build_segmenter": "checkpoint.build_segmenter",
     "save_segmenter": "checkpoint.save_segmenter",
     "load_segmenter": "checkpoint.load_segmenter",
-    "share": "checkpoint.share",
+    "share": "sharing.share",
     "predict": "inference.predict",
     "make_optimiser": "training.make_optimiser",
     "train": "training.train",

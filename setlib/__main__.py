@@ -228,9 +228,10 @@ def evaluate_command(args: argparse.Namespace) -> int:
         raise ValueError(f"{run.path} names no targets: name them with --target.")
     scored = Run(run.path, freely(run.experiment, args.options))
     check_labelled(targets, scored.experiment.data, every=True)
+    from setlib.analysis.scores import write_metrics
     from setlib.checkpoint import load_segmenter, use
     from setlib.distributed import state
-    from setlib.evaluation import evaluate_run, write_metrics
+    from setlib.evaluation import evaluate_run
     from setlib.workbook import notebooks as workbook
 
     with state().main_process_first():

@@ -1,34 +1,36 @@
-"""A segmenter built from an experiment, saved, loaded and shared: what learns as safetensors, the backbone by name and
-hash, a card with the run's table."""
+"""A segmenter built from an experiment, saved and loaded, and the checkpoint of a training that goes on.
+
+What learns is kept as safetensors, the backbone by name and hash.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard, snapshot_download
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
+from tqdm import tqdm
 
 from setlib.backbone import FrozenBackbone
 from setlib.data.labels import CITYSCAPES
 from setlib.distributed import default_device
 from setlib.experiment import Experiment, Model
-from setlib.files import load_json, write_atomic
+from setlib.files import write_atomic
 from setlib.heads import PerPixelHead
 from setlib.mask2former import Mask2FormerHead
 from setlib.refiners import Refiner, build_refiner
+from setlib.run import Run
 from setlib.segmenter import Segmenter
 from setlib.weights.load import load_backbone
 
 FILES = ("config.json", "model.safetensors")
-CARD = Path(__file__).with_name("model_card.md")
 
 
 def build_segmenter(
@@ -148,8 +150,8 @@ def load_segmenter(
     ------
     ValueError : files are missing or damaged, the backbone differs, or the hub does not have it.
     """
-    folder = _folder(name, options)
-    experiment, trained_on, _, tensors = _read(folder)
+    folder = model_folder(name, options)
+    experiment, trained_on, _, tensors = read_model(folder)
     model = build_segmenter(experiment, backbone, device)
     found = model.backbone.fingerprint
     if trained_on not in ("", found):  # "": imported, the release does not say
@@ -161,7 +163,7 @@ def load_segmenter(
     return model.eval()
 
 
-def _folder(name: str | Path, options: dict[str, Any]) -> Path:
+def model_folder(name: str | Path, options: dict[str, Any]) -> Path:
     """The folder of a model's two files."""
     folder = Path(name)
     folder = folder / "model" if (folder / "model").is_dir() else folder
@@ -176,7 +178,7 @@ def _folder(name: str | Path, options: dict[str, Any]) -> Path:
         raise ValueError(f"{name} is no folder of a saved model, and the hub does not give it: {why}") from None
 
 
-def _read(folder: Path) -> tuple[Experiment, str, list[dict], dict[str, Tensor]]:
+def read_model(folder: Path) -> tuple[Experiment, str, list[dict], dict[str, Tensor]]:
     """A model's two files: its experiment, its backbone's hash, its results and what it learnt."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -204,59 +206,81 @@ def use(model: Segmenter, experiment: Experiment) -> None:
         model.refiner.any_batch = experiment.model.any_batch
 
 
-# Sharing
+# Of a training
 
 
-def share(run: str | Path, folder: str | Path, repository: str = "", **options: Any) -> None:
-    """Writes a run's model with its results and a card into a folder, without the folders of this machine.
+class Training:
+    """What changes from step to step, and its checkpoint: weights, optimiser, moving average, history."""
 
-    Parameters
-    ----------
-    run : a run folder, or that of a model.
-    repository : owner/name; the folder is then uploaded to it on the hub (options of `HfApi.create_repo`: private ...).
-    """
-    source, folder = _folder(run, {}), Path(folder)
-    experiment, fingerprint, results, tensors = _read(source)
-    if all((source.parent / file).is_file() for file in ("experiment.json", "metrics.json")):  # of a run
-        results = load_json(source.parent / "metrics.json")["results"]
-    own, *targets = (_public(text) for text in (experiment.data.source, *experiment.data.targets))
-    experiment = replace(experiment, data=replace(experiment.data, source=own, targets=tuple(targets)))
-    results = [result | {"domain": _public(result["domain"])} for result in results]
-    write_model(folder, tensors, experiment, fingerprint, results)
-    write_atomic(folder / "README.md", str(model_card(experiment, tensors, fingerprint, results)))
-    if repository:
-        hub = HfApi(token=options.pop("token", None))
-        hub.create_repo(repository, **{"exist_ok": True, **options})
-        hub.upload_folder(repo_id=repository, folder_path=folder)
+    def __init__(self, run: Run, model: Segmenter, optimiser: torch.optim.Optimizer) -> None:
+        self.run, self.model, self.optimiser, self.decay = run, model, optimiser, model.experiment.train.ema
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if self.decay else {}
+        self.history: list[dict] = []
+        self.step = 0  # steps that are done
+
+    def update_average(self) -> None:
+        """Moves the average, if one is kept, towards the weights."""
+        for name, value in self.average.items():
+            value.lerp_(self.parameters[name].detach(), 1 - self.decay)
+
+    @torch.no_grad()
+    def use_average(self) -> None:
+        """Puts the average, if one is kept, in place of the weights."""
+        for name, value in self.average.items():
+            self.parameters[name].copy_(value)
+
+    def latest(self) -> dict[str, str]:
+        """For a progress bar."""
+        scores = [entry["source_miou"] for entry in self.history if "source_miou" in entry]
+        return {"loss": f"{self.history[-1]['loss']:.3f}"} | ({"source mIoU": f"{scores[-1]:.1f}"} if scores else {})
+
+    def save(self) -> None:
+        """Writes history.jsonl and checkpoint.safetensors (weights, optimiser, average, step), whole or not at all."""
+        tensors = {f"model.{name}": value.detach() for name, value in self.model.trainable_state().items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.items()}
+        for name, p in self.parameters.items():
+            tensors |= {f"optimiser.{name}.{key}": value for key, value in self.optimiser.state.get(p, {}).items()}
+        notes = {"step": str(self.step)}
+        content = save({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata=notes)
+        write_atomic(self.run.path / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
+        write_atomic(self.run.path / "checkpoint.safetensors", content)
+
+    def resume(self) -> None:
+        """Goes on from the run's checkpoint, if there is one. Raises ValueError if it cannot be read."""
+        path = self.run.path / "checkpoint.safetensors"
+        if not path.is_file():
+            return
+        try:
+            with safe_open(path, "pt") as saved:
+                self.step = int(saved.metadata()["step"])
+                tensors = {name: saved.get_tensor(name) for name in saved.keys()}
+            with torch.no_grad():
+                for name, value in self.model.trainable_state().items():  # buffers too
+                    value.copy_(tensors[f"model.{name}"])
+                for name, p in self.parameters.items():
+                    keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimiser.{name}.{key}" in tensors]
+                    kept = {key: tensors[f"optimiser.{name}.{key}"] for key in keys}
+                    if kept:  # else it had no gradient yet
+                        self.optimiser.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in kept.items()}
+                for name, value in self.average.items():
+                    value.copy_(tensors[f"average.{name}"])
+            self.history = [entry for entry in read_history(self.run) if entry["step"] <= self.step]
+        except Exception as error:
+            raise ValueError(f"{path} cannot be resumed ({error}): delete it to train from the start.") from None
 
 
-def model_card(
-    experiment: Experiment, tensors: dict[str, Tensor], fingerprint: str, results: Sequence[dict]
-) -> ModelCard:
-    """README.md of a shared model: what it is, how to load it, and the run's table."""
-    rows = [
-        f"| {r['domain']} | {r['class_set']} | {r['images']} | {r.get('inference', '')} | {r['miou']} |"
-        for r in results
-    ]
-    table = "\n".join(["| domain | classes | pictures | predicted in | mIoU, % |", "|---|---|---|---|---|", *rows])
-    sizes = {
-        part: sum(t.numel() for name, t in tensors.items() if name.startswith(part) and t.is_floating_point())
-        for part in ("backbone", "refiner", "head")
-    }
-    return ModelCard(
-        CARD.read_text(encoding="utf-8").format(
-            refiner=experiment.model.refiner,
-            head=experiment.model.head,
-            backbone=experiment.model.backbone,
-            fingerprint=fingerprint,
-            source=experiment.data.source or "a source that is not known",
-            known=f"Steps: {experiment.train.steps}, seed {experiment.seed}." if experiment.data.source else "",
-            counts=" + ".join(f"{number:,} ({part})" for part, number in sizes.items() if number),
-            table=table if rows else "Not scored yet.",
-        )
-    )
+def is_finished(run: Run) -> bool:
+    """Whether the run holds a trained model."""
+    return all((run.path / "model" / name).is_file() for name in FILES)
 
 
-def _public(text: str) -> str:
-    """A domain's name without the folder it lies in on this machine."""
-    return re.sub(r"@[^~]*", "", text)
+def read_history(run: Run) -> list[dict]:
+    """Entries of the run's history.jsonl: step, loss, lr, grad_norm, seconds; none if it is missing or damaged."""
+    path = run.path / "history.jsonl"
+    try:
+        entries = [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
+        return [entry for entry in entries if {"step", "loss", "seconds"} <= entry.keys()]
+    except (ValueError, AttributeError):
+        tqdm.write(f"{path} is damaged: its curve is left out; the model does not need it")
+        return []

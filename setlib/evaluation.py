@@ -17,7 +17,6 @@ from setlib.data import domains
 from setlib.data.domains import Domain
 from setlib.data.labels import IGNORE, ClassSet
 from setlib.distributed import all_gather, all_reduce, shard_indices, state
-from setlib.experiment import Experiment
 from setlib.features import SharedFeatures
 from setlib.inference import class_probabilities, cut_picture, label_map
 from setlib.run import Run
@@ -173,25 +172,3 @@ def evaluate_run(
         for name, score in evaluate(models, domain, progress).items():
             table[name].append(score)
     return table
-
-
-def write_metrics(run: Run, scores: Sequence[Score], used: Experiment | None = None) -> dict:
-    """RUN/metrics.json: what was scored now, and what was scored on other domains before. Returns its content.
-
-    used: how the pictures were chosen and predicted, where the run's configuration was overridden.
-    """
-    path, experiment = run.path / "metrics.json", run.experiment
-    results = {r["domain"]: r for r in run.read_json("metrics.json")["results"]} if path.is_file() else {}
-    used = used or experiment
-    how = {"inference": str(used.inference), "content_seed": used.data.content_seed}
-    how["eval_edges"] = list(used.data.eval_edges)
-    results |= {score.domain: score.to_dict() | how for score in scores}
-    content = {
-        "profile": experiment.profile,
-        "seed": experiment.seed,
-        "source": experiment.data.source,
-        "config": experiment.to_dict(),
-        "results": list(results.values()),
-    }
-    run.write_json("metrics.json", content)
-    return content

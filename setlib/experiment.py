@@ -9,7 +9,8 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import field, replace
+from dataclasses import field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -274,45 +275,15 @@ def _checked(values: dict, strict: bool) -> Experiment:
     raise ValueError(f"Option {key} {should}, got {first['input']!r}.") from None
 
 
-def _profile(name: str, base: Experiment, *options: str, **data: Any) -> Experiment:
-    """A profile: another one with options put in."""
-    made = base.override(*options)
-    return replace(made, profile=name, data=replace(made.data, **data))
+def _profiles() -> dict[str, Experiment]:
+    """The profiles: quick has the defaults, the others what profiles.json puts into them."""
+    stored = json.loads(Path(__file__).with_name("profiles.json").read_text(encoding="utf-8"))
+    quick = Experiment().to_dict()
+    made = {"quick": Experiment()}
+    for name, groups in stored.items():
+        changed = {group: quick[group] | values for group, values in groups.items()}
+        made[name] = _checked(quick | changed | {"profile": name}, strict=True)
+    return made
 
 
-_QUICK = Experiment()
-_SMOKE = _profile(
-    "smoke",
-    _QUICK,
-    *("data.height=64", "data.width=128", "data.long_edge=128", "data.train_images=12", "data.eval_images=4"),
-    *("model.backbone=tiny-random", "model.refined_layers=3,4", "model.feature_layers=1,2,3,4"),
-    *("model.num_tokens=8", "model.rank=4", "model.head_channels=16"),
-    *("train.steps=12", "train.views=8", "train.checkpoint_every=6", "train.precision=float32"),
-    "train.refiner_rates=set=0.1",
-    "ablation.variants=none,full,vpt,adaptformer,rein,fada,set",
-    "ablation.overrides=train.steps=6,data.eval_images=2",
-    targets=("scenes:night", "scenes:fog"),
-)
-# Source: the released configurations; what differs from them is listed in notebooks/README.md.
-_PAPER = _profile(
-    "paper",
-    _QUICK,
-    *("data.height=512", "data.width=512", "data.long_edge=1024", "data.scale_min=0.5", "data.scale_max=2"),
-    *("data.train_images=0", "data.eval_images=0", "data.workers=4"),
-    "data.eval_edges=cityscapes=1024,bdd100k=1280,acdc=960,mapillary=0.5,mapillary-v2=0.5",
-    *("model.backbone=facebook/dinov2-large", "model.patch_size=16", "model.head=mask2former"),
-    *("model.head_channels=256", "model.refined_layers=", "model.feature_layers=8,12,16,24"),
-    *("train.steps=40000", "train.batch_size=4", "train.views=0", "train.learning_rate=1e-4", "train.clip_norm=0"),
-    *("train.refiner_rates=", "train.precision=float32", "train.checkpoint_every=1000"),  # one rate for all
-    "ablation.overrides=",
-    source="",
-    targets=(),
-)
-_PAPER_1024 = _profile(
-    "paper-1024",
-    _PAPER,
-    *("data.height=1024", "data.width=1024", "data.long_edge=2048"),
-    "data.eval_edges=cityscapes=2048,bdd100k=2560,acdc=1920,mapillary=1.0,mapillary-v2=1.0",
-    *("train.batch_size=8", "train.learning_rate=6e-5", "train.warmup=10000"),
-)
-PROFILES = {made.profile: made for made in (_SMOKE, _QUICK, _PAPER, _PAPER_1024)}
+PROFILES = _profiles()

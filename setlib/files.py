@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
+VERSION = "0.2.0"  # of setlib; every run folder records it
 PROBE_SECONDS = 3.0  # for the hub to answer
 STATIC = "SETLIB_STATIC"  # environment variable: nobody moves a slider, explorers show a picture
 

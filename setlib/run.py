@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from setlib.experiment import PROFILES, Experiment
-from setlib.files import PROJECT, load_json, peak_bytes, plain, write_atomic
+from setlib.files import PROJECT, VERSION, load_json, peak_bytes, plain, write_atomic
 
 SAME_NUMBERS = (  # cost time, memory or what a damaged file costs; change no number that is already made
     *("train.checkpointing", "train.accumulate", "data.workers"),
@@ -42,7 +42,7 @@ class Run:
                     "choose another with --run, or the same options."
                 )
         run = cls(path, experiment)
-        run.write_json("experiment.json", experiment.to_dict())
+        run.write_json("experiment.json", {"setlib": VERSION} | experiment.to_dict())
         return run
 
     @classmethod
@@ -53,7 +53,12 @@ class Run:
             raise ValueError(
                 f"{path} is no run folder (no experiment.json): make one with python -m setlib run --run {path}."
             )
-        return cls(Path(path), Experiment.from_dict(load_json(stored)))
+        content = dict(load_json(stored))
+        made_by = content.pop("setlib", "0.1.0")  # the first versions did not say
+        try:
+            return cls(Path(path), Experiment.from_dict(content))
+        except ValueError as error:
+            raise ValueError(f"{path} was made by setlib {made_by}, this is {VERSION}: {error}") from None
 
     def nested(self, name: str, *overrides: str) -> Run:
         """A run of its own inside this one, with some options changed: the baseline, an ablation's variant."""

@@ -7,21 +7,18 @@ Several processes, or several parts of a step one after the other, take the step
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections import defaultdict
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save as save_bytes
 from torch import nn
 from tqdm import tqdm
 
 from setlib._memory import keep_freed_memory
 from setlib.backbone import FrozenBackbone
-from setlib.checkpoint import FILES, build_segmenter, load_segmenter, save_segmenter
+from setlib.checkpoint import Training, build_segmenter, is_finished, load_segmenter, read_history, save_segmenter
 from setlib.data import domains
 from setlib.data.crops import RandomCrops, held_out
 from setlib.data.domains import Domain
@@ -29,7 +26,6 @@ from setlib.distributed import accelerator, all_reduce, state
 from setlib.evaluation import evaluate
 from setlib.experiment import Experiment, Train
 from setlib.features import Batch, KeptCrops
-from setlib.files import write_atomic
 from setlib.run import Run
 from setlib.segmenter import Segmenter
 from setlib.weights.load import load_backbone
@@ -187,67 +183,6 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, settings: Train, step: i
     return rate
 
 
-class Training:
-    """What changes from step to step, and its checkpoint: weights, optimiser, moving average, history."""
-
-    def __init__(self, run: Run, model: Segmenter, optimiser: torch.optim.Optimizer) -> None:
-        self.run, self.model, self.optimiser, self.decay = run, model, optimiser, model.experiment.train.ema
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if self.decay else {}
-        self.history: list[dict] = []
-        self.step = 0  # steps that are done
-
-    def update_average(self) -> None:
-        """Moves the average, if one is kept, towards the weights."""
-        for name, value in self.average.items():
-            value.lerp_(self.parameters[name].detach(), 1 - self.decay)
-
-    @torch.no_grad()
-    def use_average(self) -> None:
-        """Puts the average, if one is kept, in place of the weights."""
-        for name, value in self.average.items():
-            self.parameters[name].copy_(value)
-
-    def latest(self) -> dict[str, str]:
-        """For a progress bar."""
-        scores = [entry["source_miou"] for entry in self.history if "source_miou" in entry]
-        return {"loss": f"{self.history[-1]['loss']:.3f}"} | ({"source mIoU": f"{scores[-1]:.1f}"} if scores else {})
-
-    def save(self) -> None:
-        """Writes history.jsonl and checkpoint.safetensors (weights, optimiser, average, step), whole or not at all."""
-        tensors = {f"model.{name}": value.detach() for name, value in self.model.trainable_state().items()}
-        tensors |= {f"average.{name}": value for name, value in self.average.items()}
-        for name, p in self.parameters.items():
-            tensors |= {f"optimiser.{name}.{key}": value for key, value in self.optimiser.state.get(p, {}).items()}
-        notes = {"step": str(self.step)}
-        content = save_bytes({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata=notes)
-        write_atomic(self.run.path / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
-        write_atomic(self.run.path / "checkpoint.safetensors", content)
-
-    def resume(self) -> None:
-        """Goes on from the run's checkpoint, if there is one. Raises ValueError if it cannot be read."""
-        path = self.run.path / "checkpoint.safetensors"
-        if not path.is_file():
-            return
-        try:
-            with safe_open(path, "pt") as saved:
-                self.step = int(saved.metadata()["step"])
-                tensors = {name: saved.get_tensor(name) for name in saved.keys()}
-            with torch.no_grad():
-                for name, value in self.model.trainable_state().items():  # buffers too
-                    value.copy_(tensors[f"model.{name}"])
-                for name, p in self.parameters.items():
-                    keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimiser.{name}.{key}" in tensors]
-                    kept = {key: tensors[f"optimiser.{name}.{key}"] for key in keys}
-                    if kept:  # else it had no gradient yet
-                        self.optimiser.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in kept.items()}
-                for name, value in self.average.items():
-                    value.copy_(tensors[f"average.{name}"])
-            self.history = [entry for entry in read_history(self.run) if entry["step"] <= self.step]
-        except Exception as error:
-            raise ValueError(f"{path} cannot be resumed ({error}): delete it to train from the start.") from None
-
-
 def train_together(runs: dict[str, Run], progress: bool = True) -> dict[str, tuple[Segmenter, list[dict]]]:
     """Trains runs that share source, crops and backbone one after the other: the frozen layers are computed once."""
     first = next(iter(runs.values())).experiment
@@ -260,19 +195,3 @@ def train_together(runs: dict[str, Run], progress: bool = True) -> dict[str, tup
     return {
         name: train(run, source=source, backbone=backbone, crops=crops, progress=progress) for name, run in runs.items()
     }
-
-
-def is_finished(run: Run) -> bool:
-    """Whether the run holds a trained model."""
-    return all((run.path / "model" / name).is_file() for name in FILES)
-
-
-def read_history(run: Run) -> list[dict]:
-    """Entries of the run's history.jsonl: step, loss, lr, grad_norm, seconds; none if it is missing or damaged."""
-    path = run.path / "history.jsonl"
-    try:
-        entries = [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
-        return [entry for entry in entries if {"step", "loss", "seconds"} <= entry.keys()]
-    except (ValueError, AttributeError):
-        tqdm.write(f"{path} is damaged: its curve is left out; the model does not need it")
-        return []

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from setlib.files import VERSION
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -36,7 +38,8 @@ IMPORTS = {
     "evaluation": {"inference", "checkpoint", "run"},
     "run": {"experiment"},
     "inference": {"segmenter"},
-    "checkpoint": {"segmenter", "weights", "refiners", "mask2former", "distributed"},
+    "checkpoint": {"segmenter", "weights", "refiners", "mask2former", "distributed", "run"},
+    "sharing": {"checkpoint"},
     "distributed": set(),
     "segmenter": {"backbone", "tokens", "mask2former"},
     "weights": {"backbone"},
@@ -164,7 +167,7 @@ def test_licence_and_citation():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
     assert citation["license"] == project["license"] == "Apache-2.0"
-    assert str(citation["version"]) == project["version"]
+    assert str(citation["version"]) == project["version"] == VERSION
     (paper,) = citation["references"]
     assert "arXiv:2407.18568" in [identifier["value"] for identifier in paper["identifiers"]]
 

@@ -13,6 +13,8 @@ import pandas
 
 from setlib.data.labels import ClassSet
 from setlib.evaluation import Score
+from setlib.experiment import Experiment
+from setlib.run import Run
 from setlib.segmenter import Segmenter
 
 # Trainings: what `training.train_together` returns, {name: (model, history)}
@@ -136,3 +138,25 @@ def say_scores(table: Mapping[str, Sequence[Score]], source: str) -> str:
         text += f"The hardest for {best} is {worst.domain} ({worst.miou:.1f} %)"
         text += f", {row['drop']:.1f} points below its own source. " if row["drop"] == row["drop"] else ". "
     return text + "One seed each: a difference of a few points can be chance (notebook 05 shows the spread)."
+
+
+def write_metrics(run: Run, scores: Sequence[Score], used: Experiment | None = None) -> dict:
+    """RUN/metrics.json: what was scored now, and what was scored on other domains before. Returns its content.
+
+    used: how the pictures were chosen and predicted, where the run's configuration was overridden.
+    """
+    path, experiment = run.path / "metrics.json", run.experiment
+    results = {r["domain"]: r for r in run.read_json("metrics.json")["results"]} if path.is_file() else {}
+    used = used or experiment
+    how = {"inference": str(used.inference), "content_seed": used.data.content_seed}
+    how["eval_edges"] = list(used.data.eval_edges)
+    results |= {score.domain: score.to_dict() | how for score in scores}
+    content = {
+        "profile": experiment.profile,
+        "seed": experiment.seed,
+        "source": experiment.data.source,
+        "config": experiment.to_dict(),
+        "results": list(results.values()),
+    }
+    run.write_json("metrics.json", content)
+    return content
