@@ -276,13 +276,12 @@ def _checked(values: dict, strict: bool) -> Experiment:
 
 
 def _profiles() -> dict[str, Experiment]:
-    """The profiles: quick has the defaults, the others what profiles.json puts into them."""
+    """The profiles of profiles.json: what each puts into the defaults, which are those of quick."""
     stored = json.loads(Path(__file__).with_name("profiles.json").read_text(encoding="utf-8"))
-    quick = Experiment().to_dict()
-    made = {"quick": Experiment()}
+    values, made = Experiment().to_dict(), {}
     for name, groups in stored.items():
-        changed = {group: quick[group] | values for group, values in groups.items()}
-        made[name] = _checked(quick | changed | {"profile": name}, strict=True)
+        changed = {group: values[group] | options for group, options in groups.items()}
+        made[name] = _checked(values | changed | {"profile": name}, strict=True)
     return made
 
 

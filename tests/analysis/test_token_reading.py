@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from setlib.model import Segmenter
 
 from setlib import spectral
 from setlib.analysis import tokens as attention
 from setlib.backbone import FrozenBackbone
 from setlib.experiment import Experiment
-from setlib.model import Segmenter
 
 
 @pytest.fixture(scope="module")
