@@ -28,10 +28,9 @@ def models():
     for name, (options, _) in OPTIONS.items():
         found[name] = build_segmenter(Experiment.build("smoke", overrides=options), backbone).eval()
         generator = torch.Generator().manual_seed(0)
-        for part in (found[name].refiner, found[name].backbone):
-            for parameter in part.parameters():
-                if parameter.requires_grad:
-                    parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        for key, p in found[name].named_parameters():
+            if p.requires_grad and not key.startswith("head."):
+                p.data += 0.1 * torch.randn(p.shape, generator=generator)
     return found
 
 
@@ -53,16 +52,6 @@ def test_they_change_no_answer_whoever_they_were_made_for(models, names):
         for name in names:
             expected = logits(models[name](IMAGES))
             torch.testing.assert_close(logits(models[name](IMAGES, frozen)), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_gradients_are_those_of_the_whole_way(models):
-    frozen, found = SharedFeatures([models["set"]])(IMAGES), []
-    for own in (frozen, None):
-        models["set"].zero_grad()
-        models["set"](IMAGES, own).square().mean().backward()
-        found.append([p.grad.clone() for p in models["set"].parameters() if p.requires_grad])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_a_head_alone_runs_no_layer(models, monkeypatch):
