@@ -7,7 +7,7 @@ from setlib.checkpoint import build_segmenter
 from setlib.data import domains
 from setlib.data.crops import RandomCrops
 from setlib.experiment import Experiment
-from setlib.features import FrozenFeatures, KeptCrops, SharedFeatures
+from setlib.features import KeptCrops, SharedFeatures
 from setlib.weights.load import load_backbone
 
 OPTIONS = {  # by name, and how many first layers they leave as they are
@@ -61,14 +61,6 @@ def test_a_head_alone_runs_no_layer(models, monkeypatch):
     monkeypatch.setattr(models["none"].backbone.model, "forward", None)
     for frozen in kept:
         torch.testing.assert_close(models["none"](IMAGES, frozen), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_parts_of_a_batch_are_the_batch(models):
-    frozen = SharedFeatures([models["set"]])(IMAGES)
-    again = FrozenFeatures.cat([frozen[[1]], frozen[2:], frozen[:1]])[[2, 0, 1]]
-    assert torch.equal(again.hidden, frozen.hidden) and again.stop == frozen.stop
-    assert again.maps.keys() == frozen.maps.keys() == {1, 2, 3}
-    assert all(torch.equal(again.maps[layer], frozen.maps[layer]) for layer in frozen.maps)
 
 
 def test_kept_crops_are_the_crops_and_answer_as_they_do(source, models):

@@ -52,8 +52,8 @@ def copied(trained, tmp_path):
 @pytest.mark.parametrize(
     "options", [(), ("train.ema=0.5", "train.warmup=2"), (*MASKS, "train.precision=bfloat16"), ("model.refiner=full",)]
 )
-def test_the_loop_is_these_ten_lines(source, trained, tmp_path, options):
-    settings = trained.experiment.override(*options)
+def test_the_loop_is_these_ten_lines(source, tmp_path, options):
+    settings = experiment(source, "train.steps=7", *options)
     domain = load(source, settings.data, role="source")
     model = build_segmenter(settings).train()
     learns = [p for p in model.parameters() if p.requires_grad]
@@ -73,9 +73,9 @@ def test_the_loop_is_these_ten_lines(source, trained, tmp_path, options):
         for mean, value in zip(average, learns, strict=True):
             mean.lerp_(value.detach(), 1 - settings.train.ema)
 
-    made = train.train(Run.open(tmp_path, settings), progress=False) if options else trained[2:]
-    assert losses(made[1]) == found
-    for mean, p in zip(average, (p for p in made[0].parameters() if p.requires_grad), strict=True):
+    trained, history = train.train(Run.open(tmp_path, settings), progress=False)
+    assert losses(history) == found
+    for mean, p in zip(average, (p for p in trained.parameters() if p.requires_grad), strict=True):
         torch.testing.assert_close(p, mean, rtol=1e-6, atol=1e-7)
 
 
@@ -161,15 +161,14 @@ RESUMED = [
 
 @pytest.mark.parametrize("options", RESUMED)
 def test_killed_and_resumed_is_as_never_killed(trained, tmp_path, monkeypatch, options):
-    settings, whole = trained.experiment.override(*options), trained[2:]
-    if options:
-        whole = train.train(Run.open(tmp_path / "whole", settings), progress=False)
+    settings = trained.experiment.override(*options)
+    whole, expected = train.train(Run.open(tmp_path / "whole", settings), progress=False)
     run = Run.open(tmp_path / "cut", settings)
     kill(run, monkeypatch, step=4)
     assert (run.path / "checkpoint.safetensors").is_file() and not (run.path / "model").exists()
     model, history = train.train(run, progress=False)
-    assert [entry["step"] for entry in history] == list(range(1, 8)) and losses(history) == losses(whole[1])
-    assert same_weights(model, whole[0]) and train.read_history(run) == history
+    assert [entry["step"] for entry in history] == list(range(1, 8)) and losses(history) == losses(expected)
+    assert same_weights(model, whole) and train.read_history(run) == history
     assert not (run.path / "checkpoint.safetensors").exists()
 
 
