@@ -202,8 +202,7 @@ def load_state(model: Segmenter, tensors: dict[str, Tensor]) -> None:
 def use(model: Segmenter, experiment: Experiment) -> None:
     """Takes over how a trained model is used: data.eval_edges, model.any_batch, inference.*"""
     model.experiment = experiment
-    if hasattr(model.refiner, "any_batch"):
-        model.refiner.any_batch = experiment.model.any_batch
+    model.refiner.any_batch = experiment.model.any_batch
 
 
 # Of a training

@@ -247,8 +247,10 @@ class Experiment:
     @classmethod
     def from_dict(cls, values: dict) -> Experiment:
         """The inverse of `to_dict`; what is missing has its default value. Raises ValueError if a field is unknown."""
-        train = {"refiner_rates": []} | dict(values.get("train", {}))  # an older file: one rate for all
-        return _checked(values | {"train": {k: v for k, v in train.items() if k not in RETIRED}}, strict=True)
+        train = values.get("train", {})
+        if isinstance(train, dict):
+            train = {"refiner_rates": []} | {k: v for k, v in train.items() if k not in RETIRED}  # older: one rate
+        return _checked(values | {"train": train}, strict=True)
 
 
 RETIRED = ("shard", "compile", "cache_gb")  # options of older trainings; they changed no result

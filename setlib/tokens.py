@@ -33,6 +33,7 @@ class Refiner(nn.Module):
 
     inside = False
     rate = 1.0  # source: the releases of Rein and SET
+    any_batch = False
     adapt: Callable[[nn.Module, Sequence[nn.Module]], object] | None = None
     prompts: Callable[[int], Tensor] | None = None
     linked = ""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is first imported
@@ -56,18 +55,9 @@ def source(tmp_path_factory) -> str:
     return f"folder@{folder}"
 
 
-class Trained(NamedTuple):
-    """A finished run: its folder, what it was made with, its model and its history."""
-
-    path: Path
-    experiment: object
-    model: torch.nn.Module
-    history: list[dict]
-
-
 @pytest.fixture(scope="session")
-def trained(source, tmp_path_factory) -> Trained:
-    """A smoke run of 7 steps on `source`, a checkpoint every 3. Its folder is everybody's: copy it to change it."""
+def trained(source, tmp_path_factory) -> SimpleNamespace:
+    """A smoke run of 7 steps on `source`: path, experiment, model, history. Copy its folder to change it."""
     from setlib.experiment import Experiment
     from setlib.run import Run
     from setlib.training import train
@@ -75,4 +65,5 @@ def trained(source, tmp_path_factory) -> Trained:
     options = ["train.steps=7", "train.checkpoint_every=3"]
     experiment = Experiment.build("smoke", source, [source], overrides=options)
     run = Run.open(tmp_path_factory.mktemp("trained") / "run", experiment)
-    return Trained(run.path, experiment, *train(run, progress=False))
+    model, history = train(run, progress=False)
+    return SimpleNamespace(path=run.path, experiment=experiment, model=model, history=history)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from setlib import __main__ as cli
-from setlib import distributed as processes
+from setlib import distributed
 from setlib.run import Run
 from setlib.training import read_history
 
@@ -17,12 +17,13 @@ LAUNCH += "--mixed_precision no --dynamo_backend no".split()
 COMMANDS = """import json, sys
 from setlib import __main__ as cli
 sys.exit(max(cli.main(words) for words in json.loads(sys.argv[1])))"""
-MASKS = "model.head=mask2former model.head_channels=32 model.pixel_layers=1 model.decoder_layers=2 model.refiner=none"
+MASKS = "train.steps=12 model.head=mask2former model.head_channels=32 model.pixel_layers=1 model.pixel_width=48"
+MASKS += " model.decoder_layers=2 model.decoder_width=64"
 SETTINGS = {
-    "per-pixel": ["train.steps=20", "train.validate_every=10", "data.eval_images=3"],
-    "mask2former": ["train.steps=20", "model.pixel_width=48", "model.decoder_width=64", *MASKS.split()],
-    "linked": ["train.steps=20", "model.pixel_width=48", "model.decoder_width=64", *MASKS.split(), "model.refiner=set"],
-    "fresh": ["train.steps=4", "train.views=0", "train.validate_every=2", "data.eval_images=3"],
+    "per-pixel": "train.steps=12 train.validate_every=6 data.eval_images=3",
+    "mask2former": f"{MASKS} model.refiner=none",
+    "linked": f"{MASKS} model.refiner=set",
+    "fresh": "train.steps=4 train.views=0 train.validate_every=2 data.eval_images=3",
 }
 # of the loss: where a mask head draws points by values, or queries nearly alike compete, rounding can move a choice
 ROUNDING = {"per-pixel": 0.0, "mask2former": 1e-5, "linked": 1e-4, "fresh": 0.0}
@@ -40,7 +41,7 @@ def trained(tmp_path_factory):
     """{setting: (run of one process, run of two)}; the two are started once for all settings."""
     folder, commands = tmp_path_factory.mktemp("processes"), []
     for name, options in SETTINGS.items():
-        words = ["train", "--profile", "smoke", "-o", "train.batch_size=4", *options]
+        words = ["train", "--profile", "smoke", "-o", "train.batch_size=4", *options.split()]
         assert cli.main([*words, "--run", str(folder / f"{name}-1")]) == 0
         commands.append([*words, "--run", str(folder / f"{name}-2")])
     (folder / "commands.py").write_text(COMMANDS)
@@ -75,27 +76,22 @@ def test_the_table_is_the_same(trained):
 def test_the_group_is_left_before_the_process_ends(monkeypatch):
     """A thread of it that still ran would abort the process: one evaluation in ten ended so."""
     registered = []
-    monkeypatch.setattr(processes.atexit, "register", registered.append)
-    processes.state.cache_clear()
-    left = processes.state()
-    assert processes.state() is left and registered == [left.destroy_process_group]
-
-
-def test_what_is_for_one_process_says_so(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for words in (["run", "--profile", "smoke"], ["backbones"]):
-        assert cli.main(words) == 2
-        assert "start only train and evaluate with accelerate launch" in capsys.readouterr().err
+    monkeypatch.setattr(distributed.atexit, "register", registered.append)
+    distributed.state.cache_clear()
+    left = distributed.state()
+    assert distributed.state() is left and registered == [left.destroy_process_group]
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
+    ("variable", "value", "command", "words"),
     [
-        ("ACCELERATE_MIXED_PRECISION", "bf16", "train.precision=bfloat16"),
-        ("ACCELERATE_USE_FSDP", "true", "without accelerate's FSDP"),
+        ("WORLD_SIZE", "2", "run --profile smoke", "start only train and evaluate with accelerate launch"),
+        ("WORLD_SIZE", "2", "backbones", "start only train and evaluate with accelerate launch"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "train --profile smoke --run {}", "train.precision=bfloat16"),
+        ("ACCELERATE_USE_FSDP", "true", "train --profile smoke --run {}", "without accelerate's FSDP"),
     ],
 )
-def test_what_the_configuration_decides_is_not_the_launchers(monkeypatch, tmp_path, capsys, name, value, words):
-    monkeypatch.setenv(name, value)
-    assert cli.main(["train", "--profile", "smoke", "--run", str(tmp_path)]) == 2
+def test_what_is_not_for_several_processes_says_so(monkeypatch, tmp_path, capsys, variable, value, command, words):
+    monkeypatch.setenv(variable, value)
+    assert cli.main(command.format(tmp_path).split()) == 2
     assert words in capsys.readouterr().err

@@ -38,13 +38,6 @@ def test_any_size_is_predicted_at_its_own_size(model, size):
     assert labels.shape == size and labels.dtype == np.uint8 and labels.max() < 19
 
 
-def test_what_is_no_picture_is_one_sentence(model, tmp_path):
-    (tmp_path / "note.txt").write_text("hello")
-    for name in ("note.txt", "missing.png"):
-        with pytest.raises(ValueError, match=f"{name} cannot be read as a picture"):
-            predict(model, tmp_path / name)
-
-
 def test_strips_equal_plain_interpolation(monkeypatch):
     scores = torch.randn(5, 9, 13, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(inference, "STRIP_PIXELS", 200)
@@ -70,14 +63,6 @@ def test_the_fields_windows():
     corners = cut(torch.zeros(3, 1024, 2048), (512, 512), (341, 341)).corners
     assert sorted({y for y, _ in corners}) == [0, 341, 512]
     assert sorted({x for _, x in corners}) == [0, 341, 682, 1023, 1364, 1536]
-
-
-def test_windows_cover_the_picture_and_probabilities_sum_to_one(model):
-    (windows,) = cut_picture(model, picture(128, 128))  # the window is 64 x 128: two and a half of them
-    assert windows.images.shape == (3, 3, 64, 128) and windows.corners == [(0, 0), (43, 0), (64, 0)]
-    found = probabilities(model, picture(128, 128))
-    assert found.shape == (19, 128, 128)
-    torch.testing.assert_close(found.sum(0), torch.ones(128, 128))
 
 
 def test_without_overlap_windows_are_whole_tiles():

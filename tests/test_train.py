@@ -1,7 +1,6 @@
 """The loop: what it does in ten lines, same seed same numbers, killed and resumed alike, clear failure."""
 
 import math
-import pickle
 import shutil
 from dataclasses import replace
 
@@ -37,11 +36,6 @@ def losses(history):
     return [entry["loss"] for entry in history]
 
 
-def is_lower(history, share, ends=5):
-    """Whether the loss at the end is below a share of that at the start."""
-    return np.mean(losses(history)[-ends:]) < share * np.mean(losses(history)[:3])
-
-
 def same_weights(model, other):
     state = other.trainable_state()
     return all(torch.equal(tensor, state[name]) for name, tensor in model.trainable_state().items())
@@ -60,8 +54,8 @@ def copied(trained, tmp_path):
 @pytest.mark.parametrize(
     "options", [(), ("train.ema=0.5", "train.warmup=2"), (*MASKS, "train.precision=bfloat16"), ("model.refiner=full",)]
 )
-def test_the_loop_is_these_ten_lines(source, trained, tmp_path, options):
-    settings = trained.experiment.override(*options)
+def test_the_loop_is_these_ten_lines(source, tmp_path, options):
+    settings = experiment(source, "train.steps=7", *options)
     domain = load(source, settings.data, role="source")
     model = build_segmenter(settings).train()
     learns = [p for p in model.parameters() if p.requires_grad]
@@ -81,46 +75,30 @@ def test_the_loop_is_these_ten_lines(source, trained, tmp_path, options):
         for mean, value in zip(average, learns, strict=True):
             mean.lerp_(value.detach(), 1 - settings.train.ema)
 
-    made = train.train(Run.open(tmp_path, settings), progress=False) if options else trained[2:]
-    assert losses(made[1]) == found
-    for mean, p in zip(average, (p for p in made[0].parameters() if p.requires_grad), strict=True):
+    trained, history = train.train(Run.open(tmp_path, settings), progress=False)
+    assert losses(history) == found
+    for mean, p in zip(average, (p for p in trained.parameters() if p.requires_grad), strict=True):
         torch.testing.assert_close(p, mean, rtol=1e-6, atol=1e-7)
 
 
-ODD = ("data.height=61", "data.width=107", "model.patch_size=10")  # pictures that do not divide into patches
+FAST = "train.learning_rate=3e-3"
+SMALL = (*MASKS, "model.pixel_width=64", "model.decoder_width=64", "train.clip_norm=0")
+LEARNING = [  # options, the loss at the end in units of that at the start, share of right pixels
+    ((FAST,), 0.5, 0.9),
+    ((FAST, "train.precision=bfloat16"), 0.6, 0.9),
+    ((FAST, "data.height=61", "data.width=107", "model.patch_size=10"), 0.5, 0.9),  # does not divide into patches
+    ((*SMALL, "model.refiner=none"), 0.8, 0),
+    ((*SMALL, "model.refiner=set"), 0.8, 0),
+]
 
 
-@pytest.mark.parametrize("options", [(), ODD])
-def test_it_learns(source, tmp_path, options):
-    model, history = start(tmp_path, source, "train.steps=40", "train.learning_rate=3e-3", *options)
-    assert is_lower(history, 0.5) and not model.training
+@pytest.mark.parametrize(("options", "share", "right"), LEARNING)
+def test_it_learns(source, tmp_path, options, share, right):
+    model, history = start(tmp_path, source, "train.steps=40", *options)
+    assert np.mean(losses(history)[-5:]) < share * np.mean(losses(history)[:3])
+    assert not model.training and all(p.dtype == torch.float32 for p in model.parameters())
     sample = load(source, model.experiment.data).sample(0)
-    assert (predict(model, sample.image) == sample.label).mean() > 0.9
-
-
-@pytest.mark.parametrize("refiner", ["none", "rein", "set"])
-def test_a_mask_head_learns(source, tmp_path, refiner):
-    options = (*MASKS, f"model.refiner={refiner}", "model.pixel_width=64", "model.decoder_width=64", "train.steps=40")
-    assert is_lower(start(tmp_path, source, *options, "train.clip_norm=0")[1], 0.8)
-
-
-def test_the_papers_head_learns_at_its_size(source, tmp_path):
-    """256 channels, 6 + 9 layers, 100 queries."""
-    options = ("model.head=mask2former", "model.head_channels=256", "model.num_tokens=100", "train.learning_rate=1e-4")
-    rest = ("train.batch_size=1", "train.views=0", "train.steps=5", "train.clip_norm=0")
-    history = start(tmp_path, source, *options, *rest)[1]
-    assert np.mean(losses(history)[-2:]) < 0.9 * losses(history)[0]
-
-
-def test_lower_precision_learns_alike(source, tmp_path):
-    found = []
-    for kind in ("float32", "bfloat16"):
-        options = ("train.steps=30", "train.learning_rate=3e-3", f"train.precision={kind}")
-        model, history = start(tmp_path / kind, source, *options)
-        found.append(losses(history))
-        assert all(p.dtype == torch.float32 for p in model.parameters())
-    np.testing.assert_allclose(found[1], found[0], rtol=0.05, atol=0.02)
-    assert is_lower(history, 0.6)
+    assert (predict(model, sample.image) == sample.label).mean() >= right
 
 
 @pytest.mark.parametrize("option", ["train.checkpointing=true", "train.checkpoint_every=1"])
@@ -141,22 +119,18 @@ def test_a_step_in_parts_is_the_step(source, tmp_path, options):
 
 def test_runs_trained_together_share_crops_and_nothing_that_learns(source, tmp_path):
     """Refiners that start later, and one that changes its own copy of the backbone, beside a head alone."""
-    names = ("none", "rein", "set", "full")
-    runs = {
-        name: Run.open(tmp_path / name, experiment(source, "train.steps=2", f"model.refiner={name}")) for name in names
-    }
-    models = {name: model for name, (model, _) in train.train_together(runs, progress=False).items()}
-    for name in names:
-        alone, _ = start(tmp_path / f"{name} alone", source, "train.steps=2", f"model.refiner={name}")
-        for key, value in alone.trainable_state().items():
-            torch.testing.assert_close(models[name].trainable_state()[key], value, rtol=1e-4, atol=1e-6)
+    runs, alone = {}, {}
+    for name in ("none", "rein", "set", "full"):
+        settings = experiment(source, "train.steps=2", f"model.refiner={name}")
+        runs[name] = Run.open(tmp_path / name, settings)
+        alone[name], _ = train.train(Run.open(tmp_path / f"{name} alone", settings), progress=False)
     frozen = build_segmenter(experiment(source)).backbone
-    assert all(
-        torch.equal(value, frozen.state_dict()[key]) for key, value in models["set"].backbone.state_dict().items()
-    )
-    key = "model.encoder.layer.0.mlp.fc1.weight"
-    assert not torch.equal(models["full"].backbone.state_dict()[key], frozen.state_dict()[key])
-    assert {model.backbone.fingerprint for model in models.values()} == {frozen.fingerprint}
+    weights = frozen.state_dict()
+    for name, (model, _) in train.train_together(runs, progress=False).items():
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(value, alone[name].state_dict()[key], rtol=1e-4, atol=1e-6)
+        changed = any(not torch.equal(value, weights[key]) for key, value in model.backbone.state_dict().items())
+        assert changed == (name == "full") and model.backbone.fingerprint == frozen.fingerprint
 
 
 # Killed, resumed, finished, damaged
@@ -189,15 +163,14 @@ RESUMED = [
 
 @pytest.mark.parametrize("options", RESUMED)
 def test_killed_and_resumed_is_as_never_killed(trained, tmp_path, monkeypatch, options):
-    settings, whole = trained.experiment.override(*options), trained[2:]
-    if options:
-        whole = train.train(Run.open(tmp_path / "whole", settings), progress=False)
+    settings = trained.experiment.override(*options)
+    whole, expected = train.train(Run.open(tmp_path / "whole", settings), progress=False)
     run = Run.open(tmp_path / "cut", settings)
     kill(run, monkeypatch, step=4)
     assert (run.path / "checkpoint.safetensors").is_file() and not (run.path / "model").exists()
     model, history = train.train(run, progress=False)
-    assert [entry["step"] for entry in history] == list(range(1, 8)) and losses(history) == losses(whole[1])
-    assert same_weights(model, whole[0]) and train.read_history(run) == history
+    assert [entry["step"] for entry in history] == list(range(1, 8)) and losses(history) == losses(expected)
+    assert same_weights(model, whole) and train.read_history(run) == history
     assert not (run.path / "checkpoint.safetensors").exists()
 
 
@@ -223,15 +196,8 @@ def test_same_seed_same_numbers_and_a_run_without_its_weights_is_trained_again(c
     assert weights.read_bytes() == content
 
 
-class Bomb:
-    """What runs code where it is unpickled."""
-
-    def __reduce__(self):
-        return pytest.fail, ("unpickled",)
-
-
-@pytest.mark.parametrize("content", [b"nothing", pickle.dumps(Bomb()), None])
-def test_a_checkpoint_that_does_not_fit_is_named_and_never_unpickled(trained, tmp_path, content):
+@pytest.mark.parametrize("content", [b"nothing", None])
+def test_a_checkpoint_that_does_not_fit_is_named(trained, tmp_path, content):
     run, path = Run.open(tmp_path, trained.experiment), tmp_path / "checkpoint.safetensors"
     path.write_bytes(content or (trained.path / "model" / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match="checkpoint.safetensors cannot be resumed .* delete it"):
@@ -308,13 +274,13 @@ def test_matrices_decay_and_tokens_norms_and_biases_do_not():
     layer = "head.decoder.layers.0."
     assert {f"{layer}cross_attn.in_proj_weight", f"{layer}self_attn.q_proj.weight", f"{layer}fc1.weight"} <= decaying
     assert "refiner.phase.delta_map.weight" in decaying
-    for name in (
+    others = {
         "refiner.phase.tokens.a",
         "head.level_embed.weight",
         f"{layer}fc1.bias",
         f"{layer}final_layer_norm.weight",
-    ):
-        assert name in dict(model.named_parameters()) and name not in decaying
+    }
+    assert others <= dict(model.named_parameters()).keys() - decaying
 
 
 def test_the_learning_rate_rises_and_falls():
