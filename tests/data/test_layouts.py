@@ -21,7 +21,7 @@ from setlib.data import layouts as readers
 from setlib.data.labels import CLASS_SETS, id_map, read_rows
 from setlib.experiment import Data, Experiment
 from setlib.train import validation_pictures
-from setlib.weights import load as weights
+
 
 SIZE = (12, 17)  # (h, w), odd on purpose
 
@@ -397,10 +397,10 @@ def test_a_data_set_of_the_hub_is_streamed_and_mapped(monkeypatch):
         return found if split else {"train": found}
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(weights, "hub_answers", lambda endpoint: False)
+    monkeypatch.setattr(domains, "hub_answers", lambda endpoint: False)
     with pytest.raises(ValueError, match="does not answer; HF_HUB_OFFLINE=1 takes a copy from the cache"):
         domains.load("hub:owner/streets", Data())
-    monkeypatch.setattr(weights, "hub_answers", lambda endpoint: True)
+    monkeypatch.setattr(domains, "hub_answers", lambda endpoint: True)
     monkeypatch.setattr(domains.datasets, "load_dataset", load_dataset)
     domain = domains.load("hub:owner/streets:validation@labelids", Data(eval_images=3))
     assert asked == [("owner/streets", "validation", True)] and len(domain) == 3 and domain.has_labels
