@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from setlib.data import check, domains
+from setlib.data import check, domains, prepare
 from setlib.data.labels import CAMVID, CITYSCAPES, id_map
 from setlib.experiment import Data
 
@@ -60,7 +60,7 @@ def test_camvid_ids_mean_the_right_train_classes():
     ids = id_map("camvid")
     for raw, name in {3: "road", 4: "sidewalk", 5: "vegetation", 8: "car", 9: "person", 10: "rider"}.items():
         assert CITYSCAPES.classes[ids.to_train[raw]] == name
-        assert CAMVID.merge[ids.to_train[raw]] == ids.to_score[raw]  # trained and scored as the same class
+        assert CAMVID.places[ids.to_train[raw]] == ids.to_score[raw]  # trained and scored as the same class
     assert ids.to_train[11] == ids.to_score[11] == 255
 
 
@@ -112,7 +112,7 @@ def test_a_label_of_another_size_is_named(root):
 def test_a_truncated_file_is_named(root, kind):
     content = (root / kind).read_bytes()
     (root / kind).write_bytes(content[: int(len(content) * 0.7)])
-    with pytest.raises(ValueError, match="'ä 1' cannot be decoded"):
+    with pytest.raises(ValueError, match="ä 1.* cannot be decoded"):
         domain = domains.load(f"camvid@{root}", Data())
         [domain.sample(i) for i in range(4)]
     assert any("cannot be decoded" in problem for problem in check.check(f"camvid@{root}", Data())[0].problems)
@@ -218,7 +218,7 @@ def test_a_label_is_turned_with_its_picture_where_sizes_prove_it_or_on_request(t
         assert fits == (proven or rule == "stored") and not found.problems
         assert any("turned by EXIF" in note for note in found.notes) != proven
         assert ("turned by EXIF" in capsys.readouterr().out) != proven
-        check.prepare(text, tmp_path.parent / f"{tmp_path.name}-{rule}", 99, data)
+        prepare.prepare(text, tmp_path.parent / f"{tmp_path.name}-{rule}", 99, data)
         copy = domains.load(f"folder@{tmp_path.parent / f'{tmp_path.name}-{rule}'}", Data()).sample(0)
         assert np.array_equal(copy.label, sample.label) and np.array_equal(copy.image, sample.image)
 

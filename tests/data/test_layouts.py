@@ -16,7 +16,7 @@ from datasets import Image as HubImage
 from PIL import Image
 from scipy.io import savemat
 
-from setlib.data import check, domains
+from setlib.data import check, domains, prepare
 from setlib.data import layouts as readers
 from setlib.data.labels import CLASS_SETS, id_map, read_rows
 from setlib.experiment import Data, Experiment
@@ -168,13 +168,13 @@ def test_every_set_comes_back_id_by_id(tmp_path, text):
 def test_a_prepared_copy_is_the_same_set(tmp_path, text):
     written = make(tmp_path / "set", *SETS[text])
     text = text.rstrip(":")
-    assert check.prepare(f"{text}@{tmp_path / 'set'}", tmp_path / "copy", 100, Data()) == 3
+    assert prepare.prepare(f"{text}@{tmp_path / 'set'}", tmp_path / "copy", 100, Data()) == 3
     for folder in ("set", "copy"):
         (found,) = check.check(f"{text}@{tmp_path / folder}", Data())
         assert (found.pairs, found.problems, found.sizes) == (3, [], {SIZE[::-1]: 3})
     domain = domains.load(f"{text}@{tmp_path / 'copy'}", Data())
     assert all(np.array_equal(domain.sample(i).label, label) for i, label in enumerate(written))
-    check.prepare(f"{text}@{tmp_path / 'set'}", tmp_path / "half", 6, Data())
+    prepare.prepare(f"{text}@{tmp_path / 'set'}", tmp_path / "half", 6, Data())
     small = domains.load(f"{text}@{tmp_path / 'half'}", Data()).sample(2)
     assert small.image.shape[:2] == small.label.shape == (6, 8)
     assert np.array_equal(small.label, Image.fromarray(written[2]).resize((8, 6), Image.Resampling.NEAREST))
@@ -284,10 +284,10 @@ def test_a_domain_and_itself_corrupted_share_nothing(tmp_path):
     texts = [f"folder@{tmp_path}", f"folder@{tmp_path}~noise3", f"folder@{tmp_path}/"]
     assert check.duplicates(texts, Data()) == []
     with pytest.raises(ValueError, match="Prepare the clean set, and add ~noise3 where the copy is used"):
-        check.prepare(texts[1], tmp_path.parent / "noisy", 6, Data())
+        prepare.prepare(texts[1], tmp_path.parent / "noisy", 6, Data())
     Image.new("L", (5, 5)).save(tmp_path / "labels/1.png")
     with pytest.raises(ValueError, match="'1' is 17 x 12 but its label is 5 x 5"):
-        check.prepare(texts[0], tmp_path.parent / "mixed", 6, Data())
+        prepare.prepare(texts[0], tmp_path.parent / "mixed", 6, Data())
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>no</html>", b"MATLAB 5.0 MAT-file" + bytes(81)])
@@ -301,17 +301,17 @@ def test_a_damaged_split_mat_is_one_sentence(tmp_path, content):
 def test_a_copy_is_not_made_inside_the_set_nor_over_another(tmp_path):
     make(tmp_path / "set", *SETS["folder"])
     with pytest.raises(ValueError, match="lies in the data set itself"):
-        check.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "set" / "images" / "small", 6, Data())
-    check.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "copy", 6, Data())
-    (tmp_path / "copy" / check.MARK).write_text("{damaged")
+        prepare.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "set" / "images" / "small", 6, Data())
+    prepare.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "copy", 6, Data())
+    (tmp_path / "copy" / prepare.MARK).write_text("{damaged")
     with pytest.raises(ValueError, match="is not empty and no copy of"):
-        check.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "copy", 6, Data())
+        prepare.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "copy", 6, Data())
     write_label(tmp_path / "set/labels/1.png", np.full(SIZE, 77, np.uint8), "camvid", "ids")
     with pytest.raises(ValueError, match=r"label of '1' holds the unknown ids \[77\]"):
-        check.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "other", 6, Data())
+        prepare.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "other", 6, Data())
     (tmp_path / "set/labels/1.png").write_bytes((tmp_path / "set/labels/0.png").read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"labels.1.png cannot be decoded .*: download or export it again"):
-        check.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "again", 6, Data())
+        prepare.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "again", 6, Data())
 
 
 def test_a_turned_png_is_measured_as_it_is_shown(tmp_path):
@@ -474,7 +474,7 @@ def test_pictures_without_a_label_are_passed_over_on_request(tmp_path, text, cap
     assert capsys.readouterr().out.count("2 pictures without a label passed over") == 1
     (found,) = check.check(domain, skip)
     assert (found.pairs, found.problems) == (3, []) and "1 label without a picture passed over" in found.notes
-    assert check.prepare(domain, tmp_path / "copy", 6, skip) == 3
+    assert prepare.prepare(domain, tmp_path / "copy", 6, skip) == 3
     assert len(domains.load(f"{text}@{tmp_path / 'copy'}", Data())) == 3
 
 
@@ -484,7 +484,7 @@ def test_archives_unpacked_side_by_side_are_read_as_they_lie(tmp_path, text):
     written = make(tmp_path, f"pictures/{image}", f"labels of it/own/{label}", *rest)
     domain = domains.load(f"{text}@{tmp_path}", Data())
     assert len(domain) == 3 and np.array_equal(domain.sample(1).label, written[1])
-    assert check.prepare(f"{text}@{tmp_path}", tmp_path.parent / f"{tmp_path.name}-copy", 6, Data()) == 3
+    assert prepare.prepare(f"{text}@{tmp_path}", tmp_path.parent / f"{tmp_path.name}-copy", 6, Data()) == 3
     with pytest.raises(ValueError, match=f"wrong level of the tree: give {tmp_path}[.]"):
         readers.list_pairs(text.partition(":")[0], str(tmp_path / "pictures" / Path(image).parts[0]))
 
