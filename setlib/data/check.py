@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from setlib.data import domains
+from setlib.data.layouts import Listing
 from setlib.experiment import Data
 
 ALONE = 200  # up to so many pairs are decoded in this process: starting others takes seconds
@@ -53,15 +54,12 @@ def check(text: str, data: Data, role: str = "", deep: bool = True) -> list[Chec
     """
     spec = domains.parse(text)
     if spec.name == "hub":
-        deep, domain = True, domains.load(text, data, role or "target")
-        splits, problems, notes = [""] * len(domain), [], []
+        deep, listing = True, Listing([])
+        domain = domains.load(text, data, role or "target")
     else:
         listing = domains.find(spec, data, role)
-        if not listing.pairs:
-            more = f" ({listing.problems[0]})" if listing.problems else ""
-            raise ValueError(f"Domain '{text}' is empty: no picture in {spec.folder}{more}.")
         domain = domains.from_pairs(spec, data, listing, listing.pairs)
-        splits, problems, notes = [pair.split for pair in listing.pairs], listing.problems, listing.notes
+    splits = [row.get("split", "") for row in domain.dataset]
     found = {split: Check(text, split, splits.count(split), labelled=False) for split in sorted({*splits})}
     decoded = [deep] * len(splits)
     for split in found:
@@ -69,7 +67,7 @@ def check(text: str, data: Data, role: str = "", deep: bool = True) -> list[Chec
         for i in np.linspace(0, len(places) - 1, GLANCE).astype(int):
             decoded[places[i]] = True
     first = next(iter(found.values()))
-    first.problems += problems
+    first.problems += listing.problems
 
     look = partial(_look, replace(domain, dataset=None))
     counts, headers = {split: np.zeros(256, np.int64) for split in found}, []
@@ -78,11 +76,11 @@ def check(text: str, data: Data, role: str = "", deep: bool = True) -> list[Chec
         looks = tqdm(each(look, domain.dataset, decoded), f"check {text}", len(splits), leave=False, unit="img")
         for split, row, (header, pixels) in zip(splits, domain.dataset, looks, strict=True):
             headers.append(header)
-            found[split].labelled |= bool(row.get("label"))
+            found[split].labelled |= bool(row["label"])
             found[split].problems += [header.problem] if header.problem else []
             found[split].sizes.update([header.size] if header.size else [])
             counts[split] += pixels
-    first.notes += notes + domains.turned_note(headers, data)
+    first.notes += listing.notes + domains.turned_note(headers, data)
     for split, one in found.items():
         scored = np.bincount(domain.ids.to_score, counts[split], 256)[: len(domain.class_set)].astype(int).tolist()
         if deep:
@@ -110,15 +108,15 @@ def duplicates(texts: Sequence[str], data: Data) -> list[str]:
     """Pictures that two domains share, by content, one sentence each: a target must hold nothing of its source."""
     specs = [spec for spec in map(domains.parse, texts) if spec.name not in ("hub", "scenes")]
     sets = {(s.name, os.path.realpath(os.path.expanduser(s.folder)), s.split): s for s in reversed(specs)}
-    by_size: dict[int, list[tuple[str, Path]]] = {}
+    by_size: dict[int, list[tuple[str, str]]] = {}
     for spec in sets.values():
         for pair in domains.find(spec, data).pairs:
-            by_size.setdefault(pair.image.stat().st_size, []).append((spec.text, pair.image))
-    found: dict[bytes, tuple[str, Path]] = {}
+            by_size.setdefault(os.path.getsize(pair.image), []).append((spec.text, pair.image))
+    found: dict[bytes, tuple[str, str]] = {}
     wrong = []
     for files in by_size.values():
         for text, path in files if len({text for text, _ in files}) > 1 else ():
-            digest = hashlib.sha256(path.read_bytes()).digest()
+            digest = hashlib.sha256(Path(path).read_bytes()).digest()
             first = found.setdefault(digest, (text, path))
             if first[0] != text:
                 wrong.append(f"{path} of '{text}' is the same picture as {first[1]} of '{first[0]}'")

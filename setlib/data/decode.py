@@ -26,14 +26,6 @@ class LabelError(ValueError):
     """A label that can be decoded but not used; the message begins with a verb: the label's name goes in front."""
 
 
-class Measured(NamedTuple):
-    """Size (w, h) of a picture as it is shown and as it is stored, and its EXIF orientation."""
-
-    size: tuple[int, int]
-    stored: tuple[int, int]
-    orientation: int
-
-
 def open_picture(source: Any) -> Image.Image:
     """Pillow's open. Raises ValueError also for what it cannot read or finds too large, with the way round."""
     try:
@@ -41,8 +33,9 @@ def open_picture(source: Any) -> Image.Image:
     except Image.DecompressionBombError:
         raise ValueError(f"more than {MOST_PIXELS / 1e6:.0f} million pixels: cut or shrink it first") from None
     except Image.UnidentifiedImageError as error:
-        media = not isinstance(source, BytesIO) and b"ftyp" in Path(source).read_bytes()[:12]
-        raise ValueError("HEIC or its like, which is not read: export it as JPG or PNG") if media else error from None
+        if not isinstance(source, BytesIO) and b"ftyp" in Path(source).read_bytes()[:12]:
+            raise ValueError("HEIC or its like, which is not read: export it as JPG or PNG") from None
+        raise error from None
 
 
 def read_picture(image: Any, long_edge: int = 0) -> np.ndarray:
@@ -65,8 +58,12 @@ def read_picture(image: Any, long_edge: int = 0) -> np.ndarray:
             picture = ImageOps.exif_transpose(picture)
         else:  # our own: spare a copy
             ImageOps.exif_transpose(picture, in_place=True)
-        if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit and float greys
-            picture = _to_8_bits(np.asarray(picture))
+        if picture.mode == "F" or picture.mode.startswith("I"):  # floats, or greys of 16 bits
+            grey = np.asarray(picture)
+            depths = () if picture.mode == "F" else (8, 10, 12, 14, 16)
+            limit = next((2**bits - 1 for bits in depths if grey.max() < 2**bits), max(1.0, float(grey.max())))
+            rows = [(row.astype(np.float64) / limit * 255).clip(0, 255).astype(np.uint8) for row in grey]
+            picture = Image.fromarray(np.stack(rows))
         if "A" in picture.getbands() or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -76,16 +73,16 @@ def read_picture(image: Any, long_edge: int = 0) -> np.ndarray:
         raise ValueError(f"{name} cannot be read as a picture ({error}).") from None
 
 
-def _to_8_bits(grey: np.ndarray) -> Image.Image:
-    """Greys of more bits, or floats, as 8 bits; row by row, to spare memory."""
-    depths = () if grey.dtype == np.float32 else (8, 10, 12, 14, 16)
-    limit = next((2**bits - 1 for bits in depths if grey.max() < 2**bits), max(1.0, float(grey.max())))
-    rows = [(row.astype(np.float64) / limit * 255).clip(0, 255).astype(np.uint8) for row in grey]
-    return Image.fromarray(np.stack(rows))
+class Measured(NamedTuple):
+    """Size (w, h) of a picture as it is shown and as it is stored, and its EXIF orientation."""
+
+    size: tuple[int, int]
+    stored: tuple[int, int]
+    orientation: int = 1
 
 
 def measure(source: Any, label_size: tuple[int, int] | None = None, whole: bool = False) -> Measured:
-    """Size and EXIF orientation of a picture. Reads the header.
+    """Reads the header of a picture, or of a file of polygons.
 
     whole: decodes the picture, so that a PNG's EXIF, which may stand at the file's end, counts too. So is done where
     the size is not that of its label, (w, h).
@@ -93,41 +90,40 @@ def measure(source: Any, label_size: tuple[int, int] | None = None, whole: bool 
     if str(source).endswith(".json"):
         content = json.loads(Path(source).read_bytes())
         size = int(content["imgWidth"]), int(content["imgHeight"])
-        return Measured(size, size, 1)
+        return Measured(size, size)
     with open_picture(source) as picture:
         if whole:
             picture.load()
         told = whole or picture.format != "PNG" or "exif" in picture.info
         orientation = picture.getexif().get(ExifTags.Base.Orientation, 1) if told else 1
-        stored = picture.size
-    size = stored[::-1] if orientation >= 5 else stored  # width and height are swapped
-    if whole or label_size in (None, size, stored):
-        return Measured(size, stored, orientation)
+    size = picture.size[::-1] if orientation >= 5 else picture.size  # from 5 on, width and height are swapped
+    if whole or label_size in (None, size, picture.size):
+        return Measured(size, picture.size, orientation)
     return measure(source, whole=True)
 
 
 def fitting(label: np.ndarray, picture: Any, stored: bool = False) -> np.ndarray:
-    """A label (h, w) or (h, w, 3) as its picture is shown: turned with it, if it was drawn on the stored pixels.
+    """A label (h, w) as its picture is shown: turned with it, if it was drawn on the stored pixels.
 
     Where the sizes say that it was, it is turned; where they do not tell (orientations 2 to 4, squares), if `stored`.
     """
-    size = label.shape[1::-1]
+    size = label.shape[::-1]
     found = measure(picture, size, whole=stored)
-    if size == found.stored and (stored or size != found.size):
-        drawn = Image.fromarray(label)
-        drawn.getexif()[ExifTags.Base.Orientation] = found.orientation
-        return np.asarray(ImageOps.exif_transpose(drawn))
-    return label
+    if size != found.stored or size == found.size and not stored:
+        return label
+    drawn = Image.fromarray(label)
+    drawn.getexif()[ExifTags.Base.Orientation] = found.orientation
+    return np.asarray(ImageOps.exif_transpose(drawn))
 
 
-def read_label(source: str | Path | Image.Image, ids: IdMap) -> np.ndarray:
-    """The raw class ids (h, w) uint8 of a label, a file or a picture, in the form that its data set uses.
+def read_label(source: Any, ids: IdMap) -> np.ndarray:
+    """The raw class ids (h, w) uint8 of a label, in the form that its data set uses.
 
     Raises LabelError for another form or unknown ids, one of UNREADABLE for a damaged file.
     """
     if str(source).endswith(".json"):
         return _draw_polygons(Path(source), ids)
-    with source if isinstance(source, Image.Image) else open_picture(source) as picture:
+    with open_picture(source) as picture:
         if ids.form == "wide" and len(picture.getbands()) > 1:
             label = _first_of_wide(picture)
         else:
@@ -168,14 +164,13 @@ def _first_of_wide(picture: Image.Image) -> np.ndarray:
 
 def _colours_to_ids(label: np.ndarray, ids: IdMap) -> np.ndarray:
     """(h, w, 3) uint8 colours -> (h, w) uint8 ids."""
-    place_values = np.array([1 << 16, 1 << 8, 1], np.uint32)
-    packed, known = label @ place_values, np.array([*ids.names])
-    known = known[np.argsort(ids.palette[known] @ place_values)]  # by colour
-    found = known[np.searchsorted(ids.palette[known] @ place_values, packed).clip(max=len(known) - 1)].astype(np.uint8)
-    wrong = (ids.palette[found] != label).any(-1)
-    if wrong.any():
-        raise LabelError(f"holds the unknown colour {label[wrong][0].tolist()}: expected those of {ids.name}.csv")
-    return found
+    as_number = np.array([1 << 16, 1 << 8, 1])
+    numbers, places = np.unique(label @ as_number, return_inverse=True)
+    id_of = {int(ids.palette[i] @ as_number): i for i in ids.names}
+    unknown = [list(number.to_bytes(3, "big")) for number in numbers.tolist() if number not in id_of]
+    if unknown:
+        raise LabelError(f"holds the unknown colour {unknown[0]}: expected those of {ids.name}.csv")
+    return np.array([id_of[number] for number in numbers], np.uint8)[places].reshape(label.shape[:2])
 
 
 def _draw_polygons(path: Path, ids: IdMap) -> np.ndarray:

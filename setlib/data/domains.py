@@ -67,7 +67,7 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True)
 class Domain:
-    """Pictures of one domain; `dataset` has the columns image, label (when there are labels), name, domain.
+    """Pictures of one domain; `dataset` has the columns image, label (None where there is none), name and domain.
 
     image and label are paths, or bytes in a data set of the hub, where a name is split and row.
     """
@@ -129,7 +129,7 @@ class Domain:
         name, damaged, label = row["name"], f"'{row['name']}'", None
         try:
             image = read_picture(_file(row["image"]), long_edge)
-            if row.get("label"):
+            if row["label"]:
                 damaged = row["label"] if isinstance(row["label"], str) else f"label of '{name}'"
                 label = read_label(_file(row["label"]), self.ids)
                 label = fitting(label, _file(row["image"]), self.data.exif_labels == "stored")
@@ -145,9 +145,9 @@ class Domain:
 
     def header(self, row: dict) -> Header:
         """Reads the headers of a row of `dataset`; all of a picture whose size is not its label's."""
-        file = row.get("label") or row["image"]
+        file = row["label"] or row["image"]
         try:
-            label = measure(_file(row["label"])).size if row.get("label") else None
+            label = measure(_file(row["label"])).size if row["label"] else None
             file = row["image"]
             size, stored, orientation = measure(_file(file), None if self.any_size else label)
         except (*UNREADABLE, KeyError, TypeError) as error:
@@ -216,7 +216,8 @@ def load(text: str, data: Data, role: str = "target") -> Domain:
     Raises ValueError with one sentence when the domain cannot be used.
     """
     spec = parse(text)
-    domain = _from_hub(spec, data, role) if spec.name == "hub" else _from_files(spec, data, role)
+    limit = data.train_images if role == "source" else data.eval_images
+    domain = (_from_hub if spec.name == "hub" else _from_files)(spec, data, role, limit)
     if role == "source":
         labels = (sample.label for _, sample in domain.samples(range(len(domain))))
         if all((domain.ids.to_train[label] == IGNORE).all() for label in labels):
@@ -226,20 +227,14 @@ def load(text: str, data: Data, role: str = "target") -> Domain:
     return domain
 
 
-def _limit(data: Data, role: str) -> int:
-    return data.train_images if role == "source" else data.eval_images
-
-
-def _from_files(spec: Spec, data: Data, role: str) -> Domain:
+def _from_files(spec: Spec, data: Data, role: str, limit: int) -> Domain:
     """A domain of pictures in a folder; what is passed over is said once."""
     text, listing = spec.text, find(spec, data, role)
     if listing.problems:
         more = len(listing.problems) - 1
         more_text = f" (and {more} more like it; see: python -m setlib check {text})" if more else ""
         raise ValueError(f"{text}: {listing.problems[0]}{more_text}.")
-    if not listing.pairs:
-        raise ValueError(f"Domain '{text}' is empty: no picture in {spec.folder}.")
-    pairs, limit = listing.pairs, _limit(data, role)
+    pairs = listing.pairs
     if 0 < limit < len(pairs):  # evenly: neighbours in a video say little more than one of them
         pairs = [pairs[i] for i in np.linspace(0, len(pairs) - 1, limit).round().astype(int)]
     domain = from_pairs(spec, data, listing, pairs)
@@ -261,27 +256,29 @@ def _from_files(spec: Spec, data: Data, role: str) -> Domain:
 
 
 def find(spec: Spec, data: Data, role: str = "") -> Listing:
-    """The pairs of a domain, uncut, and what is wrong with them as far as names tell.
+    """The pairs of a domain, uncut, and what is wrong with them as far as names tell. Raises ValueError without any.
 
     Rendered scenes are the first streets of a style; those of the source and those of the targets have other seeds.
     """
     if spec.name != "scenes":
-        return list_pairs(spec.name, spec.folder, spec.split, role, data.on_error == "skip")
+        listing = list_pairs(spec.name, spec.folder, spec.split, role, data.on_error == "skip")
+        if not listing.pairs:
+            more = f" ({listing.problems[0]})" if listing.problems else ""
+            raise ValueError(f"Domain '{spec.text}' is empty: no picture in {spec.folder}{more}.")
+        return listing
+    count = (data.train_images if role == "source" else data.eval_images) or ENDLESS
     seed, size = 2 * data.content_seed + (role != "source"), (data.height, data.width)
     folder = Path(spec.folder) if spec.folder else cache_folder() / "scenes"
     folder = folder / f"v{scenes.VERSION}-seed{seed}-{data.height}x{data.width}"
-    made = scenes.cache(folder, spec.split, range(_limit(data, role) or ENDLESS), seed, size)
-    return Listing([Pair(image, label, name) for image, label, name in made])
+    made = scenes.cache(folder, spec.split, range(count), seed, size)
+    return Listing([Pair(str(image), str(label), name) for image, label, name in made])
 
 
 def from_pairs(spec: Spec, data: Data, listing: Listing, pairs: Sequence[Pair]) -> Domain:
     """A domain of some pairs of a listing; no file is opened yet."""
-    columns = {"image": [str(pair.image) for pair in pairs], "name": [pair.name for pair in pairs]}
-    columns["domain"] = [spec.text] * len(pairs)
-    if any(pair.label for pair in pairs):
-        columns["label"] = [pair.label and str(pair.label) for pair in pairs]
+    rows = Dataset.from_list([pair._asdict() | {"domain": spec.text} for pair in pairs])
     has_labels, ids = all(pair.label for pair in pairs), id_map(listing.ids, data.class_set)
-    return Domain(spec, Dataset.from_dict(columns), ids, has_labels, data, listing.any_size)
+    return Domain(spec, rows, ids, has_labels, data, listing.any_size)
 
 
 def turned_note(headers: Iterable[Header], data: Data) -> list[str]:
@@ -292,14 +289,14 @@ def turned_note(headers: Iterable[Header], data: Data) -> list[str]:
     return [text + ("the pixels as stored" if data.exif_labels == "stored" else other)] if number else []
 
 
-def _from_hub(spec: Spec, data: Data, role: str) -> Domain:
+def _from_hub(spec: Spec, data: Data, role: str, limit: int) -> Domain:
     """A data set of the hub, or in its form, with a column of pictures and one of labels; a limited one is streamed."""
     name, _, split = spec.split.partition(":")
     if not (os.path.exists(name) or constants.HF_HUB_OFFLINE or hub_answers(constants.ENDPOINT)):
         raise ValueError(
             f"Domain '{spec.text}': {constants.ENDPOINT} does not answer; HF_HUB_OFFLINE=1 takes a copy from the cache."
         )
-    limit, (kind, files) = _limit(data, role), ("parquet", name) if os.path.isfile(name) else (name, None)
+    kind, files = ("parquet", name) if os.path.isfile(name) else (name, None)
     try:
         rows = datasets.load_dataset(kind, data_files=files, split=split or None, streaming=bool(limit))
         if not split:
@@ -324,7 +321,8 @@ def _from_hub(spec: Spec, data: Data, role: str) -> Domain:
         rows = Dataset.from_list(list(rows.take(limit)), features=rows.features)
     rows = rows.add_column("name", [f"{split} {i}" for i in range(len(rows))])
     rows = rows.add_column("domain", [spec.text] * len(rows))
-    labelled = [i for i, row in enumerate(rows.select_columns("label")) if row["label"]] if labels else []
+    rows = rows if labels else rows.add_column("label", [None] * len(rows))
+    labelled = [i for i, row in enumerate(rows.select_columns("label")) if row["label"]]
     if role == "source" and not labelled:
         columns = " or ".join(LABEL_COLUMNS)
         raise ValueError(f"Source '{spec.text}' has no labels: a source needs a column called {columns}.")

@@ -59,8 +59,16 @@ def _both(stem: str) -> tuple[tuple[str, str], ...]:
 
 
 _PLAIN = "images/{name}.*", "labels/{name}.png"
-_MAPILLARY = "{split}/images/{name}.jpg"
-_MAPILLARY_SPLITS = {"train": "training", "val": "validation", "test": "testing"}
+_MAPILLARY, _MAPILLARY_SPLITS = (
+    "{split}/images/{name}.jpg",
+    {"train": "training", "val": "validation", "test": "testing"},
+)
+_MAPILLARY_12 = ("{split}/v1.2/labels/{name}.png", "mapillary12"), ("{split}/labels/{name}.png", "mapillary12")
+_IDD = "gtFine/{split}/{group}/{name}_gtFine_"
+_IDD_LABELS = (f"{_IDD}labelids.png", "idd"), (f"{_IDD}polygons.json", "idd")
+_IDD_CONVERTED = (f"{_IDD}labellevel3Ids.png", "iddlevel3"), (f"{_IDD}labelcsTrainIds.png", "cityscapes")
+_IDD_LITE = (("gtFine/{split}/{group}/{name}_label.png", "iddlite"),)
+_CAMVID_SPLITS = {"train": "train", "val": "val", "test": "test"}
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "folder": (Layout(_PLAIN[0], ((_PLAIN[1], "cityscapes"),)),),
     "gtav": (Layout("images/{name}.png", ((_PLAIN[1], "labelids"),), any_size=True),),
@@ -73,37 +81,17 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
         Layout("images/10k/{split}/{name}.jpg", (("labels/sem_seg/masks/{split}/{name}.png", "cityscapes"),)),
         Layout("seg/images/{split}/{name}.jpg", (("seg/labels/{split}/{name}.png", "cityscapes"),)),
     ),
-    "mapillary": (
-        Layout(
-            _MAPILLARY,
-            (("{split}/v1.2/labels/{name}.png", "mapillary12"), ("{split}/labels/{name}.png", "mapillary12")),
-            _MAPILLARY_SPLITS,
-        ),
-    ),
+    "mapillary": (Layout(_MAPILLARY, _MAPILLARY_12, _MAPILLARY_SPLITS),),
     "mapillary-v2": (Layout(_MAPILLARY, (("{split}/v2.0/labels/{name}.png", "mapillary20"),), _MAPILLARY_SPLITS),),
     "acdc": (_anonymous("{condition}/{split}/{group}"),),
     "darkzurich": (_anonymous("{split}/{group}"),),
-    "idd": (
-        Layout(
-            "leftImg8bit/{split}/{group}/{name}_leftImg8bit.*",
-            (
-                ("gtFine/{split}/{group}/{name}_gtFine_labelids.png", "idd"),
-                ("gtFine/{split}/{group}/{name}_gtFine_polygons.json", "idd"),
-                ("gtFine/{split}/{group}/{name}_gtFine_labellevel3Ids.png", "iddlevel3"),
-                ("gtFine/{split}/{group}/{name}_gtFine_labelcsTrainIds.png", "cityscapes"),
-            ),
-        ),
-    ),
-    "idd-lite": (
-        Layout("leftImg8bit/{split}/{group}/{name}_image.*", (("gtFine/{split}/{group}/{name}_label.png", "iddlite"),)),
-    ),
+    "idd": (Layout("leftImg8bit/{split}/{group}/{name}_leftImg8bit.*", (*_IDD_LABELS, *_IDD_CONVERTED)),),
+    "idd-lite": (Layout("leftImg8bit/{split}/{group}/{name}_image.*", _IDD_LITE),),
     "kitti": (Layout("training/image_2/{name}.png", (("training/semantic/{name}.png", "labelids"),)),),
     "wilddash2": (Layout(_PLAIN[0], ((_PLAIN[1], "wilddash"),)),),
     "camvid": (
         Layout(_PLAIN[0], ((_PLAIN[1], "camvid"),)),
-        Layout(
-            "{split}/{name}.png", (("{split}annot/{name}.png", "camvid"),), {s: s for s in ("train", "val", "test")}
-        ),
+        Layout("{split}/{name}.png", (("{split}annot/{name}.png", "camvid"),), _CAMVID_SPLITS),
         Layout("701_StillsRaw_full/{name}.png", (("LabeledApproved_full/{name}_L.png", "camvid32"),)),
     ),
 }
@@ -112,8 +100,8 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
 class Pair(NamedTuple):
     """Paths of one picture and of its label, if it has one; name: unique in the domain; split: "" if there is none."""
 
-    image: Path
-    label: Path | None
+    image: str
+    label: str | None
     name: str
     split: str = ""
 
@@ -144,25 +132,22 @@ def list_pairs(name: str, folder: str, split: str = "", role: str = "", skip: bo
     if layout is None:
         raise ValueError(f"{text}: {_wrong_folder(name, root)}")
     found = _match(root, layout, layout.images, SUFFIXES + UNREAD)
-    unread = sorted(path for path in found if path.lower().endswith(UNREAD))
-    images = {path: fields for path, fields in found.items() if path not in unread}
-    asked: set[str] = set()
-    listed = _read_split(root, split) if split and "{split}" not in layout.images else None
-    if listed is None:
-        asked = _asked(images, layout, split, role, text)
-    kept = {
-        path: fields
-        for path, fields in images.items()
-        if asked <= set(fields.values()) and (listed is None or fields["name"] in listed)
-    }
-    pattern, ids, labels = _labels(root, layout, kept)
+    images = {path: fields for path, fields in found.items() if not path.lower().endswith(UNREAD)}
+    unread = sorted(found.keys() - images.keys())
+    listed = None
+    if split and "{split}" not in layout.images:
+        listed, split = _read_split(root, split), ""
+    asked = _asked(images, layout, split, role, text)
+    kept = {p: f for p, f in images.items() if asked <= {*f.values()} and (listed is None or f["name"] in listed)}
+    pattern, ids, labels = _labels(root, layout, kept, LOSSLESS)
     pairs, bare, problems = _join(root, layout, kept, pattern, labels)
 
-    notes, lossy = [], [str(pair.label) for pair in pairs if pair.label and pair.label.suffix.lower() in LOSSY]
-    if lossy:
-        problems.append(f"{len(lossy)} labels like {lossy[0]} are in a lossy format, ids are lost: export them as PNG")
-    elif not labels and not {fields.get("split") for fields in kept.values()} & {*layout.unlabelled}:
-        notes = _elsewhere(root, layout, kept)
+    notes: list[str] = []
+    if not labels and not {fields.get("split") for fields in kept.values()} & {*layout.unlabelled}:
+        if lossy := [str(root / path) for path, _ in _labels(root, layout, kept, LOSSY)[2].values()]:
+            text = f"{len(lossy)} labels like {lossy[0]} are in a lossy format, ids are lost: export them as PNG"
+            problems.append(text)
+        notes += _elsewhere(root, layout, kept)
     if unread:
         text = f"{len(unread)} pictures like {unread[0]} are in a format that is not read: export them as JPG or PNG"
         (notes if images else problems).append(text)
@@ -175,11 +160,11 @@ def list_pairs(name: str, folder: str, split: str = "", role: str = "", skip: bo
         problems += [f"{sentence}; -o data.on_error=skip passes over it" for sentence in bare.values()]
         problems += [f"'{one}' is in the list of the split but not in {root}" for one in absent]
     used = {pattern.format(**fields) for fields in kept.values()}
-    alone = [f["name"] for label, (_, f) in labels.items() if label not in used and asked <= set(f.values())]
+    alone = [f["name"] for label, (_, f) in labels.items() if label not in used and asked <= {*f.values()}]
     notes += _passed_over("label{} converted to train ids", [one for one in alone if one.endswith(CONVERTED)])
     if listed is None:
-        alone = [one for one in alone if not one.endswith((*CONVERTED, INSTANCES))]
-        notes += _passed_over("label{} without a picture", alone)
+        others = [one for one in alone if not one.endswith((*CONVERTED, INSTANCES))]
+        notes += _passed_over("label{} without a picture", others)
     return Listing(pairs, ids, layout.any_size, problems, notes)
 
 
@@ -196,7 +181,7 @@ def _asked(images: dict, layout: Layout, split: str, role: str, text: str) -> se
     for part in parts:
         if part not in names:
             where = f"; there are {', '.join(sorted(names))}" if names else ": this data set has none in its tree"
-            raise ValueError(f"{text}: unknown split '{part}'{where} ({nearest(part, names)}).")
+            raise ValueError(f"{text}: unknown split '{part}'{where} ({nearest(part, sorted(names))}).")
     asked = {names[part] for part in parts}
     usual = [value for value in USUAL.get(role, ()) if value in splits]
     return asked if asked & splits else asked | set(usual[:1])
@@ -224,29 +209,25 @@ def _read_split(root: Path, split: str) -> set[str]:
     return set(splits[split])
 
 
-def _labels(root: Path, layout: Layout, images: dict) -> tuple[str, str, dict[str, tuple[str, dict]]]:
+def _labels(root: Path, layout: Layout, images: dict, formats: tuple[str, ...]) -> tuple[str, str, dict]:
     """The pattern and id map of the labels that serve most pictures, and these: {pattern filled: (path, fields)}.
 
     Train ids that were written beside labels are looked for only where labels are missing. The first of equals.
     """
-    best, most = (*layout.labels[0], {}), (-1, 0)
+    best, most = (*layout.labels[0], {}), -1
     converted = [(f"{os.path.splitext(p)[0]}{end}.png", "cityscapes") for end in CONVERTED for p, _ in layout.labels]
     for pattern, ids in (*layout.labels, *converted):
-        found = sorted(_match(root, layout, pattern, SUFFIXES).items(), key=lambda one: not _is_lossy(one[0]))
-        usable = [(path, fields) for path, fields in found if fields.get("split") not in layout.unlabelled]
-        labels = {pattern.format(**fields): (path, fields) for path, fields in usable}  # of two, the one without loss
-        expected = [pattern.format(**fields) for fields in images.values()]
-        serving = [labels[label][0] for label in expected if label in labels]
-        served = sum(not _is_lossy(path) for path in serving), len(serving)
+        labels = {
+            pattern.format(**fields): (path, fields)
+            for path, fields in _match(root, layout, pattern, formats).items()
+            if fields.get("split") not in layout.unlabelled
+        }
+        served = sum(pattern.format(**fields) in labels for fields in images.values())
         if served > most:
             best, most = (pattern, ids, labels), served
-        if most[0] == len(images):
+        if served == len(images):
             break
     return best
-
-
-def _is_lossy(path: str) -> bool:
-    return path.lower().endswith(LOSSY)
 
 
 def _join(root: Path, layout: Layout, images: dict, pattern: str, labels: dict) -> tuple[list[Pair], dict, list[str]]:
@@ -264,10 +245,10 @@ def _join(root: Path, layout: Layout, images: dict, pattern: str, labels: dict) 
             problems.append(f"'{Path(path).name}' and '{Path(seen[name]).name}' share one name: rename one of them")
             continue
         seen[name], expected = path, pattern.format(**fields)
-        label = root / labels[expected][0] if expected in labels else None
+        label = str(root / labels[expected][0]) if expected in labels else None
         if label is None and split in labelled:
             bare[name] = f"image '{name}' has no label: expected {root / expected}"
-        pairs.append(Pair(root / path, label, name, split))
+        pairs.append(Pair(str(root / path), label, name, split))
     return pairs, bare, problems
 
 

@@ -56,14 +56,15 @@ def prepare(text: str, out: Path, short_edge: int, data: Data) -> int:
 def _copy(domain: domains.Domain, index: int, root: Path, out: Path, short_edge: int) -> None:
     """One resized pair; a file that is there already is whole."""
     row = domain.dataset[index]
-    paths = [out / Path(row[kind]).relative_to(root) for kind in ("image", "label") if row.get(kind)]
+    paths = [out / Path(row[kind]).relative_to(root) for kind in ("image", "label") if row[kind]]
     paths = [path.with_name(path.name.replace("_polygons.json", "_labelids.png")) for path in paths]
     if all(path.is_file() for path in paths):
         return
-    sides = measure(row["image"], whole=row["image"].lower().endswith(".png")).size
-    factor = min(1.0, short_edge / min(sides))
-    size = tuple(max(1, round(side * factor)) for side in sides)
-    sample = domain.sample(index, long_edge=2 * max(size))
+    short, long = sorted(measure(row["image"]).size)
+    factor = min(1.0, short_edge / short)
+    sample = domain.sample(index, long_edge=2 * round(long * factor))
+    wide = sample.image.shape[1] > sample.image.shape[0]
+    size = tuple(max(1, round(side * factor)) for side in ((long, short) if wide else (short, long)))
     if sample.label is not None:
         label = domain.ids.palette[sample.label] if domain.ids.form == "colours" else sample.label
         _save(Image.fromarray(label).resize(size, Image.Resampling.NEAREST), paths[1])

@@ -37,7 +37,7 @@ def test_a_folder_of_which_no_picture_can_be_used_is_a_sentence(tmp_path):
 
 def test_labels_come_back_id_by_id(root):
     domain = domains.load(f"camvid:day@{root}", Data())
-    assert domain.dataset.column_names == ["image", "name", "domain", "label"]
+    assert domain.dataset.column_names == ["image", "label", "name", "split", "domain"]
     for i in range(len(domain)):
         sample = domain.sample(i)
         written = np.asarray(Image.open(root / f"labels/{sample.name}.png"))
