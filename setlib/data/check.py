@@ -54,11 +54,9 @@ def check(text: str, data: Data, role: str = "", deep: bool = True) -> list[Chec
     """
     spec = domains.parse(text)
     if spec.name == "hub":
-        deep, listing = True, Listing([])
-        domain = domains.load(text, data, role or "target")
+        deep, domain, listing = True, domains.load(text, data, role or "target"), Listing([])
     else:
-        listing = domains.find(spec, data, role)
-        domain = domains.from_pairs(spec, data, listing, listing.pairs)
+        domain, listing = domains.find(spec, data, role)
     splits = [row.get("split", "") for row in domain.dataset]
     found = {split: Check(text, split, splits.count(split), labelled=False) for split in sorted({*splits})}
     decoded = [deep] * len(splits)
@@ -72,7 +70,8 @@ def check(text: str, data: Data, role: str = "", deep: bool = True) -> list[Chec
     look = partial(_look, replace(domain, dataset=None))
     counts, headers = {split: np.zeros(256, np.int64) for split in found}, []
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:  # starts none before it is used
-        each = partial(pool.map, chunksize=16) if deep and len(splits) > ALONE else map
+        many = deep and spec.name != "hub" and len(splits) > ALONE
+        each = partial(pool.map, chunksize=16) if many else map
         looks = tqdm(each(look, domain.dataset, decoded), f"check {text}", len(splits), leave=False, unit="img")
         for split, row, (header, pixels) in zip(splits, domain.dataset, looks, strict=True):
             headers.append(header)
@@ -110,7 +109,7 @@ def duplicates(texts: Sequence[str], data: Data) -> list[str]:
     sets = {(s.name, os.path.realpath(os.path.expanduser(s.folder)), s.split): s for s in reversed(specs)}
     by_size: dict[int, list[tuple[str, str]]] = {}
     for spec in sets.values():
-        for pair in domains.find(spec, data).pairs:
+        for pair in domains.find(spec, data)[1].pairs:
             by_size.setdefault(os.path.getsize(pair.image), []).append((spec.text, pair.image))
     found: dict[bytes, tuple[str, str]] = {}
     wrong = []

@@ -25,14 +25,6 @@ from scipy import ndimage
 from setlib.files import nearest
 
 
-def _noise(x: np.ndarray, sigma: float, random: Generator) -> np.ndarray:
-    return x + random.normal(0, sigma, x.shape)
-
-
-def _shot(x: np.ndarray, photons: float, random: Generator) -> np.ndarray:
-    return random.poisson(x * photons) / photons
-
-
 def _impulse(x: np.ndarray, share: float, random: Generator) -> np.ndarray:
     drawn = random.random(x.shape)
     return np.where(drawn < share / 2, 0, np.where(drawn < share, 1, x))
@@ -82,18 +74,9 @@ def _frost(x: np.ndarray, share: float, random: Generator) -> np.ndarray:
     return x * (1 - 0.7 * ice) + 0.7 * ice * crystals
 
 
-def _brightness(x: np.ndarray, added: float, random: Generator) -> np.ndarray:
-    return x + added
-
-
 def _dark(x: np.ndarray, strength: tuple[float, float], random: Generator) -> np.ndarray:
     kept, sigma = strength
     return x * kept + random.normal(0, sigma, x.shape)
-
-
-def _contrast(x: np.ndarray, kept: float, random: Generator) -> np.ndarray:
-    mean = x.mean((0, 1))
-    return (x - mean) * kept + mean
 
 
 def _jpeg(x: np.ndarray, quality: int, random: Generator) -> np.ndarray:
@@ -112,20 +95,26 @@ def _to_bytes(x: np.ndarray) -> np.ndarray:
     return (np.clip(x, 0, 1) * 255).round().astype(np.uint8)
 
 
-CORRUPTIONS: dict[str, tuple[Callable[[np.ndarray, Any, Generator], np.ndarray], tuple]] = {  # strengths by severity
-    "noise": (_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),  # Gaussian noise of the sensor
-    "shot": (_shot, (60, 25, 12, 5, 3)),  # too few photons
-    "impulse": (_impulse, (0.03, 0.06, 0.09, 0.17, 0.27)),  # salt and pepper
-    "defocus": (_defocus, (3, 4, 6, 8, 10)),  # a disc of confusion, its radius in pixels
-    "motion": (_motion, (8, 12, 16, 22, 30)),  # the camera moves along a line of so many pixels
-    "blur": (_blur, (1, 2, 3, 4, 6)),  # a soft lens
-    "fog": (_fog, (0.35, 0.45, 0.55, 0.65, 0.75)),  # a veil that thickens towards the upper half
-    "frost": (_frost, (0.2, 0.3, 0.4, 0.5, 0.6)),  # ice crystals in front of the lens
-    "brightness": (_brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),  # overexposed
-    "dark": (_dark, ((0.6, 0.01), (0.45, 0.015), (0.3, 0.02), (0.2, 0.025), (0.12, 0.03))),  # and the noise with it
-    "contrast": (_contrast, (0.4, 0.3, 0.2, 0.1, 0.05)),  # everything towards the mean
-    "jpeg": (_jpeg, (25, 18, 15, 10, 7)),  # compressed too hard
-    "pixelate": (_pixelate, (0.6, 0.5, 0.4, 0.3, 0.25)),  # too few pixels
+Corruption = Callable[[np.ndarray, Any, Generator], np.ndarray]
+CORRUPTIONS: dict[str, tuple[Corruption, tuple]] = {  # and its strengths by severity
+    # of the sensor: Gaussian noise, too few photons, salt and pepper
+    "noise": (lambda x, sigma, random: x + random.normal(0, sigma, x.shape), (0.08, 0.12, 0.18, 0.26, 0.38)),
+    "shot": (lambda x, photons, random: random.poisson(x * photons) / photons, (60, 25, 12, 5, 3)),
+    "impulse": (_impulse, (0.03, 0.06, 0.09, 0.17, 0.27)),
+    # of the lens, in pixels: a disc of confusion, the camera moves along a line, soft all over
+    "defocus": (_defocus, (3, 4, 6, 8, 10)),
+    "motion": (_motion, (8, 12, 16, 22, 30)),
+    "blur": (_blur, (1, 2, 3, 4, 6)),
+    # of the weather: a veil that thickens towards the upper half, ice crystals in front of the lens
+    "fog": (_fog, (0.35, 0.45, 0.55, 0.65, 0.75)),
+    "frost": (_frost, (0.2, 0.3, 0.4, 0.5, 0.6)),
+    # of the light: overexposed, underexposed with the noise that comes with it, everything towards the mean
+    "brightness": (lambda x, added, random: x + added, (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "dark": (_dark, ((0.6, 0.01), (0.45, 0.015), (0.3, 0.02), (0.2, 0.025), (0.12, 0.03))),
+    "contrast": (lambda x, kept, random: (x - x.mean((0, 1))) * kept + x.mean((0, 1)), (0.4, 0.3, 0.2, 0.1, 0.05)),
+    # of the file: compressed too hard, too few pixels
+    "jpeg": (_jpeg, (25, 18, 15, 10, 7)),
+    "pixelate": (_pixelate, (0.6, 0.5, 0.4, 0.3, 0.25)),
 }
 
 

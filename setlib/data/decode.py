@@ -8,7 +8,7 @@ import struct
 import warnings
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageDraw, ImageOps
@@ -73,16 +73,10 @@ def read_picture(image: Any, long_edge: int = 0) -> np.ndarray:
         raise ValueError(f"{name} cannot be read as a picture ({error}).") from None
 
 
-class Measured(NamedTuple):
-    """Size (w, h) of a picture as it is shown and as it is stored, and its EXIF orientation."""
-
-    size: tuple[int, int]
-    stored: tuple[int, int]
-    orientation: int = 1
-
-
-def measure(source: Any, label_size: tuple[int, int] | None = None, whole: bool = False) -> Measured:
-    """Reads the header of a picture, or of a file of polygons.
+def measure(
+    source: Any, label_size: tuple[int, int] | None = None, whole: bool = False
+) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """Size (w, h) of a picture as it is shown and as it is stored, and its EXIF orientation. Reads the header.
 
     whole: decodes the picture, so that a PNG's EXIF, which may stand at the file's end, counts too. So is done where
     the size is not that of its label, (w, h).
@@ -90,7 +84,7 @@ def measure(source: Any, label_size: tuple[int, int] | None = None, whole: bool 
     if str(source).endswith(".json"):
         content = json.loads(Path(source).read_bytes())
         size = int(content["imgWidth"]), int(content["imgHeight"])
-        return Measured(size, size)
+        return size, size, 1
     with open_picture(source) as picture:
         if whole:
             picture.load()
@@ -98,7 +92,7 @@ def measure(source: Any, label_size: tuple[int, int] | None = None, whole: bool 
         orientation = picture.getexif().get(ExifTags.Base.Orientation, 1) if told else 1
     size = picture.size[::-1] if orientation >= 5 else picture.size  # from 5 on, width and height are swapped
     if whole or label_size in (None, size, picture.size):
-        return Measured(size, picture.size, orientation)
+        return size, picture.size, orientation
     return measure(source, whole=True)
 
 
@@ -107,12 +101,11 @@ def fitting(label: np.ndarray, picture: Any, stored: bool = False) -> np.ndarray
 
     Where the sizes say that it was, it is turned; where they do not tell (orientations 2 to 4, squares), if `stored`.
     """
-    size = label.shape[::-1]
-    found = measure(picture, size, whole=stored)
-    if size != found.stored or size == found.size and not stored:
+    size, own_size, orientation = measure(picture, label.shape[::-1], whole=stored)
+    if label.shape[::-1] != own_size or size == own_size and not stored:
         return label
     drawn = Image.fromarray(label)
-    drawn.getexif()[ExifTags.Base.Orientation] = found.orientation
+    drawn.getexif()[ExifTags.Base.Orientation] = orientation
     return np.asarray(ImageOps.exif_transpose(drawn))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
@@ -147,7 +147,7 @@ class Domain:
         """Reads the headers of a row of `dataset`; all of a picture whose size is not its label's."""
         file = row["label"] or row["image"]
         try:
-            label = measure(_file(row["label"])).size if row["label"] else None
+            label = measure(_file(row["label"]))[0] if row["label"] else None
             file = row["image"]
             size, stored, orientation = measure(_file(file), None if self.any_size else label)
         except (*UNREADABLE, KeyError, TypeError) as error:
@@ -229,15 +229,14 @@ def load(text: str, data: Data, role: str = "target") -> Domain:
 
 def _from_files(spec: Spec, data: Data, role: str, limit: int) -> Domain:
     """A domain of pictures in a folder; what is passed over is said once."""
-    text, listing = spec.text, find(spec, data, role)
+    text, (domain, listing) = spec.text, find(spec, data, role)
     if listing.problems:
         more = len(listing.problems) - 1
         more_text = f" (and {more} more like it; see: python -m setlib check {text})" if more else ""
         raise ValueError(f"{text}: {listing.problems[0]}{more_text}.")
-    pairs = listing.pairs
-    if 0 < limit < len(pairs):  # evenly: neighbours in a video say little more than one of them
-        pairs = [pairs[i] for i in np.linspace(0, len(pairs) - 1, limit).round().astype(int)]
-    domain = from_pairs(spec, data, listing, pairs)
+    if 0 < limit < len(domain):  # evenly: neighbours in a video say little more than one of them
+        chosen = np.linspace(0, len(domain) - 1, limit).round().astype(int)
+        domain = replace(domain, dataset=domain.dataset.select(chosen))
     if role == "source" and not domain.has_labels:
         expected = Path(spec.folder) / LAYOUTS[spec.name][0].labels[0][0]
         hint = "".join(f" ({note})" for note in listing.notes)
@@ -255,30 +254,26 @@ def _from_files(spec: Spec, data: Data, role: str, limit: int) -> Domain:
     return replace(domain, dataset=domain.dataset.select(kept))
 
 
-def find(spec: Spec, data: Data, role: str = "") -> Listing:
-    """The pairs of a domain, uncut, and what is wrong with them as far as names tell. Raises ValueError without any.
+def find(spec: Spec, data: Data, role: str = "") -> tuple[Domain, Listing]:
+    """A domain of files, uncut and unopened, and what is wrong with it as far as names tell. ValueError if it is empty.
 
     Rendered scenes are the first streets of a style; those of the source and those of the targets have other seeds.
     """
-    if spec.name != "scenes":
+    if spec.name == "scenes":
+        count = (data.train_images if role == "source" else data.eval_images) or ENDLESS
+        seed, size = 2 * data.content_seed + (role != "source"), (data.height, data.width)
+        folder = Path(spec.folder) if spec.folder else cache_folder() / "scenes"
+        folder = folder / f"v{scenes.VERSION}-seed{seed}-{data.height}x{data.width}"
+        made = scenes.cache(folder, spec.split, range(count), seed, size)
+        listing = Listing([Pair(str(image), str(label), name) for image, label, name in made])
+    else:
         listing = list_pairs(spec.name, spec.folder, spec.split, role, data.on_error == "skip")
-        if not listing.pairs:
-            more = f" ({listing.problems[0]})" if listing.problems else ""
-            raise ValueError(f"Domain '{spec.text}' is empty: no picture in {spec.folder}{more}.")
-        return listing
-    count = (data.train_images if role == "source" else data.eval_images) or ENDLESS
-    seed, size = 2 * data.content_seed + (role != "source"), (data.height, data.width)
-    folder = Path(spec.folder) if spec.folder else cache_folder() / "scenes"
-    folder = folder / f"v{scenes.VERSION}-seed{seed}-{data.height}x{data.width}"
-    made = scenes.cache(folder, spec.split, range(count), seed, size)
-    return Listing([Pair(str(image), str(label), name) for image, label, name in made])
-
-
-def from_pairs(spec: Spec, data: Data, listing: Listing, pairs: Sequence[Pair]) -> Domain:
-    """A domain of some pairs of a listing; no file is opened yet."""
-    rows = Dataset.from_list([pair._asdict() | {"domain": spec.text} for pair in pairs])
-    has_labels, ids = all(pair.label for pair in pairs), id_map(listing.ids, data.class_set)
-    return Domain(spec, rows, ids, has_labels, data, listing.any_size)
+    if not listing.pairs:
+        more = f" ({listing.problems[0]})" if listing.problems else ""
+        raise ValueError(f"Domain '{spec.text}' is empty: no picture in {spec.folder}{more}.")
+    rows = Dataset.from_list([pair._asdict() | {"domain": spec.text} for pair in listing.pairs])
+    has_labels, ids = all(pair.label for pair in listing.pairs), id_map(listing.ids, data.class_set)
+    return Domain(spec, rows, ids, has_labels, data, listing.any_size), listing
 
 
 def turned_note(headers: Iterable[Header], data: Data) -> list[str]:

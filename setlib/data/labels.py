@@ -39,16 +39,12 @@ class ClassSet:
     @property
     def palette(self) -> np.ndarray:
         """(256, 3) uint8 colours by class index; what is ignored is black."""
-        palette = np.zeros((256, 3), np.uint8)
-        palette[: len(self)] = self.colours
-        return palette
+        return np.pad(np.array(self.colours, np.uint8), ((0, 256 - len(self)), (0, 0)))
 
     @property
     def to_place(self) -> np.ndarray:
         """(256,) uint8: from train ids to places in this set."""
-        to_place = np.full(256, IGNORE, np.uint8)
-        to_place[: len(self.places)] = self.places
-        return to_place
+        return np.pad(np.array(self.places, np.uint8), (0, 256 - len(self.places)), constant_values=IGNORE)
 
     def merge_matrix(self) -> np.ndarray:
         """(19, K) float32 of 0 and 1; a class that the set lacks has a row of zeros: it cannot be predicted."""

@@ -60,7 +60,7 @@ def _copy(domain: domains.Domain, index: int, root: Path, out: Path, short_edge:
     paths = [path.with_name(path.name.replace("_polygons.json", "_labelids.png")) for path in paths]
     if all(path.is_file() for path in paths):
         return
-    short, long = sorted(measure(row["image"]).size)
+    short, long = sorted(measure(row["image"])[0])
     factor = min(1.0, short_edge / short)
     sample = domain.sample(index, long_edge=2 * round(long * factor))
     wide = sample.image.shape[1] > sample.image.shape[0]
