@@ -16,7 +16,8 @@ from PIL import ExifTags, Image, ImageDraw, ImageOps
 from setlib.data.labels import IdMap
 
 # what Pillow and json raise for a damaged file
-UNREADABLE = (OSError, SyntaxError, ValueError, LookupError, RecursionError, struct.error, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, LookupError, RecursionError, TypeError, struct.error)
+UNREADABLE += (Image.DecompressionBombError,)
 MOST_PIXELS = 2**28  # of one picture; decoded it is 0.8 GB
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses twice that
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

@@ -150,7 +150,7 @@ class Domain:
             label = measure(_file(row["label"]))[0] if row["label"] else None
             file = row["image"]
             size, stored, orientation = measure(_file(file), None if self.any_size else label)
-        except (*UNREADABLE, KeyError, TypeError) as error:
+        except UNREADABLE as error:
             return Header(f"{file} cannot be opened as a picture ({error})")
         if label in (None, size, stored) or self.any_size:
             return Header("", size, label is not None and orientation > 1 and size == stored)

@@ -144,13 +144,15 @@ def list_pairs(name: str, folder: str, split: str = "", role: str = "", skip: bo
 
     notes: list[str] = []
     if not labels and not {fields.get("split") for fields in kept.values()} & {*layout.unlabelled}:
-        if lossy := [str(root / path) for path, _ in _labels(root, layout, kept, LOSSY)[2].values()]:
-            text = f"{len(lossy)} labels like {lossy[0]} are in a lossy format, ids are lost: export them as PNG"
-            problems.append(text)
-        notes += _elsewhere(root, layout, kept)
+        lossy = [root / path for path, _ in _labels(root, layout, kept, LOSSY)[2].values()]
+        if lossy:
+            what = f"{len(lossy)} labels like {lossy[0]} are in a lossy format, ids are lost: export them as PNG"
+            problems.append(what)
+        else:
+            notes += _elsewhere(root, layout, kept)
     if unread:
-        text = f"{len(unread)} pictures like {unread[0]} are in a format that is not read: export them as JPG or PNG"
-        (notes if images else problems).append(text)
+        what = f"{len(unread)} pictures like {unread[0]} are in a format that is not read: export them as JPG or PNG"
+        (notes if images else problems).append(what)
     absent = sorted((listed or set()) - {fields["name"] for fields in kept.values()})
     if skip:
         pairs = [pair for pair in pairs if pair.name not in bare]
@@ -269,14 +271,11 @@ def _elsewhere(root: Path, layout: Layout, images: dict) -> list[str]:
 
 def _wrong_folder(name: str, root: Path) -> str:
     """The sentence for a folder that does not hold a data set: which one near it does, else what was expected."""
-    near = [
-        (home, one)
-        for one in LAYOUTS[name]
-        for up in (root.parent, root.parent.parent, root)
-        for home in _homes(up, one)
-        if up in (home, root)
-    ]
-    meant = [home for home, one in near if _label_roots(home, one)] or [home for home, _ in near]
+    near = []
+    for layout in LAYOUTS[name]:
+        above = [folder for folder in (root.parent, root.parent.parent) if _homes(folder, layout) == [folder]]
+        near += [(folder, layout) for folder in (*above, *_homes(root, layout))]
+    meant = [folder for folder, layout in near if _label_roots(folder, layout)] or [folder for folder, _ in near]
     if meant:
         return f"{root} is the wrong level of the tree: give {' or '.join(map(str, meant[:3]))}."
     trees = " or ".join(layout.images for layout in LAYOUTS[name])
@@ -284,7 +283,7 @@ def _wrong_folder(name: str, root: Path) -> str:
 
 
 def _homes(root: Path, layout: Layout) -> list[Path]:
-    """The folders to give for a data set: `root`, also if its archives were unpacked into folders of it, or others."""
+    """The folders to give for a data set: `root`, also if archives were unpacked into folders of it, or some below."""
     images, labels = _roots(root, layout, layout.images), _label_roots(root, layout)
     whole = [part for part in images if part in labels]
     return [root] if images and labels and not whole else whole or images
@@ -296,9 +295,8 @@ def _label_roots(root: Path, layout: Layout) -> list[Path]:
 
 def _roots(root: Path, layout: Layout, pattern: str) -> list[Path]:
     """Where a pattern begins: the folder itself, or those in it, up to two deep, that archives were unpacked into."""
-    folders = pattern.rpartition("/")[0]
-    begins = [folders.replace("{split}", split) for split in layout.splits.values()] or [folders]
-    begins = [_base(pattern)] if _base(pattern) else [re.sub(r"\{\w+\}", "*", one) for one in begins]
+    base, folders, splits = _base(pattern), pattern.rpartition("/")[0], layout.splits.values() or ["*"]
+    begins = [base] if base else [re.sub(r"\{\w+\}", "*", folders.replace("{split}", split)) for split in splits]
     level = [root]
     for _ in range(3):
         if parts := [part for part in level if any(any(part.glob(one)) for one in begins)]:
