@@ -313,13 +313,13 @@ def check_command(args: argparse.Namespace) -> int:
 
 def prepare_command(args: argparse.Namespace) -> int:
     """prepare: a resized copy."""
-    from setlib.data import check
+    from setlib.data.prepare import prepare
     from setlib.experiment import Experiment
 
     if args.short_edge < 1:
         raise ValueError(f"A short edge of {args.short_edge} pixels is none: expected at least 1.")
     data = Experiment.build(overrides=args.options).data
-    pairs = check.prepare(args.domain, args.out, args.short_edge, data)
+    pairs = prepare(args.domain, args.out, args.short_edge, data)
     spec, _, _ = args.domain.partition("@")
     print(f"{pairs} pictures in {args.out}; use it as {spec}@{args.out}")
     return 0

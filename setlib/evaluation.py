@@ -143,7 +143,7 @@ def evaluate(models: dict[str, Segmenter], domain: Domain, progress: bool = True
             passes = cut_picture(any_model, sample.image, edge)
             frozen = [shared(windows.images) for windows in passes]
             for name, model in models.items():
-                merged = classes.merged(class_probabilities(model, passes, frozen))
+                merged = classes.merge(class_probabilities(model, passes, frozen))
                 counts = metrics[name].add(prediction=label_map(merged, reference.shape), reference=reference)
                 scores[name].pictures.append((index, sample.name, mean_iou(iou_per_class(counts))))
             bar.set_postfix(

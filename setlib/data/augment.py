@@ -1,7 +1,8 @@
-"""Training augmentation on tensors, from an explicit generator: scale, crop, flip and photometric distortion."""
+"""Images as tensors and, from an explicit generator, their augmentation: scale, crop, flip, photometric distortion."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
@@ -10,6 +11,16 @@ from setlib.data.labels import IGNORE
 from setlib.experiment import Data
 
 CROP_TRIES = 10  # as in the released configurations of the field
+
+
+def to_tensor(image: np.ndarray) -> Tensor:
+    """(h, w, 3) uint8 -> (1, 3, h, w) float in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+
+
+def to_image(images: Tensor) -> np.ndarray:
+    """The first of (B, 3, h, w) float in [0, 1] -> (h, w, 3) uint8, clipped and rounded."""
+    return (images[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
 def uniform(generator: Generator, low: float, high: float) -> float:

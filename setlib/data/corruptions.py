@@ -4,6 +4,8 @@
 simulations: `fog` is no real fog. Source: kinds and severities after ImageNet-C and Cityscapes-C (Hendrycks, ICLR 2019;
 Kamann, CVPR 2020), with scipy and Pillow. Departure: sizes in pixels are for pictures about 512 high and scale with
 the height; fog and frost are drawn from plain noise, not from photographs.
+
+Each kind is a function of an image (h, w, 3) float32 in [0, 1], its strength and a random generator.
 """
 
 from __future__ import annotations
@@ -13,161 +15,126 @@ import re
 import zlib
 from collections.abc import Callable
 from io import BytesIO
+from typing import Any
 
 import numpy as np
+from numpy.random import Generator
 from PIL import Image
 from scipy import ndimage
 
 from setlib.files import nearest
 
-Picture = np.ndarray  # (h, w, 3) float32 in [0, 1]
-Random = np.random.Generator
 
-
-def _noise(x: Picture, s: int, random: Random) -> Picture:
-    """Gaussian noise of the sensor."""
-    return x + random.normal(0, (0.08, 0.12, 0.18, 0.26, 0.38)[s], x.shape)
-
-
-def _shot(x: Picture, s: int, random: Random) -> Picture:
-    """Too few photons."""
-    photons = (60, 25, 12, 5, 3)[s]
-    return random.poisson(x * photons) / photons
-
-
-def _impulse(x: Picture, s: int, random: Random) -> Picture:
-    """Salt and pepper."""
-    share, drawn = (0.03, 0.06, 0.09, 0.17, 0.27)[s], random.random(x.shape)
+def _impulse(x: np.ndarray, share: float, random: Generator) -> np.ndarray:
+    drawn = random.random(x.shape)
     return np.where(drawn < share / 2, 0, np.where(drawn < share, 1, x))
 
 
-def _defocus(x: Picture, s: int, random: Random) -> Picture:
-    """A disc of confusion."""
-    radius = (3, 4, 6, 8, 10)[s] * len(x) / 512
+def _defocus(x: np.ndarray, radius: float, random: Generator) -> np.ndarray:
+    radius *= len(x) / 512
     across = np.arange(-np.ceil(radius), np.ceil(radius) + 1)
     disc = (np.hypot(*np.meshgrid(across, across)) <= radius).astype(np.float32)
-    return _along(x, lambda channel: ndimage.convolve(channel, disc / disc.sum(), mode="nearest"))
+    return ndimage.convolve(x, (disc / disc.sum())[..., None], mode="nearest")
 
 
-def _motion(x: Picture, s: int, random: Random) -> Picture:
-    """The camera moves along a line."""
-    length, angle = (8, 12, 16, 22, 30)[s] * len(x) / 512, random.uniform(-np.pi / 4, np.pi / 4)
-    steps = np.linspace(-length / 2, length / 2, max(3, int(length) + 1))
-    moved = [
-        ndimage.shift(x, (d * np.sin(angle), d * np.cos(angle), 0), order=1, mode="nearest", prefilter=False)
-        for d in steps
-    ]
+def _motion(x: np.ndarray, length: float, random: Generator) -> np.ndarray:
+    length, angle = length * len(x) / 512, random.uniform(-np.pi / 4, np.pi / 4)
+    moved = []
+    for step in np.linspace(-length / 2, length / 2, max(3, int(length) + 1)):
+        shift = (step * np.sin(angle), step * np.cos(angle), 0)
+        moved.append(ndimage.shift(x, shift, order=1, mode="nearest", prefilter=False))
     return np.mean(moved, axis=0)
 
 
-def _gaussian(x: Picture, s: int, random: Random) -> Picture:
-    """A soft lens."""
-    sigma = (1, 2, 3, 4, 6)[s] * len(x) / 512
+def _blur(x: np.ndarray, sigma: float, random: Generator) -> np.ndarray:
+    sigma *= len(x) / 512
     return ndimage.gaussian_filter(x, (sigma, sigma, 0), mode="nearest")
 
 
-def _clouds(shape: tuple[int, int], random: Random) -> np.ndarray:
+def _clouds(size: tuple[int, int], random: Generator) -> np.ndarray:
     """Noise of all sizes, (h, w) in [0, 1]."""
-    total = sum(
-        ndimage.zoom(random.random((2**k + 1, 2**k + 1)), [(n + 1) / (2**k + 1) for n in shape], order=1)[
-            : shape[0], : shape[1]
-        ]
-        / 2**k
-        for k in range(2, 7)
-    )
-    low, high = total.min(), total.max()
-    return (total - low) / max(high - low, 1e-9)
+    total = np.zeros(size)
+    for cells in (4, 8, 16, 32, 64):
+        coarse = random.random((cells + 1, cells + 1))
+        fine = ndimage.zoom(coarse, [(side + 1) / (cells + 1) for side in size], order=1)
+        total += fine[: size[0], : size[1]] / cells
+    return (total - total.min()) / max(total.max() - total.min(), 1e-9)
 
 
-def _fog(x: Picture, s: int, random: Random) -> Picture:
-    """A veil that thickens towards the upper half."""
-    amount = (0.35, 0.45, 0.55, 0.65, 0.75)[s]
+def _fog(x: np.ndarray, amount: float, random: Generator) -> np.ndarray:
     height = np.interp(np.linspace(0, 1, len(x)), [0, 0.5, 1], [1, 1, 0.4])[:, None]
     veil = (amount * height * (0.7 + 0.6 * _clouds(x.shape[:2], random))).clip(0, 1)[..., None]
     return x * (1 - veil) + 0.85 * veil
 
 
-def _frost(x: Picture, s: int, random: Random) -> Picture:
-    """Ice crystals in front of the lens."""
-    share = (0.2, 0.3, 0.4, 0.5, 0.6)[s]
+def _frost(x: np.ndarray, share: float, random: Generator) -> np.ndarray:
     ice = _clouds(x.shape[:2], random)
     ice = ndimage.gaussian_filter((ice > np.quantile(ice, 1 - share)).astype(np.float32), len(x) / 256)[..., None]
     crystals = 0.75 + 0.25 * random.random((*x.shape[:2], 1))
     return x * (1 - 0.7 * ice) + 0.7 * ice * crystals
 
 
-def _brightness(x: Picture, s: int, random: Random) -> Picture:
-    """Overexposed."""
-    return x + (0.1, 0.2, 0.3, 0.4, 0.5)[s]
+def _dark(x: np.ndarray, strength: tuple[float, float], random: Generator) -> np.ndarray:
+    kept, sigma = strength
+    return x * kept + random.normal(0, sigma, x.shape)
 
 
-def _dark(x: Picture, s: int, random: Random) -> Picture:
-    """Underexposed, with the noise that comes with it."""
-    return x * (0.6, 0.45, 0.3, 0.2, 0.12)[s] + random.normal(0, 0.01 + 0.005 * s, x.shape)
-
-
-def _contrast(x: Picture, s: int, random: Random) -> Picture:
-    """Everything towards the mean."""
-    mean = x.mean((0, 1))
-    return (x - mean) * (0.4, 0.3, 0.2, 0.1, 0.05)[s] + mean
-
-
-def _jpeg(x: Picture, s: int, random: Random) -> Picture:
-    """Compressed too hard."""
-    file = BytesIO()
-    Image.fromarray((x * 255).round().astype(np.uint8)).save(file, "JPEG", quality=(25, 18, 15, 10, 7)[s])
+def _jpeg(x: np.ndarray, quality: int, random: Generator) -> np.ndarray:
+    Image.fromarray(_to_bytes(x)).save(file := BytesIO(), "JPEG", quality=quality)
     return np.asarray(Image.open(file), np.float32) / 255
 
 
-def _pixelate(x: Picture, s: int, random: Random) -> Picture:
-    """Too few pixels."""
-    small = tuple(max(1, round(n * (0.6, 0.5, 0.4, 0.3, 0.25)[s])) for n in x.shape[1::-1])
-    picture = Image.fromarray((x * 255).round().astype(np.uint8)).resize(small, Image.Resampling.BOX)
-    return np.asarray(picture.resize(x.shape[1::-1], Image.Resampling.NEAREST), np.float32) / 255
+def _pixelate(x: np.ndarray, share: float, random: Generator) -> np.ndarray:
+    h, w, _ = x.shape
+    small = max(1, round(w * share)), max(1, round(h * share))
+    image = Image.fromarray(_to_bytes(x)).resize(small, Image.Resampling.BOX)
+    return np.asarray(image.resize((w, h), Image.Resampling.NEAREST), np.float32) / 255
 
 
-def _along(x: Picture, call: Callable[[np.ndarray], np.ndarray]) -> Picture:
-    return np.stack([call(channel) for channel in np.moveaxis(x, -1, 0)], -1)
+def _to_bytes(x: np.ndarray) -> np.ndarray:
+    return (np.clip(x, 0, 1) * 255).round().astype(np.uint8)
 
 
-CORRUPTIONS: dict[str, Callable[[Picture, int, Random], Picture]] = {
-    "noise": _noise,
-    "shot": _shot,
-    "impulse": _impulse,
-    "defocus": _defocus,
-    "motion": _motion,
-    "blur": _gaussian,
-    "fog": _fog,
-    "frost": _frost,
-    "brightness": _brightness,
-    "dark": _dark,
-    "contrast": _contrast,
-    "jpeg": _jpeg,
-    "pixelate": _pixelate,
+Corruption = Callable[[np.ndarray, Any, Generator], np.ndarray]
+CORRUPTIONS: dict[str, tuple[Corruption, tuple]] = {  # and its strengths by severity
+    # of the sensor: Gaussian noise, too few photons, salt and pepper
+    "noise": (lambda x, sigma, random: x + random.normal(0, sigma, x.shape), (0.08, 0.12, 0.18, 0.26, 0.38)),
+    "shot": (lambda x, photons, random: random.poisson(x * photons) / photons, (60, 25, 12, 5, 3)),
+    "impulse": (_impulse, (0.03, 0.06, 0.09, 0.17, 0.27)),
+    # of the lens, in pixels: a disc of confusion, the camera moves along a line, soft all over
+    "defocus": (_defocus, (3, 4, 6, 8, 10)),
+    "motion": (_motion, (8, 12, 16, 22, 30)),
+    "blur": (_blur, (1, 2, 3, 4, 6)),
+    # of the weather: a veil that thickens towards the upper half, ice crystals in front of the lens
+    "fog": (_fog, (0.35, 0.45, 0.55, 0.65, 0.75)),
+    "frost": (_frost, (0.2, 0.3, 0.4, 0.5, 0.6)),
+    # of the light: overexposed, underexposed with the noise that comes with it, everything towards the mean
+    "brightness": (lambda x, added, random: x + added, (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "dark": (_dark, ((0.6, 0.01), (0.45, 0.015), (0.3, 0.02), (0.2, 0.025), (0.12, 0.03))),
+    "contrast": (lambda x, kept, random: (x - x.mean((0, 1))) * kept + x.mean((0, 1)), (0.4, 0.3, 0.2, 0.1, 0.05)),
+    # of the file: compressed too hard, too few pixels
+    "jpeg": (_jpeg, (25, 18, 15, 10, 7)),
+    "pixelate": (_pixelate, (0.6, 0.5, 0.4, 0.3, 0.25)),
 }
 
 
 def corrupt(image: np.ndarray, kind: str, severity: int, name: str = "") -> np.ndarray:
-    """A picture (h, w, 3) uint8 corrupted; the same for one kind, severity and name. Raises ValueError if unknown."""
-    if kind not in CORRUPTIONS or severity not in range(1, 6):
-        raise ValueError(
-            f"Unknown corruption '{kind}{severity}': expected {', '.join(CORRUPTIONS)} ({nearest(kind, CORRUPTIONS)}) "
-            "and a severity of 1 to 5."
-        )
+    """An image (h, w, 3) uint8 corrupted; the same for one kind, severity (1 to 5) and name."""
+    function, strengths = CORRUPTIONS[kind]
     random = np.random.default_rng([zlib.crc32(f"{kind}/{name}".encode()), severity])
-    made = CORRUPTIONS[kind](image.astype(np.float32) / 255, severity - 1, random)
-    return (np.clip(made, 0, 1) * 255).round().astype(np.uint8)
+    return _to_bytes(function(image.astype(np.float32) / 255, strengths[severity - 1], random))
 
 
 def take_apart(text: str) -> tuple[str, str, int]:
     """`DOMAIN~KIND[SEVERITY]` -> domain, kind, severity (3 if none is named); kind "" without a corruption.
 
-    A folder of that name that is there is no corruption.
+    A folder of that name that is there is no corruption. Raises ValueError for an unknown kind or severity.
     """
-    domain, mark, last = text.rpartition("~")
+    domain, _, last = text.rpartition("~")
     found = re.fullmatch(r"([a-z]+)(\d?)", last)
-    there = os.path.isdir(os.path.expanduser(text.partition("@")[2] or text.partition(":")[2]))
-    if not mark or not domain or domain.endswith(("@", "/")) or not found or there:  # a folder may begin with ~
+    folder = text.partition("@")[2] or text.partition(":")[2]
+    is_folder = domain.endswith(("@", "/")) or os.path.isdir(os.path.expanduser(folder))  # it may begin with ~
+    if not domain or not found or is_folder:
         return text, "", 0
     kind, severity = found[1], int(found[2] or 3)
     if kind not in CORRUPTIONS or not 1 <= severity <= 5:

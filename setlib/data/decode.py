@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import warnings
 from io import BytesIO
@@ -10,41 +11,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, ImageDraw, ImageOps
-from PIL import Image as PILImage
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 
 from setlib.data.labels import IdMap
 
 # what Pillow and json raise for a damaged file
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    LookupError,
-    RecursionError,
-    struct.error,
-    PILImage.DecompressionBombError,
-)
+UNREADABLE = (OSError, SyntaxError, ValueError, LookupError, RecursionError, TypeError, struct.error)
+UNREADABLE += (Image.DecompressionBombError,)
 MOST_PIXELS = 2**28  # of one picture; decoded it is 0.8 GB
-PILImage.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses twice that
-warnings.filterwarnings("ignore", category=PILImage.DecompressionBombWarning)
-TURNED = 5  # EXIF orientations from here on swap width and height
-TURNS = dict(enumerate((None, None, 0, 3, 1, 5, 4, 6, 2)))  # what each orientation asks of PIL's transpose
+Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses twice that
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class LabelError(ValueError):
     """A label that can be decoded but not used; the message begins with a verb: the label's name goes in front."""
 
 
-def open_picture(source: Any) -> PILImage.Image:
+def open_picture(source: Any) -> Image.Image:
     """Pillow's open. Raises ValueError also for what it cannot read or finds too large, with the way round."""
     try:
-        return PILImage.open(source)
-    except PILImage.DecompressionBombError:
+        return Image.open(source)
+    except Image.DecompressionBombError:
         raise ValueError(f"more than {MOST_PIXELS / 1e6:.0f} million pixels: cut or shrink it first") from None
-    except PILImage.UnidentifiedImageError as error:
-        media = not isinstance(source, BytesIO) and b"ftyp" in Path(source).read_bytes()[:12]
-        raise ValueError("HEIC or its like, which is not read: export it as JPG or PNG") if media else error from None
+    except Image.UnidentifiedImageError as error:
+        if not isinstance(source, BytesIO) and b"ftyp" in Path(source).read_bytes()[:12]:
+            raise ValueError("HEIC or its like, which is not read: export it as JPG or PNG") from None
+        raise error from None
 
 
 def read_picture(image: Any, long_edge: int = 0) -> np.ndarray:
@@ -59,69 +51,73 @@ def read_picture(image: Any, long_edge: int = 0) -> np.ndarray:
             raise ValueError(f"Expected a picture (h, w, 3) of uint8, got {image.dtype} {image.shape}.")
         return image
     try:
-        picture = image if isinstance(image, PILImage.Image) else open_picture(image)
+        picture = image if isinstance(image, Image.Image) else open_picture(image)
         if long_edge and picture.format == "JPEG":
             least = min(1.0, long_edge / max(picture.size))
-            picture.draft(None, tuple(-int(-side * least // 1) for side in picture.size))
+            picture.draft(None, tuple(math.ceil(side * least) for side in picture.size))
         if picture is image:
             picture = ImageOps.exif_transpose(picture)
         else:  # our own: spare a copy
             ImageOps.exif_transpose(picture, in_place=True)
-        if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit and float greys
+        if picture.mode == "F" or picture.mode.startswith("I"):  # floats, or greys of 16 bits
             grey = np.asarray(picture)
-            depths = (8, 10, 12, 14, 16) if picture.mode.startswith("I") else ()
+            depths = () if picture.mode == "F" else (8, 10, 12, 14, 16)
             limit = next((2**bits - 1 for bits in depths if grey.max() < 2**bits), max(1.0, float(grey.max())))
             rows = [(row.astype(np.float64) / limit * 255).clip(0, 255).astype(np.uint8) for row in grey]
-            picture = PILImage.fromarray(np.stack(rows))
+            picture = Image.fromarray(np.stack(rows))
         if "A" in picture.getbands() or "transparency" in picture.info:
             picture = picture.convert("RGBA")
-            picture = PILImage.alpha_composite(PILImage.new("RGBA", picture.size, "white"), picture)
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
     except UNREADABLE as error:
         name = "this row" if isinstance(image, BytesIO) else image
         raise ValueError(f"{name} cannot be read as a picture ({error}).") from None
 
 
-def measure(source: Any, whole: bool = False) -> tuple[tuple[int, int], int]:
-    """(w, h) of a picture as it is shown, and the EXIF orientation that makes it so. Reads the header.
+def measure(
+    source: Any, label_size: tuple[int, int] | None = None, whole: bool = False
+) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """Size (w, h) of a picture as it is shown and as it is stored, and its EXIF orientation. Reads the header.
 
-    whole: decodes the picture, so that a PNG's EXIF, which may stand at the file's end, counts too.
+    whole: decodes the picture, so that a PNG's EXIF, which may stand at the file's end, counts too. So is done where
+    the size is not that of its label, (w, h).
     """
     if str(source).endswith(".json"):
         content = json.loads(Path(source).read_bytes())
-        return (int(content["imgWidth"]), int(content["imgHeight"])), 1
+        size = int(content["imgWidth"]), int(content["imgHeight"])
+        return size, size, 1
     with open_picture(source) as picture:
-        w, h = picture.size
         if whole:
             picture.load()
         told = whole or picture.format != "PNG" or "exif" in picture.info
         orientation = picture.getexif().get(ExifTags.Base.Orientation, 1) if told else 1
-    return ((h, w) if orientation >= TURNED else (w, h)), orientation
+    size = picture.size[::-1] if orientation >= 5 else picture.size  # from 5 on, width and height are swapped
+    if whole or label_size in (None, size, picture.size):
+        return size, picture.size, orientation
+    return measure(source, whole=True)
 
 
 def fitting(label: np.ndarray, picture: Any, stored: bool = False) -> np.ndarray:
-    """A label (h, w) or (h, w, 3) as its picture is shown: turned with it, if it was drawn on the stored pixels.
+    """A label (h, w) as its picture is shown: turned with it, if it was drawn on the stored pixels.
 
     Where the sizes say that it was, it is turned; where they do not tell (orientations 2 to 4, squares), if `stored`.
     """
-    for whole in (stored, True):
-        size, orientation = measure(picture, whole)
-        own = size[::-1] if orientation >= TURNED else size
-        if label.shape[1::-1] in (size, own):
-            break
-    if 1 < orientation < len(TURNS) and label.shape[1::-1] == own and (stored or own != size):
-        return np.asarray(PILImage.fromarray(label).transpose(TURNS[orientation]))
-    return label
+    size, own_size, orientation = measure(picture, label.shape[::-1], whole=stored)
+    if label.shape[::-1] != own_size or size == own_size and not stored:
+        return label
+    drawn = Image.fromarray(label)
+    drawn.getexif()[ExifTags.Base.Orientation] = orientation
+    return np.asarray(ImageOps.exif_transpose(drawn))
 
 
-def read_label(source: str | Path | PILImage.Image, ids: IdMap) -> np.ndarray:
-    """The raw class ids (h, w) uint8 of a label, a file or a picture, in the form that its data set uses.
+def read_label(source: Any, ids: IdMap) -> np.ndarray:
+    """The raw class ids (h, w) uint8 of a label, in the form that its data set uses.
 
     Raises LabelError for another form or unknown ids, one of UNREADABLE for a damaged file.
     """
     if str(source).endswith(".json"):
         return _draw_polygons(Path(source), ids)
-    with source if isinstance(source, PILImage.Image) else open_picture(source) as picture:
+    with open_picture(source) as picture:
         if ids.form == "wide" and len(picture.getbands()) > 1:
             label = _first_of_wide(picture)
         else:
@@ -132,24 +128,21 @@ def read_label(source: str | Path | PILImage.Image, ids: IdMap) -> np.ndarray:
         return _colours_to_ids(label[..., :3], ids)
     if label.ndim != 2 or label.dtype not in (np.uint8, np.int32, np.uint16, bool):
         raise LabelError(f"is a colour picture of shape {label.shape}: expected one channel of class ids")
+    known = ", ".join(str(i) for i in np.flatnonzero(ids.known))
     if label.dtype != np.uint8 and (label.min(initial=0) < 0 or label.max(initial=0) > 255):
-        raise LabelError(f"holds ids from {label.min()} to {label.max()}: expected {_known(ids)}")
+        raise LabelError(f"holds ids from {label.min()} to {label.max()}: expected {known}")
     label = label.astype(np.uint8, copy=False)
-    pixels = np.array(PILImage.fromarray(label).histogram())
+    pixels = np.array(Image.fromarray(label).histogram())
     unknown = np.flatnonzero((pixels > 0) & ~ids.known)
     if len(unknown):
-        hint = " (they look like Cityscapes label ids, not train ids)" if ids.name == "cityscapes" else ""
-        hint = hint if unknown.max() <= 34 else ""
-        found = f"holds the unknown ids {unknown[:5].tolist()} ({pixels[unknown].sum()} pixels)"
-        raise LabelError(f"{found}: expected {_known(ids)}{hint}")
+        found = f"holds the unknown ids {unknown[:5].tolist()} ({pixels[unknown].sum()} pixels): expected {known}"
+        if ids.name == "cityscapes" and unknown.max() <= 34:
+            found += " (they look like Cityscapes label ids, not train ids)"
+        raise LabelError(found)
     return label
 
 
-def _known(ids: IdMap) -> str:
-    return ", ".join(str(i) for i in np.flatnonzero(ids.known))
-
-
-def _first_of_wide(picture: PILImage.Image) -> np.ndarray:
+def _first_of_wide(picture: Image.Image) -> np.ndarray:
     """The first channel's low bytes of a PNG of 16 bits, of which Pillow would keep the high ones (SYNTHIA)."""
     raw = picture.tile[0].args if picture.tile else ""
     if not str(raw).endswith(";16B"):
@@ -165,13 +158,13 @@ def _first_of_wide(picture: PILImage.Image) -> np.ndarray:
 
 def _colours_to_ids(label: np.ndarray, ids: IdMap) -> np.ndarray:
     """(h, w, 3) uint8 colours -> (h, w) uint8 ids."""
-    packed = label.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
-    known = np.array(sorted((r << 16 | g << 8 | b, i) for (r, g, b), i in ids.colours.items()), np.uint32)
-    place = np.searchsorted(known[:, 0], packed).clip(max=len(known) - 1)
-    wrong = known[place, 0] != packed
-    if wrong.any():
-        raise LabelError(f"holds the unknown colour {label[wrong][0].tolist()}: expected those of {ids.name}.csv")
-    return known[place, 1].astype(np.uint8)
+    as_number = np.array([1 << 16, 1 << 8, 1])
+    numbers, places = np.unique(label @ as_number, return_inverse=True)
+    id_of = {int(ids.palette[i] @ as_number): i for i in ids.names}
+    unknown = [list(number.to_bytes(3, "big")) for number in numbers.tolist() if number not in id_of]
+    if unknown:
+        raise LabelError(f"holds the unknown colour {unknown[0]}: expected those of {ids.name}.csv")
+    return np.array([id_of[number] for number in numbers], np.uint8)[places].reshape(label.shape[:2])
 
 
 def _draw_polygons(path: Path, ids: IdMap) -> np.ndarray:
@@ -180,9 +173,9 @@ def _draw_polygons(path: Path, ids: IdMap) -> np.ndarray:
     try:
         content = json.loads(path.read_bytes())
         size = int(content["imgWidth"]), int(content["imgHeight"])
-        if not 0 < size[0] * size[1] <= 2 * (PILImage.MAX_IMAGE_PIXELS or 2**31):
+        if not 0 < size[0] * size[1] <= MOST_PIXELS:
             raise LabelError(f"is {size[0]} x {size[1]}: expected the size of a picture")
-        drawn = PILImage.new("L", size, places["unlabeled"])
+        drawn = Image.new("L", size, places["unlabeled"])
         pen = ImageDraw.Draw(drawn)
         for shape in content["objects"]:
             if shape.get("deleted"):

@@ -1,7 +1,7 @@
 """Domains: labelled (or unlabelled) sets of pictures as `datasets.Dataset`s, each with its own class set.
 
 A domain is named `name[:split][@folder][~corruption]`, for example `scenes:night`, `acdc:fog-val@folder`,
-`folder@my_photos`, `cityscapes@folder~noise3`. Trees and file names are in `readers.py`, decoding in `pictures.py`.
+`folder@my_photos`, `cityscapes@folder~noise3`. Trees and file names are in `layouts.py`, decoding in `decode.py`.
 """
 
 from __future__ import annotations
@@ -9,21 +9,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 from datasets import Dataset
-from PIL import Image as PILImage
+from huggingface_hub import constants
+from PIL import Image
 from tqdm import tqdm
 
 from setlib import scenes
 from setlib.data import corruptions
-from setlib.data.decode import TURNED, UNREADABLE, LabelError, fitting, measure, read_label, read_picture
+from setlib.data.decode import UNREADABLE, LabelError, fitting, measure, read_label, read_picture
 from setlib.data.labels import IGNORE, ClassSet, IdMap, id_map
 from setlib.data.layouts import LAYOUTS, USUAL, Listing, Pair, list_pairs
 from setlib.experiment import Data
@@ -53,9 +54,20 @@ class Sample(NamedTuple):
     name: str
 
 
+class Header(NamedTuple):
+    """What the headers of a picture and its label say: a problem, or "", and the picture's size (w, h) as shown.
+
+    turned: the picture is turned by EXIF, and sizes do not tell whether its label is.
+    """
+
+    problem: str
+    size: tuple[int, int] | None = None
+    turned: bool = False
+
+
 @dataclass(frozen=True)
 class Domain:
-    """Pictures of one domain; `dataset` has the columns image, label (when there are labels), name, domain.
+    """Pictures of one domain; `dataset` has the columns image, label (None where there is none), name and domain.
 
     image and label are paths, or bytes in a data set of the hub, where a name is split and row.
     """
@@ -64,9 +76,8 @@ class Domain:
     dataset: Dataset
     ids: IdMap
     has_labels: bool
+    data: Data
     any_size: bool = False  # a label of another size is resized to its picture
-    stored: bool = False  # labels were drawn on pixels as they are stored, where their sizes do not tell
-    skip: bool = False  # `samples` passes over what is damaged
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -78,10 +89,12 @@ class Domain:
 
     @property
     def keys(self) -> list[str]:
-        """What tells pictures apart, whatever they are called: their files; of the hub, split and row."""
-        if self.spec.name == "hub":
-            return [f"{_place(self.spec)} {name}" for name in self.dataset["name"]]
-        return [*map(os.path.realpath, self.dataset["image"])]
+        """What tells pictures apart, whatever they are called: their files; of the hub, data set, split and row."""
+        if self.spec.name != "hub":
+            return [*map(os.path.realpath, self.dataset["image"])]
+        place = self.spec.split.partition(":")[0]
+        place = os.path.realpath(place) if os.path.exists(place) else place
+        return [f"{place} {name}" for name in self.dataset["name"]]
 
     def to_score(self, label: np.ndarray | None) -> np.ndarray | None:
         """Raw label ids -> places in the class set that this domain is scored in, 255 ignored; None stays None."""
@@ -92,52 +105,65 @@ class Domain:
 
         long_edge: as in `read_picture`: a large JPEG may come smaller than its label.
         """
-        row, label = self.dataset[index], None
-        name, picture = row["name"], _file(row["image"])
         try:
-            image = read_picture(picture, long_edge)
-            if self.has_labels:
-                label = self._label(row, image.shape[:2], bool(long_edge))
-        except LabelError as error:
-            raise ValueError(f"{self.spec.text}: label of '{name}' {error}.") from None
-        except UNREADABLE as error:
-            raise ValueError(
-                f"{self.spec.text}: '{name}' cannot be decoded ({error}): download or export it again."
-            ) from None
+            sample = self.read(self.dataset[index], long_edge)
+        except ValueError as error:
+            raise ValueError(f"{self.spec.text}: {error}.") from None
         if self.spec.corruption:
-            image = corruptions.corrupt(image, self.spec.corruption, self.spec.severity, name)
-        return Sample(image, label, name)
+            image = corruptions.corrupt(sample.image, self.spec.corruption, self.spec.severity, sample.name)
+            sample = sample._replace(image=image)
+        return sample
 
     def samples(self, indices: Iterable[int]) -> Iterator[tuple[int, Sample]]:
-        """Those pictures that can be decoded, with their places; the first other one is an error unless `skip`."""
+        """Those pictures that can be decoded, with their places; the first other one is an error unless skipped."""
         for index in indices:
             try:
                 yield index, self.sample(index)
             except ValueError as error:
-                if not self.skip:
+                if self.data.on_error != "skip":
                     raise
                 say(f"{error} Passed over.")
 
-    def _label(self, row: dict, size: tuple[int, int], smaller: bool) -> np.ndarray:
-        """The raw ids of a label, of its picture's size."""
-        label = fitting(read_label(_file(row["label"]), self.ids), _file(row["image"]), self.stored)
-        if label.shape != size and not smaller:
-            if not self.any_size:
-                raise LabelError(other_size(label.shape, size))
-            label = np.asarray(PILImage.fromarray(label).resize(size[::-1], PILImage.Resampling.NEAREST))
-        return label
-
-    def _teaches_nothing(self, row: dict) -> bool:
-        """Whether a label can be read and all of it is ignored."""
+    def read(self, row: dict, long_edge: int = 0) -> Sample:
+        """A row of `dataset`, decoded, not corrupted. Raises ValueError as `sample` does, without the domain's name."""
+        name, damaged, label = row["name"], f"'{row['name']}'", None
         try:
-            return bool((self.ids.to_train[read_label(_file(row["label"]), self.ids)] == IGNORE).all())
-        except UNREADABLE:
-            return False
+            image = read_picture(_file(row["image"]), long_edge)
+            if row["label"]:
+                damaged = row["label"] if isinstance(row["label"], str) else f"label of '{name}'"
+                label = read_label(_file(row["label"]), self.ids)
+                label = fitting(label, _file(row["image"]), self.data.exif_labels == "stored")
+        except LabelError as error:
+            raise ValueError(f"label of '{name}' {error}") from None
+        except UNREADABLE as error:
+            raise ValueError(f"{damaged} cannot be decoded ({error}): download or export it again") from None
+        if label is not None and label.shape != image.shape[:2] and not long_edge:
+            if not self.any_size:
+                raise ValueError(_other_size(name, image.shape[1::-1], label.shape[::-1]))
+            label = np.asarray(Image.fromarray(label).resize(image.shape[1::-1], Image.Resampling.NEAREST))
+        return Sample(image, label, name)
+
+    def header(self, row: dict) -> Header:
+        """Reads the headers of a row of `dataset`; all of a picture whose size is not its label's."""
+        file = row["label"] or row["image"]
+        try:
+            label = measure(_file(row["label"]))[0] if row["label"] else None
+            file = row["image"]
+            size, stored, orientation = measure(_file(file), None if self.any_size else label)
+        except UNREADABLE as error:
+            return Header(f"{file} cannot be opened as a picture ({error})")
+        if label in (None, size, stored) or self.any_size:
+            return Header("", size, label is not None and orientation > 1 and size == stored)
+        return Header(_other_size(row["name"], size, label), size)
 
 
 def _file(value: Any) -> Any:
     """What Pillow opens: a path, or the bytes of a row of the hub."""
     return value if isinstance(value, str) else BytesIO(value["bytes"]) if value["bytes"] else value["path"]
+
+
+def _other_size(name: str, image: tuple[int, int], label: tuple[int, int]) -> str:
+    return f"image '{name}' is {image[0]} x {image[1]} but its label is {label[0]} x {label[1]}: they must be equal"
 
 
 @cache
@@ -146,9 +172,10 @@ def say(note: str) -> None:
     tqdm.write(note)
 
 
-def other_size(label: tuple[int, ...], image: tuple[int, ...]) -> str:
-    """What is wrong with a label (h, w) of another size than its picture."""
-    return f"is {label[1]} x {label[0]} but its image is {image[1]} x {image[0]}"
+def short_name(domain: str) -> str:
+    """A domain's name without its folder: `camvid:dusk@/data/camvid` is camvid:dusk, `folder@photos` folder:photos."""
+    head, _, folder = domain.partition("@")
+    return head if ":" in head or not folder else f"{head}:{PurePath(folder).name}"
 
 
 def check_edges(data: Data) -> None:
@@ -191,62 +218,80 @@ def load(text: str, data: Data, role: str = "target") -> Domain:
     spec = parse(text)
     limit = data.train_images if role == "source" else data.eval_images
     domain = (_from_hub if spec.name == "hub" else _from_files)(spec, data, role, limit)
-    if role == "source" and not domain.has_labels:
-        raise ValueError(f"Source '{text}' has no labels: a source needs a column called {' or '.join(LABEL_COLUMNS)}.")
-    if role == "source" and all(map(domain._teaches_nothing, domain.dataset)):
-        raise ValueError(f"Source '{text}' teaches nothing: every pixel of its labels is ignored; are its ids right?")
+    if role == "source":
+        labels = (sample.label for _, sample in domain.samples(range(len(domain))))
+        if all((domain.ids.to_train[label] == IGNORE).all() for label in labels):
+            raise ValueError(
+                f"Source '{text}' teaches nothing: every pixel of its labels is ignored; are its ids right?"
+            )
     return domain
 
 
 def _from_files(spec: Spec, data: Data, role: str, limit: int) -> Domain:
     """A domain of pictures in a folder; what is passed over is said once."""
-    text, skip, found = spec.text, data.on_error == "skip", find(spec, data, role)
-    if found.problems:
-        more = len(found.problems) - 1
+    text, (domain, listing) = spec.text, find(spec, data, role)
+    if listing.problems:
+        more = len(listing.problems) - 1
         more_text = f" (and {more} more like it; see: python -m setlib check {text})" if more else ""
-        raise ValueError(f"{text}: {found.problems[0]}{more_text}.")
-    if not found.pairs:
-        raise ValueError(f"Domain '{text}' is empty: no picture in {spec.folder}.")
-    pairs = found.pairs if spec.name == "scenes" else _evenly(found.pairs, limit)
-    has_labels = all(pair.label for pair in pairs)
-    if role == "source" and not has_labels:
+        raise ValueError(f"{text}: {listing.problems[0]}{more_text}.")
+    if 0 < limit < len(domain):  # evenly: neighbours in a video say little more than one of them
+        chosen = np.linspace(0, len(domain) - 1, limit).round().astype(int)
+        domain = replace(domain, dataset=domain.dataset.select(chosen))
+    if role == "source" and not domain.has_labels:
         expected = Path(spec.folder) / LAYOUTS[spec.name][0].labels[0][0]
-        hint = "".join(f" ({note})" for note in found.notes)
+        hint = "".join(f" ({note})" for note in listing.notes)
         raise ValueError(f"Source '{text}' has no labels: a source needs {expected}{hint}.")
-    heads = [header(pair, found.any_size) for pair in pairs]
-    for problem in (one.problem for one in heads if one.problem):
-        if not skip:
+    headers = [domain.header(row) for row in domain.dataset]
+    for problem in (header.problem for header in headers if header.problem):
+        if data.on_error != "skip":
             raise ValueError(f"{text}: {problem}.")
         say(f"{text}: {problem}, passed over")
-    for note in found.notes + turned_note(sum(one.turned for one in heads), data):
+    for note in listing.notes + turned_note(headers, data):
         say(f"{text}: {note}")
-    pairs = [pair for pair, one in zip(pairs, heads, strict=True) if not one.problem]
-    if not pairs:
+    kept = [i for i, header in enumerate(headers) if not header.problem]
+    if not kept:
         raise ValueError(f"{text}: none of its pictures can be used.")
-    columns = {"image": [str(p.image) for p in pairs], "name": [p.name for p in pairs], "domain": [text] * len(pairs)}
-    if has_labels:
-        columns["label"] = [str(p.label) for p in pairs]
-    stored, ids = data.exif_labels == "stored", id_map(found.ids, data.class_set)
-    return Domain(spec, Dataset.from_dict(columns), ids, has_labels, found.any_size, stored, skip)
+    return replace(domain, dataset=domain.dataset.select(kept))
 
 
-def find(spec: Spec, data: Data, role: str = "") -> Listing:
-    """The pairs of a domain, uncut, and what is wrong with them as far as names tell."""
-    if spec.name != "scenes":
-        return list_pairs(spec.name, spec.folder, spec.split, role, data.on_error == "skip")
-    return Listing(_scene_pairs(spec, data, role or "target"), "cityscapes", False, [])
+def find(spec: Spec, data: Data, role: str = "") -> tuple[Domain, Listing]:
+    """A domain of files, uncut and unopened, and what is wrong with it as far as names tell. ValueError if it is empty.
+
+    Rendered scenes are the first streets of a style; those of the source and those of the targets have other seeds.
+    """
+    if spec.name == "scenes":
+        count = (data.train_images if role == "source" else data.eval_images) or ENDLESS
+        seed, size = 2 * data.content_seed + (role != "source"), (data.height, data.width)
+        folder = Path(spec.folder) if spec.folder else cache_folder() / "scenes"
+        folder = folder / f"v{scenes.VERSION}-seed{seed}-{data.height}x{data.width}"
+        made = scenes.cached_scenes(folder, spec.split, range(count), seed, size)
+        listing = Listing([Pair(str(image), str(label), name) for image, label, name in made])
+    else:
+        listing = list_pairs(spec.name, spec.folder, spec.split, role, data.on_error == "skip")
+    if not listing.pairs:
+        more = f" ({listing.problems[0]})" if listing.problems else ""
+        raise ValueError(f"Domain '{spec.text}' is empty: no picture in {spec.folder}{more}.")
+    rows = Dataset.from_list([pair._asdict() | {"domain": spec.text} for pair in listing.pairs])
+    has_labels, ids = all(pair.label for pair in listing.pairs), id_map(listing.ids, data.class_set)
+    return Domain(spec, rows, ids, has_labels, data, listing.any_size), listing
+
+
+def turned_note(headers: Iterable[Header], data: Data) -> list[str]:
+    """The rule for labels of pictures that EXIF turns, where there are such."""
+    number = sum(header.turned for header in headers)
+    text = f"{number} pictures are turned by EXIF and sizes do not tell if their labels are: taken as drawn on "
+    other = "the pictures as shown (data.exif_labels=stored: on the pixels as stored)"
+    return [text + ("the pixels as stored" if data.exif_labels == "stored" else other)] if number else []
 
 
 def _from_hub(spec: Spec, data: Data, role: str, limit: int) -> Domain:
     """A data set of the hub, or in its form, with a column of pictures and one of labels; a limited one is streamed."""
-    from huggingface_hub import constants
-
     name, _, split = spec.split.partition(":")
-    if not (Path(name).exists() or constants.HF_HUB_OFFLINE or hub_answers(constants.ENDPOINT)):
+    if not (os.path.exists(name) or constants.HF_HUB_OFFLINE or hub_answers(constants.ENDPOINT)):
         raise ValueError(
             f"Domain '{spec.text}': {constants.ENDPOINT} does not answer; HF_HUB_OFFLINE=1 takes a copy from the cache."
         )
-    kind, files = ("parquet", name) if Path(name).is_file() else (name, None)
+    kind, files = ("parquet", name) if os.path.isfile(name) else (name, None)
     try:
         rows = datasets.load_dataset(kind, data_files=files, split=split or None, streaming=bool(limit))
         if not split:
@@ -262,90 +307,35 @@ def _from_hub(spec: Spec, data: Data, role: str, limit: int) -> Domain:
             f"Domain '{spec.text}' has the picture columns {', '.join(images) or 'none'}: expected one of pictures and "
             f"at most one of labels, called {' or '.join(LABEL_COLUMNS)}."
         )
-    rows = rows.select_columns(pictures + labels)
-    for column in pictures + labels:  # a damaged row is named when it is used
+    rows = rows.select_columns(images)
+    for column in images:  # a damaged row is named when it is used
         rows = rows.cast_column(column, datasets.Image(decode=False))
+    new = {pictures[0]: "image"} | {label: "label" for label in labels}
+    rows = rows.rename_columns({column: name for column, name in new.items() if column != name})
     if limit:
         rows = Dataset.from_list(list(rows.take(limit)), features=rows.features)
-    rows = rows.rename_columns({pictures[0]: "image"} | {label: "label" for label in labels})
     rows = rows.add_column("name", [f"{split} {i}" for i in range(len(rows))])
     rows = rows.add_column("domain", [spec.text] * len(rows))
-    kept = [i for i, row in enumerate(rows.select_columns("label")) if row["label"]] if labels else []
-    if 0 < len(kept) < len(rows):
-        text = f"{len(rows) - len(kept)} picture{'s' * (len(rows) - len(kept) != 1)} without a label"
+    rows = rows if labels else rows.add_column("label", [None] * len(rows))
+    labelled = [i for i, row in enumerate(rows.select_columns("label")) if row["label"]]
+    if role == "source" and not labelled:
+        columns = " or ".join(LABEL_COLUMNS)
+        raise ValueError(f"Source '{spec.text}' has no labels: a source needs a column called {columns}.")
+    if bare := len(labelled) and len(rows) - len(labelled):
+        text = f"{spec.text}: {bare} picture{'s' * (bare != 1)} without a label"
         if data.on_error != "skip":
-            raise ValueError(f"{spec.text}: {text}; -o data.on_error=skip passes over them.")
-        say(f"{spec.text}: {text} passed over")
-        rows = rows.select(kept)
-    ids = id_map(spec.folder or "cityscapes", data.class_set)
-    return Domain(spec, rows, ids, bool(kept), stored=data.exif_labels == "stored", skip=data.on_error == "skip")
-
-
-def _place(spec: Spec) -> str:
-    """The folder of a domain, or its data set of the hub."""
-    place = spec.split.partition(":")[0] if spec.name == "hub" else os.path.expanduser(spec.folder)
-    return place if spec.name == "hub" and not os.path.exists(place) else os.path.realpath(place)
+            raise ValueError(f"{text}; -o data.on_error=skip passes over them.")
+        say(f"{text} passed over")
+        rows = rows.select(labelled)
+    return Domain(spec, rows, id_map(spec.folder or "cityscapes", data.class_set), bool(labelled), data)
 
 
 def shared(source: str, text: str, data: Data) -> int:
     """How many of a domain's pictures, as they are scored, are among those of the source; 0 if that is not here."""
     try:
-        one, other = parse(source), parse(text)
-        if one.name == "scenes" or (one.name, _place(one)) != (other.name, _place(other)):
+        name = parse(source).name
+        if name == "scenes" or name != parse(text).name:
             return 0
         return len({*load(source, data, "source").keys} & {*load(text, data).keys})
     except ValueError:
         return 0
-
-
-def _scene_pairs(spec: Spec, data: Data, role: str) -> list[Pair]:
-    """The first streets of a style; those of the source and those of the targets have different seeds."""
-    count = (data.train_images if role == "source" else data.eval_images) or ENDLESS
-    seed = 2 * data.content_seed + (role != "source")
-    folder = Path(spec.folder) if spec.folder else cache_folder() / "scenes"
-    folder = folder / f"v{scenes.VERSION}-seed{seed}-{data.height}x{data.width}"
-    made = scenes.cached_scenes(folder, spec.split, range(count), seed, (data.height, data.width))
-    return [Pair(image, label, name) for image, label, name in made]
-
-
-def _evenly(pairs: list[Pair], limit: int) -> list[Pair]:
-    """At most `limit` pairs (0 = all), evenly spaced: neighbours in a video say little more than one of them."""
-    if not limit or limit >= len(pairs):
-        return pairs
-    return [pairs[i] for i in np.linspace(0, len(pairs) - 1, limit).round().astype(int)]
-
-
-class Header(NamedTuple):
-    """What is wrong with a pair as far as the files' headers tell, or "", and its picture's size (w, h) as shown.
-
-    turned: the picture is turned by EXIF, and sizes do not tell whether its label is.
-    """
-
-    problem: str
-    size: tuple[int, int] | None = None
-    turned: bool = False
-
-
-def header(pair: Pair, any_size: bool = False, whole: bool = False) -> Header:
-    """Reads the headers of a pair; all of a picture whose size is not its label's, or with `whole`."""
-    path = pair.label or pair.image
-    try:
-        label = measure(path)[0]
-        path = pair.image
-        for decoded in (whole, True):
-            size, orientation = measure(path, decoded)
-            own = size[::-1] if orientation >= TURNED else size
-            if any_size or label in (size, own):
-                return Header("", size, pair.label is not None and orientation > 1 and size == own)
-    except (*UNREADABLE, KeyError, TypeError) as error:
-        what = f"'{pair.name}' cannot be decoded" if whole else f"{path} cannot be opened as a picture"
-        return Header(f"{what} ({error})")
-    text = "image '{}' is {} x {} but its label is {} x {}: they must be equal"
-    return Header(text.format(pair.name, *size, *label), size)
-
-
-def turned_note(number: int, data: Data) -> list[str]:
-    """The rule for labels of pictures that EXIF turns, where there are such."""
-    text = f"{number} pictures are turned by EXIF and sizes do not tell if their labels are: taken as drawn on "
-    other = "the pictures as shown (data.exif_labels=stored: on the pixels as stored)"
-    return [text + ("the pixels as stored" if data.exif_labels == "stored" else other)] if number else []

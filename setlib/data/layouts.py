@@ -9,17 +9,19 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
+
+from scipy.io import loadmat
 
 from setlib.files import nearest
 
 LOSSLESS, LOSSY = (".png", ".bmp", ".tif", ".tiff"), (".jpg", ".jpeg", ".webp")
 SUFFIXES = (*LOSSLESS, *LOSSY)
 UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng")  # pictures too, but not for Pillow
-CONVERTED = ("_labelTrainIds", "_trainIds", "_train_id", "_trainids", "_train_ids")
-SEGNET = ("train", "val", "test")
+CONVERTED = ("_labelTrainIds", "_trainIds", "_train_id", "_trainids", "_train_ids")  # by the field's tools: train ids
+INSTANCES = "_inst"  # ends the names of IDD-lite's instance labels
 USUAL = {"source": ("train", "training"), "target": ("val", "validation", "valid", "dev")}  # splits when none is named
 
 
@@ -30,44 +32,43 @@ class Layout(NamedTuple):
     of a path, `{group}` for any number of folders, `*` for any characters; where a file is missing in the format of
     its pattern, it is taken in another one, a label in one without loss. labels: (pattern, id map) in order of
     preference; fields of one name are equal in both. splits: what a split is called in the tree, where `{split}` is;
-    empty: any. any_size: labels may differ from their pictures in size (they are then resized, nearest). besides: files
-    with this in their name are something else. unlabelled: splits whose labels are dummies. converted: what the
-    field's tools append to a label's name when they write train ids beside it; read where the label itself is missing.
+    empty: any. any_size: labels may differ from their pictures in size (they are then resized, nearest).
+    unlabelled: splits whose labels are dummies.
     """
 
     images: str
     labels: tuple[tuple[str, str], ...]
     splits: dict[str, str] = {}
     any_size: bool = False
-    besides: str = ""
     unlabelled: tuple[str, ...] = ()
-    converted: tuple[str, ...] = CONVERTED
 
 
 def _cityscapes(kind: str, suffix: str = "") -> Layout:
-    label = "gtFine/{split}/{group}/{name}_gtFine_"
-    return Layout(
-        f"{kind}/{{split}}/{{group}}/{{name}}_{kind}{suffix}.png",
-        ((f"{label}labelIds.png", "labelids"), (f"{label}labelTrainIds.png", "cityscapes")),
-        unlabelled=("test",),
-    )
+    images = f"{kind}/{{split}}/{{group}}/{{name}}_{kind}{suffix}.png"
+    return Layout(images, _both("gtFine/{split}/{group}/{name}_gtFine"), unlabelled=("test",))
 
 
 def _anonymous(folders: str) -> Layout:
     """ACDC and Dark Zurich."""
-    label = f"gt/{folders}/{{name}}_gt_label"
-    return Layout(
-        f"rgb_anon/{folders}/{{name}}_rgb_anon.png",
-        ((f"{label}Ids.png", "labelids"), (f"{label}TrainIds.png", "cityscapes")),
-    )
+    return Layout(f"rgb_anon/{folders}/{{name}}_rgb_anon.png", _both(f"gt/{folders}/{{name}}_gt"))
 
 
-def _mapillary(*labels: tuple[str, str]) -> Layout:
-    names = {"train": "training", "val": "validation", "test": "testing"}
-    return Layout("{split}/images/{name}.jpg", tuple((f"{{split}}/{path}", ids) for path, ids in labels), names)
+def _both(stem: str) -> tuple[tuple[str, str], ...]:
+    """Labels of label ids or, where these are missing, of train ids."""
+    return (f"{stem}_labelIds.png", "labelids"), (f"{stem}_labelTrainIds.png", "cityscapes")
 
 
 _PLAIN = "images/{name}.*", "labels/{name}.png"
+_MAPILLARY, _MAPILLARY_SPLITS = (
+    "{split}/images/{name}.jpg",
+    {"train": "training", "val": "validation", "test": "testing"},
+)
+_MAPILLARY_12 = ("{split}/v1.2/labels/{name}.png", "mapillary12"), ("{split}/labels/{name}.png", "mapillary12")
+_IDD = "gtFine/{split}/{group}/{name}_gtFine_"
+_IDD_LABELS = (f"{_IDD}labelids.png", "idd"), (f"{_IDD}polygons.json", "idd")
+_IDD_CONVERTED = (f"{_IDD}labellevel3Ids.png", "iddlevel3"), (f"{_IDD}labelcsTrainIds.png", "cityscapes")
+_IDD_LITE = (("gtFine/{split}/{group}/{name}_label.png", "iddlite"),)
+_CAMVID_SPLITS = {"train": "train", "val": "val", "test": "test"}
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "folder": (Layout(_PLAIN[0], ((_PLAIN[1], "cityscapes"),)),),
     "gtav": (Layout("images/{name}.png", ((_PLAIN[1], "labelids"),), any_size=True),),
@@ -80,43 +81,27 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
         Layout("images/10k/{split}/{name}.jpg", (("labels/sem_seg/masks/{split}/{name}.png", "cityscapes"),)),
         Layout("seg/images/{split}/{name}.jpg", (("seg/labels/{split}/{name}.png", "cityscapes"),)),
     ),
-    "mapillary": (_mapillary(("v1.2/labels/{name}.png", "mapillary12"), ("labels/{name}.png", "mapillary12")),),
-    "mapillary-v2": (_mapillary(("v2.0/labels/{name}.png", "mapillary20")),),
+    "mapillary": (Layout(_MAPILLARY, _MAPILLARY_12, _MAPILLARY_SPLITS),),
+    "mapillary-v2": (Layout(_MAPILLARY, (("{split}/v2.0/labels/{name}.png", "mapillary20"),), _MAPILLARY_SPLITS),),
     "acdc": (_anonymous("{condition}/{split}/{group}"),),
     "darkzurich": (_anonymous("{split}/{group}"),),
-    "idd": (
-        Layout(
-            "leftImg8bit/{split}/{group}/{name}_leftImg8bit.*",
-            (
-                ("gtFine/{split}/{group}/{name}_gtFine_labelids.png", "idd"),
-                ("gtFine/{split}/{group}/{name}_gtFine_polygons.json", "idd"),
-                ("gtFine/{split}/{group}/{name}_gtFine_labellevel3Ids.png", "iddlevel3"),
-                ("gtFine/{split}/{group}/{name}_gtFine_labelcsTrainIds.png", "cityscapes"),
-            ),
-        ),
-    ),
-    "idd-lite": (
-        Layout(
-            "leftImg8bit/{split}/{group}/{name}_image.*",
-            (("gtFine/{split}/{group}/{name}_label.png", "iddlite"),),
-            besides="_inst_label",
-        ),
-    ),
+    "idd": (Layout("leftImg8bit/{split}/{group}/{name}_leftImg8bit.*", (*_IDD_LABELS, *_IDD_CONVERTED)),),
+    "idd-lite": (Layout("leftImg8bit/{split}/{group}/{name}_image.*", _IDD_LITE),),
     "kitti": (Layout("training/image_2/{name}.png", (("training/semantic/{name}.png", "labelids"),)),),
     "wilddash2": (Layout(_PLAIN[0], ((_PLAIN[1], "wilddash"),)),),
     "camvid": (
         Layout(_PLAIN[0], ((_PLAIN[1], "camvid"),)),
-        Layout("{split}/{name}.png", (("{split}annot/{name}.png", "camvid"),), {s: s for s in SEGNET}),
+        Layout("{split}/{name}.png", (("{split}annot/{name}.png", "camvid"),), _CAMVID_SPLITS),
         Layout("701_StillsRaw_full/{name}.png", (("LabeledApproved_full/{name}_L.png", "camvid32"),)),
     ),
-}  # fmt: skip
+}
 
 
 class Pair(NamedTuple):
     """Paths of one picture and of its label, if it has one; name: unique in the domain; split: "" if there is none."""
 
-    image: Path
-    label: Path | None
+    image: str
+    label: str | None
     name: str
     split: str = ""
 
@@ -128,9 +113,9 @@ class Listing(NamedTuple):
     """
 
     pairs: list[Pair]
-    ids: str
-    any_size: bool
-    problems: list[str]
+    ids: str = "cityscapes"
+    any_size: bool = False
+    problems: list[str] = []
     notes: list[str] = []
 
 
@@ -142,194 +127,187 @@ def list_pairs(name: str, folder: str, split: str = "", role: str = "", skip: bo
     are such splits; else everything. skip: what is missing is passed over with a note.
     Raises ValueError if the folder does not hold the data set, or no such split.
     """
-    root = Path(os.path.expanduser(folder))
-    layout = next((one for one in LAYOUTS[name] if _holds(root, one)), None)
+    root, text = Path(os.path.expanduser(folder)), f"{name}{':' * bool(split)}{split}@{folder}"
+    layout = next((one for one in LAYOUTS[name] if _homes(root, one) == [root]), None)
     if layout is None:
-        raise ValueError(f"{_text(name, folder, split)}: {_wrong_folder(name, root)}")
-    found = _match(root, layout.images, SUFFIXES + UNREAD)
+        raise ValueError(f"{text}: {_wrong_folder(name, root)}")
+    found = _match(root, layout, layout.images, SUFFIXES + UNREAD)
     images = {path: fields for path, fields in found.items() if not path.lower().endswith(UNREAD)}
-    named = _named_splits(root, split) if "{split}" not in layout.images else None
-    kept, asked = _choose(images, layout, split if named is None else "", role, _text(name, folder, split))
-    if named is not None:
-        kept = {path: fields for path, fields in images.items() if fields["name"] in named}
-    absent = sorted((named or set()) - {fields["name"] for fields in kept.values()})
-    labels, pattern, ids = _labels(root, layout, kept)
-    pairs, wanting, problems = _join(root, kept, labels, pattern, several="*" in layout.images.removesuffix(".*"))
-    notes, lossy = [], [str(p.label) for p in pairs if p.label and p.label.name.lower().endswith(LOSSY)]
-    if lossy:
-        problems.append(f"{len(lossy)} labels like {lossy[0]} are in a lossy format, ids are lost: export them as PNG")
-    elif not labels and not {fields.get("split") for fields in kept.values()} & {*layout.unlabelled}:
-        notes = _elsewhere(root, layout, kept)
-    if unread := sorted(found.keys() - images.keys()):
-        text = f"{len(unread)} pictures like {unread[0]} are in a format that is not read: export them as JPG or PNG"
-        (notes if images else problems).append(text)
+    unread = sorted(found.keys() - images.keys())
+    listed = None
+    if split and "{split}" not in layout.images:
+        listed, split = _read_split(root, split), ""
+    asked = _asked(images, layout, split, role, text)
+    kept = {p: f for p, f in images.items() if asked <= {*f.values()} and (listed is None or f["name"] in listed)}
+    pattern, ids, labels = _labels(root, layout, kept, LOSSLESS)
+    pairs, bare, problems = _join(root, layout, kept, pattern, labels)
+
+    notes: list[str] = []
+    if not labels and not {fields.get("split") for fields in kept.values()} & {*layout.unlabelled}:
+        lossy = [root / path for path, _ in _labels(root, layout, kept, LOSSY)[2].values()]
+        if lossy:
+            what = f"{len(lossy)} labels like {lossy[0]} are in a lossy format, ids are lost: export them as PNG"
+            problems.append(what)
+        else:
+            notes += _elsewhere(root, layout, kept)
+    if unread:
+        what = f"{len(unread)} pictures like {unread[0]} are in a format that is not read: export them as JPG or PNG"
+        (notes if images else problems).append(what)
+    absent = sorted((listed or set()) - {fields["name"] for fields in kept.values()})
     if skip:
-        pairs = [pair for pair in pairs if pair.name not in wanting]
+        pairs = [pair for pair in pairs if pair.name not in bare]
+        notes += _passed_over("picture{} without a label", bare)
+        notes += _passed_over("picture{} of the split's list that are not there", absent)
     else:
-        problems += [f"{text}; -o data.on_error=skip passes over it" for text in wanting.values()]
+        problems += [f"{sentence}; -o data.on_error=skip passes over it" for sentence in bare.values()]
         problems += [f"'{one}' is in the list of the split but not in {root}" for one in absent]
-    used = {_key(fields, pattern) for fields in kept.values()}
-    alone = [f["name"] for key, (_, f) in labels.items() if key not in used and asked <= set(f.values())]
-    passed = {
-        "picture{} without a label": wanting if skip else (),
-        "picture{} of the split's list that are not there": absent if skip else (),
-        "label{} converted to train ids": [one for one in alone if one.endswith(layout.converted)],
-        "label{} without a picture": [one for one in alone if named is None and not one.endswith(layout.converted)],
-    }
-    notes += [f"{len(n)} {what.format('s' * (len(n) != 1))} passed over" for what, n in passed.items() if n]
+    used = {pattern.format(**fields) for fields in kept.values()}
+    alone = [f["name"] for label, (_, f) in labels.items() if label not in used and asked <= {*f.values()}]
+    notes += _passed_over("label{} converted to train ids", [one for one in alone if one.endswith(CONVERTED)])
+    if listed is None:
+        others = [one for one in alone if not one.endswith((*CONVERTED, INSTANCES))]
+        notes += _passed_over("label{} without a picture", others)
     return Listing(pairs, ids, layout.any_size, problems, notes)
 
 
-def _text(name: str, folder: str, split: str) -> str:
-    return f"{name}{':' * bool(split)}{split}@{folder}"
+def _passed_over(what: str, names: Collection[str]) -> list[str]:
+    return [f"{len(names)} {what.format('s' * (len(names) != 1))} passed over"] if names else []
 
 
-def _labels(root: Path, layout: Layout, images: dict) -> tuple[dict, str, str]:
-    """The labels {key: (path, fields)} that serve most of the pictures, their pattern and id map; the first of equals.
+def _asked(images: dict, layout: Layout, split: str, role: str, text: str) -> set[str]:
+    """What a split and a role mean in the tree: values of its fields split and condition."""
+    splits, conditions = ({f[field] for f in images.values() if field in f} for field in ("split", "condition"))
+    names = {value: value for value in splits | conditions}
+    names |= {name: value for name, value in layout.splits.items() if value in splits}
+    parts = [split] if split in names else split.split("-") if split else []
+    for part in parts:
+        if part not in names:
+            where = f"; there are {', '.join(sorted(names))}" if names else ": this data set has none in its tree"
+            raise ValueError(f"{text}: unknown split '{part}'{where} ({nearest(part, sorted(names))}).")
+    asked = {names[part] for part in parts}
+    usual = [value for value in USUAL.get(role, ()) if value in splits]
+    return asked if asked & splits else asked | set(usual[:1])
 
-    Train ids that were written beside labels are looked for only where labels are missing.
+
+def _read_split(root: Path, split: str) -> set[str]:
+    """The names of a split that a list beside the tree holds: GTAV's split.mat, or splits.json."""
+    mat, file = root / "split.mat", root / "splits.json"
+    if mat.is_file():
+        try:
+            ids = {key.removesuffix("Ids"): value.ravel() for key, value in loadmat(mat).items() if key.endswith("Ids")}
+            splits = {name: [f"{int(i):05d}" for i in values] for name, values in ids.items()}
+        except Exception as error:  # scipy raises many kinds for a damaged file
+            raise ValueError(f"{mat} cannot be read ({error}): download it again.") from None
+    elif file.is_file():
+        try:
+            content = json.loads(file.read_bytes())["splits"]
+            splits = {name: [str(one) for one in names] for name, names in content.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f'{file} cannot be read: expected {{"splits": {{name: [picture, ...]}}}}.') from None
+    else:
+        raise ValueError(f"A split '{split}' is named, but there is no splits.json in {root}: leave ':{split}' out.")
+    if split not in splits:
+        raise ValueError(f"Unknown split '{split}' of {root} ({nearest(split, splits)}).")
+    return set(splits[split])
+
+
+def _labels(root: Path, layout: Layout, images: dict, formats: tuple[str, ...]) -> tuple[str, str, dict]:
+    """The pattern and id map of the labels that serve most pictures, and these: {pattern filled: (path, fields)}.
+
+    Train ids that were written beside labels are looked for only where labels are missing. The first of equals.
     """
-    best, most = ({}, *layout.labels[0]), (-1, 0)
-    converted = [(f"{p[:-4]}{end}.png", "cityscapes") for end in layout.converted for p, _ in layout.labels]
+    best, most = (*layout.labels[0], {}), -1
+    converted = [(f"{os.path.splitext(p)[0]}{end}.png", "cityscapes") for end in CONVERTED for p, _ in layout.labels]
     for pattern, ids in (*layout.labels, *converted):
-        found = _match(root, pattern, () if pattern.endswith(".json") else SUFFIXES, layout.images).items()
         labels = {
-            _key(fields, pattern): (path, fields)
-            for path, fields in sorted(found, key=lambda one: not one[0].lower().endswith(LOSSY))  # without loss wins
-            if not (layout.besides and layout.besides in path) and fields.get("split") not in layout.unlabelled
+            pattern.format(**fields): (path, fields)
+            for path, fields in _match(root, layout, pattern, formats).items()
+            if fields.get("split") not in layout.unlabelled
         }
-        serving = [labels[key][0] for key in (_key(f, pattern) for f in images.values()) if key in labels]
-        served = sum(not path.lower().endswith(LOSSY) for path in serving), len(serving)
+        served = sum(pattern.format(**fields) in labels for fields in images.values())
         if served > most:
-            best, most = (labels, pattern, ids), served
-        if most[0] == len(images):
+            best, most = (pattern, ids, labels), served
+        if served == len(images):
             break
     return best
 
 
+def _join(root: Path, layout: Layout, images: dict, pattern: str, labels: dict) -> tuple[list[Pair], dict, list[str]]:
+    """Pictures with their labels, {name: sentence} of those whose label is missing, and what is wrong beside.
+
+    A split in which nothing is labelled has no labels. One label may serve several pictures (fog of several strengths).
+    """
+    pairs, bare, problems, seen = [], {}, [], {}
+    labelled = {fields.get("split", "") for _, fields in labels.values()}
+    for path, fields in sorted(images.items()):
+        group, split = fields.get("group", ""), fields.get("split", "")
+        name = Path(path).stem if "*" in Path(layout.images).stem else fields["name"]
+        name = name if name.startswith(group) else f"{group}/{name}"
+        if name in seen:
+            problems.append(f"'{Path(path).name}' and '{Path(seen[name]).name}' share one name: rename one of them")
+            continue
+        seen[name], expected = path, pattern.format(**fields)
+        label = str(root / labels[expected][0]) if expected in labels else None
+        if label is None and split in labelled:
+            bare[name] = f"image '{name}' has no label: expected {root / expected}"
+        pairs.append(Pair(str(root / path), label, name, split))
+    return pairs, bare, problems
+
+
 def _elsewhere(root: Path, layout: Layout, images: dict) -> list[str]:
-    """Where labels of the pictures seem to lie, in folders beside those of the pictures; a note or none."""
+    """A note on where labels of the pictures seem to lie, beside their folder or beside the one that was given."""
+    own = [part / _base(layout.images) for part in _roots(root, layout, layout.images)]
     expected = " or ".join(pattern for pattern, _ in layout.labels[:2])
-    own = [part / _base(layout.images) for part in _roots(root, layout.images)]
-    beside = dict.fromkeys(folder for base in own for folder in (*_folders(root), *_folders(base.parent)))
-    like = [f"{glob.escape(fields['name'])}[._]*" for fields in images.values()][:1]
-    for folder in (folder for folder in beside if not any(folder in (base, *base.parents) for base in own)):
-        for file in (file for pattern in like for file in folder.rglob(pattern)):
-            return [f"{folder}/ holds {file.name}, but labels are expected as {root / expected}"]
-    for part in (part for part in _folders(root.parent) if not (part / _base(layout.images)).is_dir()):
-        if any((part / _base(pattern)).is_dir() for pattern, _ in layout.labels if _base(pattern)):
+    for folder in dict.fromkeys(folder for base in own for folder in (*_folders(root), *_folders(base.parent))):
+        if images and not any(base.is_relative_to(folder) for base in own):
+            name = glob.escape(next(iter(images.values()))["name"])
+            if file := next(folder.rglob(f"{name}[._]*"), None):
+                return [f"{folder}/ holds {file.name}, but labels are expected as {root / expected}"]
+    for part in _label_roots(root.parent, layout):
+        if part.parent == root.parent and part not in _roots(part, layout, layout.images):
             return [f"{part} holds labels: give {root.parent}, the folder of both"]
     return []
 
 
-def _join(root: Path, images: dict, labels: dict, pattern: str, several: bool) -> tuple[list[Pair], dict, list[str]]:
-    """Pictures with their labels, {name: sentence} of those whose label is missing, and what is wrong beside.
-
-    A split in which nothing is labelled has no labels. several: one label may serve several pictures, for example fog
-    of several strengths.
-    """
-    pairs, wanting, problems, seen = [], {}, [], {}
-    labelled = {fields.get("split", "") for _, fields in labels.values()}
-    for path, fields in sorted(images.items()):
-        group, split = fields.get("group", ""), fields.get("split", "")
-        name = Path(path).stem if several else fields["name"]
-        name = name if name.startswith(group) else f"{group}/{name}"
-        label = labels.get(_key(fields, pattern))
-        if name in seen:
-            problems.append(f"'{Path(path).name}' and '{Path(seen[name]).name}' share one name: rename one of them")
-            continue
-        seen[name] = path
-        if label is None and split in labelled:
-            wanting[name] = f"image '{name}' has no label: expected {root / _filled(pattern, fields)}"
-        pairs.append(Pair(root / path, root / label[0] if label else None, name, split))
-    return pairs, wanting, problems
+def _wrong_folder(name: str, root: Path) -> str:
+    """The sentence for a folder that does not hold a data set: which one near it does, else what was expected."""
+    near = []
+    for layout in LAYOUTS[name]:
+        above = [folder for folder in (root.parent, root.parent.parent) if _homes(folder, layout) == [folder]]
+        near += [(folder, layout) for folder in (*above, *_homes(root, layout))]
+    meant = [folder for folder, layout in near if _label_roots(folder, layout)] or [folder for folder, _ in near]
+    if meant:
+        return f"{root} is the wrong level of the tree: give {' or '.join(map(str, meant[:3]))}."
+    trees = " or ".join(layout.images for layout in LAYOUTS[name])
+    return f"expected pictures in {root / trees}, but there is no such folder."
 
 
-def _regex(pattern: str, formats: Iterable[str]) -> re.Pattern:
-    """A pattern, in any of some formats, as a regular expression with its fields as groups."""
-    stem, dot, own = pattern.rpartition(".")
-    text = re.escape(stem).replace(r"\{", "{").replace(r"\}", "}").replace(r"\*", "[^/]*")
-    text = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+?)", text.replace("{group}", "(?P<group>.+?)"))
-    endings = [re.escape(ending) for ending in dict.fromkeys((dot + own, *formats)) if ending != ".*"]
-    return re.compile(f"{text}(?i:{'|'.join(endings)})")
+def _homes(root: Path, layout: Layout) -> list[Path]:
+    """The folders to give for a data set: `root`, also if archives were unpacked into folders of it, or some below."""
+    images, labels = _roots(root, layout, layout.images), _label_roots(root, layout)
+    whole = [part for part in images if part in labels]
+    return [root] if images and labels and not whole else whole or images
 
 
-def _key(fields: dict[str, str], pattern: str) -> tuple:
-    return tuple(fields[field] for field in re.findall(r"\{(\w+)\}", pattern) if field in fields)
+def _label_roots(root: Path, layout: Layout) -> list[Path]:
+    return [part for pattern, _ in layout.labels for part in _roots(root, layout, pattern)]
 
 
-def _filled(pattern: str, fields: dict[str, str]) -> str:
-    return re.sub(r"\{(\w+)\}", lambda found: fields.get(found[1], "*"), pattern)
+def _roots(root: Path, layout: Layout, pattern: str) -> list[Path]:
+    """Where a pattern begins: the folder itself, or those in it, up to two deep, that archives were unpacked into."""
+    base, folders, splits = _base(pattern), pattern.rpartition("/")[0], layout.splits.values() or ["*"]
+    begins = [base] if base else [re.sub(r"\{\w+\}", "*", folders.replace("{split}", split)) for split in splits]
+    level = [root]
+    for _ in range(3):
+        if parts := [part for part in level if any(any(part.glob(one)) for one in begins)]:
+            return parts
+        level = [deeper for folder in level for deeper in _folders(folder)]
+    return []
 
 
 def _base(pattern: str) -> str:
     """The folder in front of a pattern's first field, "" if it begins with one."""
     return pattern.split("{")[0].rpartition("/")[0]
-
-
-def _roots(root: Path, pattern: str, apart: str = "") -> list[Path]:
-    """Where a pattern begins: the folder itself, or those in it, up to two deep, that archives were unpacked into.
-
-    apart: of another pattern that must not begin there too, as in a whole data set inside of another.
-    """
-    base, other, level = _base(pattern), _base(apart), [root]
-    for _ in range(3):
-        if parts := [part for part in level if not base or (part / base).is_dir()]:
-            return [part for part in parts if part == root or not other or not (part / other).is_dir()]
-        level = [deeper for folder in level for deeper in _folders(folder)]
-    return []
-
-
-def _match(root: Path, pattern: str, formats: tuple[str, ...], apart: str = "") -> dict[str, dict[str, str]]:
-    """{path below root: fields} of all files that fit a pattern; links are followed.
-
-    formats: endings that stand in for the pattern's own where a file is missing. apart: as for `_roots`.
-    """
-    expression, found, seen = _regex(pattern, formats), {}, set()
-    for part in _roots(root, pattern, apart):
-        for folder, folders, files in os.walk(part / _base(pattern), followlinks=True, onerror=_refuse):
-            seen.add(os.path.realpath(folder))
-            folders[:] = [one for one in folders if os.path.realpath(f"{folder}/{one}") not in seen]  # links in circles
-            below, where = (Path(folder).relative_to(start) for start in (part, root))
-            for file in files:
-                match = expression.fullmatch((below / file).as_posix())
-                if match and not file.startswith("._"):  # a Mac's notes on a file
-                    found[(where / file).as_posix()] = match.groupdict()
-    own = pattern[pattern.rindex(".") :].lower()
-    there = {path[: -len(own)] for path in found if path.lower().endswith(own)}
-    return {p: f for p, f in found.items() if p.lower().endswith(own) or p.rpartition(".")[0] not in there}
-
-
-def _refuse(error: OSError) -> None:
-    """A folder that may not be read is not an empty one."""
-    if isinstance(error, PermissionError):
-        raise ValueError(f"{error.filename} cannot be read: {error.strerror}.")
-
-
-def _holds(root: Path, layout: Layout) -> bool:
-    """Whether the pictures of a layout are there, or its pictures and its labels in folders of their own."""
-    if _base(layout.images):
-        images = _roots(root, layout.images)
-        labels = _label_roots(root, layout) if images and images != [root] else images
-        return images == [root] or bool(labels) and not {*images} & {*labels}
-    tops = {layout.images.replace("{split}", value).split("{")[0] for value in layout.splits.values()}
-    return any((root / top).is_dir() for top in tops)
-
-
-def _label_roots(root: Path, layout: Layout) -> list[Path]:
-    return [part for pattern, _ in layout.labels for part in _roots(root, pattern)]
-
-
-def _wrong_folder(name: str, root: Path) -> str:
-    """The sentence for a folder that does not hold a data set: which one near it does, else what was expected."""
-    below = _folders(root)
-    near = [root.parent, root.parent.parent, *below, *(deeper for folder in below for deeper in _folders(folder))]
-    holding = {f: one for f in dict.fromkeys(near) for one in LAYOUTS[name] if _holds(f, one)}
-    meant = [str(folder) for folder, one in holding.items() if _label_roots(folder, one)] or [*map(str, holding)]
-    if meant:
-        return f"{root} is the wrong level of the tree: give {' or '.join(meant[:3])}."
-    trees = " or ".join(layout.images for layout in LAYOUTS[name])
-    return f"expected pictures in {root / trees}, but there is no such folder."
 
 
 def _folders(root: Path) -> list[Path]:
@@ -340,54 +318,31 @@ def _folders(root: Path) -> list[Path]:
         return []
 
 
-def _choose(images: dict, layout: Layout, split: str, role: str, text: str) -> tuple[dict, set[str]]:
-    """The pictures of a split, and the values of the fields that it names."""
-    values = {field: {f[field] for f in images.values() if field in f} for field in ("split", "condition")}
-    known = {layout.splits.get(value, value): value for value in set().union(*values.values())}
-    names = {name: value for name, value in layout.splits.items() if value in known} | {v: v for v in known}
-    if layout.splits:  # "{split}/..." would take any folder for a split
-        images = {path: f for path, f in images.items() if f["split"] in layout.splits.values()}
-    asked = [split] if split in names else split.split("-") if split else []
-    for part in asked:
-        if part not in names:
-            where = f"; there are {', '.join(sorted(names))}" if names else ": this data set has none in its tree"
-            raise ValueError(f"{text}: unknown split '{part}'{where} ({nearest(part, names)}).")
-    wanted = {names[part] for part in asked}
-    if role and not wanted & values["split"]:
-        wanted |= set([value for value in USUAL[role] if value in values["split"]][:1])
-    kept = {path: fields for path, fields in images.items() if wanted <= set(fields.values())}
-    return kept, wanted
+def _match(root: Path, layout: Layout, pattern: str, formats: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    """{path below root: fields} of the files that fit a pattern of a layout; links are followed.
+
+    formats: endings that stand in for the pattern's own where a file is missing.
+    """
+    stem, own = os.path.splitext(pattern)
+    parts = {"group": ".+?", "split": "|".join(layout.splits.values()) or "[^/]+?"}
+    text = re.escape(stem).replace(r"\*", "[^/]*")
+    expression = re.sub(r"\\{(\w+)\\}", lambda field: f"(?P<{field[1]}>{parts.get(field[1], '[^/]+?')})", text)
+    found, seen = {}, set()
+    for part in _roots(root, layout, pattern):
+        if part != root and pattern != layout.images and part in _roots(part, layout, layout.images):
+            continue  # labels of a whole data set inside of this one
+        for folder, folders, files in os.walk(part / _base(pattern), followlinks=True, onerror=_refuse):
+            seen.add(os.path.realpath(folder))
+            folders[:] = [one for one in folders if os.path.realpath(f"{folder}/{one}") not in seen]  # links in circles
+            for path in (Path(folder, file) for file in files if not file.startswith("._")):  # a Mac's notes on a file
+                match = re.fullmatch(expression, path.relative_to(part).with_suffix("").as_posix())
+                if match and path.suffix.lower() in (own, *formats):
+                    found[path.relative_to(root).as_posix()] = match.groupdict()
+    own_there = {path[: -len(own)] for path in found if path.lower().endswith(own)}
+    return {p: f for p, f in found.items() if p.lower().endswith(own) or p.rpartition(".")[0] not in own_there}
 
 
-def _named_splits(root: Path, split: str) -> set[str] | None:
-    """The names of a split that a list beside the tree holds: splits.json, or GTAV's split.mat; None without split."""
-    if not split:
-        return None
-    if (root / "split.mat").is_file():
-        splits = _read_mat(root / "split.mat")
-    elif (root / "splits.json").is_file():
-        try:
-            content = json.loads((root / "splits.json").read_bytes())["splits"]
-            splits = {
-                name: [*map(str, [*names] if isinstance(names, list) else None)] for name, names in content.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f'{root / "splits.json"} cannot be read: expected {{"splits": {{name: [picture, ...]}}}}.'
-            ) from None
-    else:
-        raise ValueError(f"A split '{split}' is named, but there is no splits.json in {root}: leave ':{split}' out.")
-    if split not in splits:
-        raise ValueError(f"Unknown split '{split}' of {root} ({nearest(split, splits)}).")
-    return set(splits[split])
-
-
-def _read_mat(path: Path) -> dict[str, Iterable[str]]:
-    """The splits of GTAV's split.mat: {"train": ["00001", ...], ...}."""
-    from scipy.io import loadmat
-
-    try:
-        ids = {key.removesuffix("Ids"): value for key, value in loadmat(path).items() if key.endswith("Ids")}
-        return {split: [f"{int(i):05d}" for i in value.ravel()] for split, value in ids.items()}
-    except Exception as error:  # scipy raises many kinds for a damaged file
-        raise ValueError(f"{path} cannot be read ({error}): download it again.") from None
+def _refuse(error: OSError) -> None:
+    """A folder that may not be read is not an empty one."""
+    if isinstance(error, PermissionError):
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}.")

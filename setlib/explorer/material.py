@@ -229,7 +229,7 @@ class Material:
     def judge(self, scores: Tensor, name: str, index: int) -> Segmented:
         """Scores of a picture in its domain's classes, against its label; NaN without one."""
         classes = self.domain(name).class_set
-        places = classes.merged(scores).argmax(0).byte().numpy()
+        places = classes.merge(scores).argmax(0).byte().numpy()
         label = self.label(name, index)
         known = label is not None and (label != IGNORE).any()
         miou = mean_iou(iou_per_class(pixel_counts(places, label, len(classes)))) if known else math.nan

@@ -46,7 +46,7 @@ def label_ids(name: str) -> tuple[np.ndarray, np.ndarray]:
     for row in read_rows(maps[name]):
         colours[row["id"]] = row["red"], row["green"], row["blue"]
     to_ids = np.full(256, IGNORE, np.uint8)
-    for train_id, place in enumerate(ids.class_set.merge):
+    for train_id, place in enumerate(ids.class_set.places):
         colour, name = ids.class_set.colours[place], ids.class_set.classes[place].lower()
         scored = {raw: text.partition(" (")[0].lower() for raw, text in ids.names.items() if ids.to_score[raw] == place}
         own = sorted(scored, key=lambda raw: (tuple(colours[raw]) != colour, scored[raw] != name))

@@ -35,7 +35,7 @@ def test_transparency_lies_on_white_and_exif_turns(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 8
     Image.new("RGB", (4, 2)).save(tmp_path / "a.jpg", exif=exif)
-    assert read_picture(tmp_path / "a.jpg").shape == (4, 2, 3) and measure(tmp_path / "a.jpg") == ((2, 4), 8)
+    assert read_picture(tmp_path / "a.jpg").shape == (4, 2, 3) and measure(tmp_path / "a.jpg") == ((2, 4), (4, 2), 8)
 
 
 @pytest.mark.parametrize(

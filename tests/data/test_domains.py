@@ -1,13 +1,14 @@
-"""Domains: names, layouts, class sets, and one clear sentence for everything that can be wrong with a folder."""
+"""Domains: names, splits, class sets, EXIF, and one clear sentence for everything that can be wrong with a folder."""
 
 import json
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from setlib.data import check, domains
+from setlib.data import check, domains, prepare
 from setlib.data.labels import CAMVID, CITYSCAPES, id_map
 from setlib.experiment import Data
 
@@ -26,23 +27,12 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_a_folder_of_which_no_picture_can_be_used_is_a_sentence(tmp_path):
-    for kind in ("images", "labels"):
-        (tmp_path / kind).mkdir()
-        (tmp_path / kind / "a.png").write_bytes(b"nothing")
-    for role in ("source", "target"):
-        with pytest.raises(ValueError, match="none of its pictures can be used"):
-            domains.load(f"folder@{tmp_path}", Data(on_error="skip"), role=role)
-
-
 def test_labels_come_back_id_by_id(root):
     domain = domains.load(f"camvid:day@{root}", Data())
-    assert domain.dataset.column_names == ["image", "name", "domain", "label"]
     for i in range(len(domain)):
         sample = domain.sample(i)
         written = np.asarray(Image.open(root / f"labels/{sample.name}.png"))
-        assert np.array_equal(sample.label, written)
-        assert sample.image.shape == (24, 32, 3)
+        assert np.array_equal(sample.label, written) and sample.image.shape == (24, 32, 3)
         assert np.array_equal(domain.to_score(sample.label), np.where(written == 11, 255, written))
     row = domain.dataset[0]
     assert row["name"] == "ä 0" and row["domain"] == f"camvid:day@{root}"
@@ -60,20 +50,17 @@ def test_camvid_ids_mean_the_right_train_classes():
     ids = id_map("camvid")
     for raw, name in {3: "road", 4: "sidewalk", 5: "vegetation", 8: "car", 9: "person", 10: "rider"}.items():
         assert CITYSCAPES.classes[ids.to_train[raw]] == name
-        assert CAMVID.merge[ids.to_train[raw]] == ids.to_score[raw]  # trained and scored as the same class
+        assert CAMVID.places[ids.to_train[raw]] == ids.to_score[raw]  # trained and scored as the same class
     assert ids.to_train[11] == ids.to_score[11] == 255
 
 
-def test_folder_with_and_without_labels(root):
-    with pytest.raises(ValueError, match=r"label of .* holds the unknown ids \[19, 20\] .2 pixels.: expected"):
-        label = np.zeros((24, 32), np.uint8)
-        label[0, :2] = (19, 20)
-        Image.fromarray(label).save(root / "labels/ä 0.png")
-        domains.load(f"folder@{root}", Data()).sample(0)
-    for path in (root / "labels").iterdir():
-        path.unlink()
-    domain = domains.load(f"folder@{root}", Data())
-    assert not domain.has_labels and domain.sample(0).label is None and domain.to_score(None) is None
+def test_probabilities_are_merged_into_a_class_set():
+    probabilities = torch.rand(19, 2, 3)
+    merged = CAMVID.merge(probabilities)
+    assert merged.shape == (11, 2, 3)
+    torch.testing.assert_close(merged.sum(0), probabilities.sum(0))
+    cars = [CITYSCAPES.classes.index(name) for name in ("car", "truck", "bus", "train")]
+    torch.testing.assert_close(merged[CAMVID.classes.index("Car")], probabilities[cars].sum(0))
 
 
 @pytest.mark.parametrize(
@@ -81,79 +68,83 @@ def test_folder_with_and_without_labels(root):
     [
         ("camvit@x", "Unknown domain 'camvit' .* .nearest: camvid"),
         ("scenes:nite", "Unknown style 'nite' .* .nearest: night"),
+        ("hub", "needs a data set of the hub: write hub:owner/name"),
         ("camvid:day", "needs its folder: write camvid:day@FOLDER"),
         ("folder@/no/such", "folder /no/such does not exist"),
         ("camvid:dask@{root}", "Unknown split 'dask' .* .nearest: "),
         ("folder@{root}/images", "images is the wrong level of the tree: give "),
         ("folder@{root}/labels/deep/er/still", "expected pictures in .*images/.name..*, but there is no such folder"),
+        ("folder@{root}/empty", "is empty: no picture in"),
     ],
 )
 def test_bad_names_are_one_sentence(root, text, message):
-    (root / "labels" / "deep" / "er" / "still").mkdir(parents=True)
+    for folder in ("labels/deep/er/still", "empty/images"):
+        (root / folder).mkdir(parents=True)
     with pytest.raises(ValueError, match=message):
         domains.load(text.format(root=root), Data())
 
 
-def test_an_image_without_label_is_named(root):
-    (root / "labels/ä 2.png").unlink()
-    with pytest.raises(ValueError, match="image 'ä 2' has no label: expected"):
-        domains.load(f"camvid:day@{root}", Data())
-    assert "has no label" in check.check(f"camvid:day@{root}", Data())[0].problems[0]
-
-
-def test_a_label_of_another_size_is_named(root):
-    Image.new("L", (32, 23)).save(root / "labels/ä 1.png")
-    with pytest.raises(ValueError, match="'ä 1' is 32 x 24 but its label is 32 x 23"):
-        domains.load(f"camvid:day@{root}", Data())
-    assert any("32 x 23" in problem for problem in check.check(f"camvid@{root}", Data())[0].problems)
-
-
-@pytest.mark.parametrize("kind", ["images/ä 1.jpg", "labels/ä 1.png"])
-def test_a_truncated_file_is_named(root, kind):
-    content = (root / kind).read_bytes()
-    (root / kind).write_bytes(content[: int(len(content) * 0.7)])
-    with pytest.raises(ValueError, match="'ä 1' cannot be decoded"):
-        domain = domains.load(f"camvid@{root}", Data())
-        [domain.sample(i) for i in range(4)]
-    assert any("cannot be decoded" in problem for problem in check.check(f"camvid@{root}", Data())[0].problems)
-
-
-def test_a_colour_label_is_refused(root):
-    Image.new("RGB", (32, 24)).save(root / "labels/ä 0.png")
-    with pytest.raises(ValueError, match="is a colour picture"):
-        domains.load(f"camvid@{root}", Data()).sample(0)
-
-
-def test_an_empty_folder_and_broken_splits_are_named(tmp_path, root):
-    (tmp_path / "empty" / "images").mkdir(parents=True)
-    with pytest.raises(ValueError, match="is empty: no picture in"):
-        domains.load(f"folder@{tmp_path}/empty", Data())
-    (root / "splits.json").write_text("[]")
-    with pytest.raises(ValueError, match="splits.json cannot be read"):
-        domains.load(f"camvid:day@{root}", Data())
-
-
-@pytest.mark.parametrize("splits", [{"day": 5}, ["day"], None])
+@pytest.mark.parametrize("splits", ["[]", '{"splits": {"day": 5}}', '{"splits": ["day"]}', '{"splits": null}'])
 def test_splits_of_another_form_are_one_sentence(root, splits):
-    (root / "splits.json").write_text(json.dumps({"splits": splits}))
+    (root / "splits.json").write_text(splits)
     with pytest.raises(ValueError, match="splits.json cannot be read: expected"):
         domains.load(f"camvid:day@{root}", Data())
 
 
-def test_an_exif_rotated_photo_fits_its_upright_label(root):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn
-    Image.new("RGB", (24, 32), "red").save(root / "images/ä 0.jpg", exif=exif)
-    assert domains.load(f"camvid@{root}", Data()).sample(0).image.shape == (24, 32, 3)
-    found = check.check(f"camvid@{root}", Data())[0]
-    assert found.sizes == {(32, 24): 4} and not found.problems
+def drop_label(root):
+    (root / "labels/ä 1.png").unlink()
+    return "image 'ä 1' has no label: expected"
 
 
-def test_two_pictures_of_one_name_are_a_problem(root):
-    Image.new("RGB", (32, 24)).save(root / "images/ä 0.png")
-    with pytest.raises(ValueError, match="'ä 0.png' and 'ä 0.jpg' share one name: rename one"):
-        domains.load(f"camvid@{root}", Data())
-    assert "share one name" in check.check(f"camvid@{root}", Data())[0].problems[0]
+def shrink_label(root):
+    Image.new("L", (32, 23)).save(root / "labels/ä 1.png")
+    return "'ä 1' is 32 x 24 but its label is 32 x 23"
+
+
+def cut_label(root):
+    (root / "labels/ä 1.png").write_bytes((root / "labels/ä 1.png").read_bytes()[:-90])
+    return "labels/ä 1.png cannot be"
+
+
+def cut_picture(root):
+    (root / "images/ä 1.jpg").write_bytes((root / "images/ä 1.jpg").read_bytes()[:900])
+    return "'ä 1' cannot be decoded"
+
+
+def spoil_ids(root):
+    Image.fromarray(np.pad(np.array([[19, 20]], np.uint8), ((0, 23), (0, 30)))).save(root / "labels/ä 1.png")
+    return r"label of 'ä 1' holds the unknown ids \[19, 20\] .2 pixels.: expected"
+
+
+def double_name(root):
+    Image.new("RGB", (32, 24)).save(root / "images/ä 1.png")
+    return "'ä 1.png' and 'ä 1.jpg' share one name: rename one"
+
+
+@pytest.mark.parametrize("spoil", [drop_label, shrink_label, cut_label, cut_picture, spoil_ids, double_name])
+def test_what_is_wrong_is_named_when_it_is_used_and_by_check(root, spoil):
+    message = spoil(root)
+    with pytest.raises(ValueError, match=message):
+        domain = domains.load(f"camvid@{root}", Data())
+        [domain.sample(i) for i in range(4)]
+    (found,) = check.check(f"camvid@{root}", Data())
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(found.problems[0])
+
+
+def test_what_cannot_be_opened_is_passed_over_on_request(root, capsys):
+    skip = Data(on_error="skip")
+    (root / "images/ä 1.jpg").write_bytes(b"")
+    assert len(domains.load(f"camvid@{root}", skip)) == 3
+    assert "cannot be opened as a picture" in capsys.readouterr().out
+    for path in (root / "labels").iterdir():
+        path.write_bytes(b"nothing")
+    for role in ("source", "target"):
+        with pytest.raises(ValueError, match="none of its pictures can be used"):
+            domains.load(f"camvid@{root}", skip, role=role)
+    shutil.rmtree(root / "labels")
+    domain = domains.load(f"camvid@{root}", skip)
+    assert not domain.has_labels and domain.sample(0).label is None and domain.to_score(None) is None
 
 
 @pytest.mark.parametrize("mode", ["1", "I;16"])
@@ -161,8 +152,6 @@ def test_one_and_sixteen_bit_labels_are_read(root, mode):
     Image.fromarray(np.eye(24, 32, dtype=np.uint16 if mode == "I;16" else bool)).save(root / "labels/ä 0.png")
     label = domains.load(f"camvid@{root}", Data()).sample(0).label
     assert label.dtype == np.uint8 and np.array_equal(label, np.eye(24, 32))
-    found = check.check(f"camvid@{root}", Data())[0]
-    assert not found.problems and sum(found.class_pixels.values()) > 3 * 24 * 32 * 0.8
 
 
 def test_a_picture_too_large_for_pillow_is_a_problem(root, monkeypatch):
@@ -170,11 +159,14 @@ def test_a_picture_too_large_for_pillow_is_a_problem(root, monkeypatch):
     assert "more than 268 million pixels: cut or shrink it" in check.check(f"camvid@{root}", Data())[0].problems[0]
 
 
-def test_check_counts_pixels_and_sizes(root):
+@pytest.mark.parametrize("alone", [200, 2])
+def test_check_counts_pixels_and_sizes_also_in_several_processes(root, alone, monkeypatch):
+    monkeypatch.setattr(check, "ALONE", alone)
     found = check.check(f"camvid@{root}", Data())[0]
     assert found.pairs == 4 and found.sizes == {(32, 24): 4} and not found.problems
     labels = np.stack([np.asarray(Image.open(p)) for p in (root / "labels").iterdir()])
     assert found.class_pixels == {name: int((labels == i).sum()) for i, name in enumerate(CAMVID.classes)}
+    assert found.ignored_pixels == (labels == 11).sum()
 
 
 def test_scenes_source_and_targets_are_different_streets():
@@ -202,25 +194,39 @@ def test_labels_that_are_ignored_as_a_whole_teach_nothing(root):
 
 @pytest.mark.parametrize("orientation", range(2, 9))
 @pytest.mark.parametrize("size", [(32, 24), (32, 32)])  # (w, h) as stored
-def test_a_label_is_turned_with_its_picture_where_sizes_prove_it_or_on_request(tmp_path, orientation, size, capsys):
+@pytest.mark.parametrize("rule", ["shown", "stored"])
+def test_a_label_is_turned_with_its_picture_where_sizes_prove_it_or_on_request(
+    tmp_path, orientation, size, rule, capsys
+):
     rng, exif = np.random.default_rng(orientation), Image.Exif()
     exif[0x0112] = orientation
     drawn = Image.fromarray(rng.integers(0, 19, size[::-1], np.uint8))
     for kind in ("images", "labels"):
-        (tmp_path / kind).mkdir()
-    Image.fromarray(np.repeat(np.asarray(drawn)[..., None] * 12, 3, 2)).save(tmp_path / "images/a.png", exif=exif)
-    drawn.save(tmp_path / "labels/a.png")
-    proven, text = orientation > 4 and size[0] != size[1], f"folder@{tmp_path}"
-    for rule in ("shown", "stored"):
-        data = Data(exif_labels=rule)
-        sample, found = domains.load(text, data).sample(0), check.check(text, data)[0]
-        fits = np.array_equal(sample.label * 12, sample.image[..., 0])
-        assert fits == (proven or rule == "stored") and not found.problems
-        assert any("turned by EXIF" in note for note in found.notes) != proven
-        assert ("turned by EXIF" in capsys.readouterr().out) != proven
-        check.prepare(text, tmp_path.parent / f"{tmp_path.name}-{rule}", 99, data)
-        copy = domains.load(f"folder@{tmp_path.parent / f'{tmp_path.name}-{rule}'}", Data()).sample(0)
-        assert np.array_equal(copy.label, sample.label) and np.array_equal(copy.image, sample.image)
+        (tmp_path / "set" / kind).mkdir(parents=True)
+    Image.fromarray(np.repeat(np.asarray(drawn)[..., None] * 12, 3, 2)).save(tmp_path / "set/images/a.png", exif=exif)
+    drawn.save(tmp_path / "set/labels/a.png")
+    proven, text, data = orientation > 4 and size[0] != size[1], f"folder@{tmp_path / 'set'}", Data(exif_labels=rule)
+    sample, found = domains.load(text, data).sample(0), check.check(text, data)[0]
+    assert np.array_equal(sample.label * 12, sample.image[..., 0]) == (proven or rule == "stored")
+    assert not found.problems and any("turned by EXIF" in note for note in found.notes) != proven
+    assert ("turned by EXIF" in capsys.readouterr().out) != proven
+    prepare.prepare(text, tmp_path / "copy", 99, data)
+    copy = domains.load(f"folder@{tmp_path / 'copy'}", Data()).sample(0)
+    assert np.array_equal(copy.label, sample.label) and np.array_equal(copy.image, sample.image)
+
+
+def test_a_label_of_the_shown_size_fits_a_turned_picture(root):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (24, 32), "red").save(root / "images/ä 0.jpg", exif=exif)
+    Image.new("RGB", (24, 32), "red").save(root / "images/ä 1.png", exif=exif)
+    (root / "images/ä 1.jpg").unlink()
+    domain, (found,) = domains.load(f"camvid@{root}", Data()), check.check(f"camvid@{root}", Data())
+    for i in range(2):
+        sample = domain.sample(i)
+        assert sample.image.shape == (24, 32, 3)
+        assert np.array_equal(sample.label, np.asarray(Image.open(root / f"labels/ä {i}.png")))
+    assert found.sizes == {(32, 24): 4} and not found.problems
 
 
 def test_a_folder_with_a_tilde_in_its_name_is_no_corruption(root):
@@ -233,7 +239,9 @@ def test_a_folder_with_a_tilde_in_its_name_is_no_corruption(root):
     assert domains.parse(f"camvid@{root.parent}/walk~noise3~fog").corruption == "fog"
 
 
-def test_a_damaged_header_is_passed_over_on_request(root, capsys):
-    (root / "images/ä 1.jpg").write_bytes(b"")
-    assert len(domains.load(f"camvid@{root}", Data(on_error="skip"))) == 3
-    assert "cannot be opened as a picture" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("domain", "short"),
+    [("scenes:night", "scenes:night"), ("camvid:dusk@/x/y", "camvid:dusk"), ("folder@a/photos", "folder:photos")],
+)
+def test_short_name(domain, short):
+    assert domains.short_name(domain) == short

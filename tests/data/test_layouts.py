@@ -16,12 +16,10 @@ from datasets import Image as HubImage
 from PIL import Image
 from scipy.io import savemat
 
-from setlib.data import check, domains
+from setlib.data import check, domains, prepare
 from setlib.data import layouts as readers
-from setlib.data.crops import held_out
 from setlib.data.labels import CLASS_SETS, id_map, read_rows
-from setlib.experiment import Data, Experiment
-from setlib.weights import load as weights
+from setlib.experiment import Data
 
 SIZE = (12, 17)  # (h, w), odd on purpose
 
@@ -61,71 +59,41 @@ def write_label(path: Path, label: np.ndarray, ids: str, form: str) -> None:
         Image.fromarray(label).save(path)
 
 
-CITY = "aachen/aachen_000000_00001{}"
+def city(images: str, split: str, label: str = "labelIds", ids: str = "labelids", kind: str = "") -> tuple:
+    stem = f"{split}/aachen/aachen_000000_00001{{}}"
+    return f"{images}/{stem}_{images}{kind}.png", f"gtFine/{stem}_gtFine_{label}.png", ids, "ids"
+
+
+def anonymous(folder: str, label: str = "labelIds", ids: str = "labelids") -> tuple:
+    return f"rgb_anon/{folder}_{{}}_rgb_anon.png", f"gt/{folder}_{{}}_gt_{label}.png", ids, "ids"
+
+
+IDD_LEVEL_3 = "gtFine/train/7/9{}_gtFine_labellevel3Ids.png"
+RAIN = "_alpha_0.01_beta_0.005_dropsize_0.002_pattern_1"
 SETS = {  # domain: (image, label, id map, form); {} is the number of the picture
     "gtav": ("images/0000{}.png", "labels/0000{}.png", "labelids", "palette"),
     "synthia": ("RGB/000000{}.png", "GT/LABELS/000000{}.png", "synthia", "wide3"),
     "synthia:": ("RGB/000000{}.png", "GT/LABELS/000000{}.png", "synthia", "wide2"),
     "urbansyn": ("rgb/rgb_000{}.png", "ss/ss_000{}.png", "urbansyn", "ids"),
-    "cityscapes:val": (
-        f"leftImg8bit/val/{CITY}_leftImg8bit.png",
-        f"gtFine/val/{CITY}_gtFine_labelIds.png",
-        "labelids",
-        "ids",
-    ),
-    "cityscapes:train": (
-        f"leftImg8bit/train/{CITY}_leftImg8bit.png",
-        f"gtFine/train/{CITY}_gtFine_labelTrainIds.png",
-        "cityscapes",
-        "ids",
-    ),
-    "cityscapes-foggy:val": (
-        f"leftImg8bit_foggy/val/{CITY}_leftImg8bit_foggy_beta_0.02.png",
-        f"gtFine/val/{CITY}_gtFine_labelIds.png",
-        "labelids",
-        "ids",
-    ),
-    "cityscapes-rainy:val": (
-        f"leftImg8bit_rain/val/{CITY}_leftImg8bit_rain_alpha_0.01_beta_0.005_dropsize_0.002_pattern_1.png",
-        f"gtFine/val/{CITY}_gtFine_labelIds.png",
-        "labelids",
-        "ids",
-    ),
+    "cityscapes:val": city("leftImg8bit", "val"),
+    "cityscapes:train": city("leftImg8bit", "train", "labelTrainIds", "cityscapes"),
+    "cityscapes-foggy:val": city("leftImg8bit_foggy", "val", kind="_beta_0.02"),
+    "cityscapes-rainy:val": city("leftImg8bit_rain", "val", kind=RAIN),
     "bdd100k:val": ("images/10k/val/a-{}.jpg", "labels/sem_seg/masks/val/a-{}.png", "cityscapes", "ids"),
     "bdd100k:train": ("seg/images/train/a-{}.jpg", "seg/labels/train/a-{}_train_id.png", "cityscapes", "ids"),
     "mapillary:val": ("validation/images/ä {}.jpg", "validation/v1.2/labels/ä {}.png", "mapillary12", "palette"),
     "mapillary:train": ("training/images/ä {}.jpg", "training/labels/ä {}.png", "mapillary12", "ids"),
     "mapillary-v2:val": ("validation/images/ä {}.jpg", "validation/v2.0/labels/ä {}.png", "mapillary20", "palette"),
-    "acdc:night-val": (
-        "rgb_anon/night/val/G1/G1_{}_rgb_anon.png",
-        "gt/night/val/G1/G1_{}_gt_labelIds.png",
-        "labelids",
-        "ids",
-    ),
-    "acdc:fog": (
-        "rgb_anon/fog/val/G2/G2_{}_rgb_anon.png",
-        "gt/fog/val/G2/G2_{}_gt_labelTrainIds.png",
-        "cityscapes",
-        "ids",
-    ),
-    "darkzurich:val": (
-        "rgb_anon/val/night/G3/G3_{}_rgb_anon.png",
-        "gt/val/night/G3/G3_{}_gt_labelIds.png",
-        "labelids",
-        "ids",
-    ),
+    "acdc:night-val": anonymous("night/val/G1/G1"),
+    "acdc:fog": anonymous("fog/val/G2/G2", "labelTrainIds", "cityscapes"),
+    "darkzurich:val": anonymous("val/night/G3/G3"),
     "idd:val": (
         "leftImg8bit/val/112/9{}_leftImg8bit.jpg",
         "gtFine/val/112/9{}_gtFine_polygons.json",
         "idd",
         "polygons",
     ),
-    "idd:train": (
-        "leftImg8bit/train/7/9{}_leftImg8bit.png",
-        "gtFine/train/7/9{}_gtFine_labellevel3Ids.png",
-        "iddlevel3",
-        "ids",
-    ),
+    "idd:train": ("leftImg8bit/train/7/9{}_leftImg8bit.png", IDD_LEVEL_3, "iddlevel3", "ids"),
     "idd-lite:val": ("leftImg8bit/val/119/9{}_image.jpg", "gtFine/val/119/9{}_label.png", "iddlite", "ids"),
     "kitti": ("training/image_2/00000{}_10.png", "training/semantic/00000{}_10.png", "labelids", "ids"),
     "wilddash2": ("images/at000{}_100000.jpg", "labels/at000{}_100000.png", "wilddash", "ids"),
@@ -150,31 +118,22 @@ def make(root: Path, image: str, label: str, ids: str, form: str, count: int = 3
 
 
 @pytest.mark.parametrize("text", SETS)
-def test_every_set_comes_back_id_by_id(tmp_path, text):
-    written = make(tmp_path / "set", *SETS[text])
-    link = tmp_path / "link"
-    link.symlink_to(tmp_path / "set", target_is_directory=True)
-    for folder in (tmp_path / "set", link):
-        domain = domains.load(f"{text.rstrip(':')}@{folder}", Data())
-        assert len(domain) == 3 and domain.has_labels and domain.ids.name == SETS[text][2]
-        ids = id_map(SETS[text][2])
+def test_every_set_and_its_copies_come_back_id_by_id(tmp_path, text):
+    root, ids = tmp_path / "set", id_map(SETS[text][2])
+    written = make(root, *SETS[text])
+    text = text.rstrip(":")
+    (tmp_path / "link").symlink_to(root, target_is_directory=True)
+    assert prepare.prepare(f"{text}@{root}", tmp_path / "copy", 100, Data()) == 3
+    for folder in ("set", "link", "copy"):
+        domain = domains.load(f"{text}@{tmp_path / folder}", Data())
+        (found,) = check.check(f"{text}@{tmp_path / folder}", Data())
+        assert (found.pairs, found.problems, found.sizes) == (3, [], {SIZE[::-1]: 3})
+        assert len(domain) == 3 and domain.has_labels and (folder == "copy" or domain.ids.name == ids.name)
         for i, label in enumerate(written):
             sample = domain.sample(i)
             assert sample.image.shape == (*SIZE, 3) and np.array_equal(sample.label, label)
             assert np.array_equal(domain.to_score(label), ids.to_score[label])
-
-
-@pytest.mark.parametrize("text", SETS)
-def test_a_prepared_copy_is_the_same_set(tmp_path, text):
-    written = make(tmp_path / "set", *SETS[text])
-    text = text.rstrip(":")
-    assert check.prepare(f"{text}@{tmp_path / 'set'}", tmp_path / "copy", 100, Data()) == 3
-    for folder in ("set", "copy"):
-        (found,) = check.check(f"{text}@{tmp_path / folder}", Data())
-        assert (found.pairs, found.problems, found.sizes) == (3, [], {SIZE[::-1]: 3})
-    domain = domains.load(f"{text}@{tmp_path / 'copy'}", Data())
-    assert all(np.array_equal(domain.sample(i).label, label) for i, label in enumerate(written))
-    check.prepare(f"{text}@{tmp_path / 'set'}", tmp_path / "half", 6, Data())
+    prepare.prepare(f"{text}@{root}", tmp_path / "half", 6, Data())
     small = domains.load(f"{text}@{tmp_path / 'half'}", Data()).sample(2)
     assert small.image.shape[:2] == small.label.shape == (6, 8)
     assert np.array_equal(small.label, Image.fromarray(written[2]).resize((8, 6), Image.Resampling.NEAREST))
@@ -183,18 +142,16 @@ def test_a_prepared_copy_is_the_same_set(tmp_path, text):
 @pytest.mark.parametrize("text", SETS)
 def test_the_wrong_level_of_the_tree_is_named(tmp_path, text):
     make(tmp_path / "up" / "set", *SETS[text])
-    name = text.partition(":")[0]
     below = next(path for path in sorted((tmp_path / "up" / "set").iterdir()) if path.is_dir())
     for folder in (tmp_path / "up", below):
         with pytest.raises(ValueError, match="wrong level of the tree: give .*set"):
-            readers.list_pairs(name, str(folder))
+            readers.list_pairs(text.partition(":")[0], str(folder))
 
 
 @pytest.mark.parametrize("name", readers.LAYOUTS)
 def test_every_layout_is_tried_and_documented(name):
-    assert {text.partition(":")[0] for text in SETS} >= {name}
-    about = (readers.__file__, Path(readers.__file__).parents[2] / "data" / "README.md")[1].read_text(encoding="utf-8")
-    assert f"`{name}" in about
+    assert name in {text.partition(":")[0] for text in SETS}
+    assert f"`{name}" in (Path(readers.__file__).parents[2] / "data" / "README.md").read_text(encoding="utf-8")
 
 
 def test_splits_by_role_condition_and_list(tmp_path):
@@ -210,9 +167,8 @@ def test_splits_by_role_condition_and_list(tmp_path):
     assert names("", "source") == {"fogtrain", "nighttrain"} and names("", "target") == {"fogval", "nightval"}
     assert names("fog", "target") == {"fogval"} and names("night-train") == {"nighttrain"}
     assert names("fog") == {"fogtrain", "fogval", "t"}
-    with pytest.raises(
-        ValueError, match="unknown split 'nite'; there are fog, night, test, train, val .nearest: night"
-    ):
+    known = "fog, night, test, train, val .nearest: night"
+    with pytest.raises(ValueError, match=f"unknown split 'nite'; there are {known}"):
         readers.list_pairs("acdc", str(tmp_path), "nite")
     assert not domains.load(f"acdc:fog-test@{tmp_path}", Data()).has_labels
     with pytest.raises(ValueError, match="has no labels: a source needs"):
@@ -235,7 +191,8 @@ def test_gtavs_official_split_and_its_sizes(tmp_path):
 def test_instance_labels_of_idd_lite_are_no_labels(tmp_path):
     make(tmp_path, *SETS["idd-lite:val"])
     make(tmp_path, "unused/{}.png", SETS["idd-lite:val"][1].replace("_label", "_inst_label"), "iddlite", "ids")
-    assert readers.list_pairs("idd-lite", str(tmp_path)).problems == []
+    found = readers.list_pairs("idd-lite", str(tmp_path))
+    assert (len(found.pairs), found.problems, found.notes) == (3, [], [])
 
 
 def test_fog_of_several_strengths_shares_one_label(tmp_path):
@@ -251,7 +208,7 @@ def test_the_labels_that_serve_most_pictures_are_taken(tmp_path):
     ids = make(tmp_path, *SETS["cityscapes:val"])
     rng = np.random.default_rng(1)
     label = rng.integers(0, 19, SIZE).astype(np.uint8)  # one converted file does not make a data set of train ids
-    write_label(tmp_path / f"gtFine/val/{CITY.format(1)}_gtFine_labelTrainIds.png", label, "cityscapes", "ids")
+    write_label(tmp_path / city("", "val", "labelTrainIds")[1].format(1), label, "cityscapes", "ids")
     domain = domains.load(f"cityscapes:val@{tmp_path}", Data())
     assert domain.ids.name == "labelids" and np.array_equal(domain.sample(1).label, ids[1])
 
@@ -284,10 +241,10 @@ def test_a_domain_and_itself_corrupted_share_nothing(tmp_path):
     texts = [f"folder@{tmp_path}", f"folder@{tmp_path}~noise3", f"folder@{tmp_path}/"]
     assert check.duplicates(texts, Data()) == []
     with pytest.raises(ValueError, match="Prepare the clean set, and add ~noise3 where the copy is used"):
-        check.prepare(texts[1], tmp_path.parent / "noisy", 6, Data())
+        prepare.prepare(texts[1], tmp_path.parent / "noisy", 6, Data())
     Image.new("L", (5, 5)).save(tmp_path / "labels/1.png")
     with pytest.raises(ValueError, match="'1' is 17 x 12 but its label is 5 x 5"):
-        check.prepare(texts[0], tmp_path.parent / "mixed", 6, Data())
+        prepare.prepare(texts[0], tmp_path.parent / "mixed", 6, Data())
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>no</html>", b"MATLAB 5.0 MAT-file" + bytes(81)])
@@ -301,72 +258,42 @@ def test_a_damaged_split_mat_is_one_sentence(tmp_path, content):
 def test_a_copy_is_not_made_inside_the_set_nor_over_another(tmp_path):
     make(tmp_path / "set", *SETS["folder"])
     with pytest.raises(ValueError, match="lies in the data set itself"):
-        check.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "set" / "images" / "small", 6, Data())
-    check.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "copy", 6, Data())
-    (tmp_path / "copy" / check.MARK).write_text("{damaged")
+        prepare.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "set" / "images" / "small", 6, Data())
+    prepare.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "copy", 6, Data())
+    (tmp_path / "copy" / prepare.MARK).write_text("{damaged")
     with pytest.raises(ValueError, match="is not empty and no copy of"):
-        check.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "copy", 6, Data())
+        prepare.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "copy", 6, Data())
     write_label(tmp_path / "set/labels/1.png", np.full(SIZE, 77, np.uint8), "camvid", "ids")
     with pytest.raises(ValueError, match=r"label of '1' holds the unknown ids \[77\]"):
-        check.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "other", 6, Data())
+        prepare.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "other", 6, Data())
     (tmp_path / "set/labels/1.png").write_bytes((tmp_path / "set/labels/0.png").read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"labels.1.png cannot be decoded .*: download or export it again"):
-        check.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "again", 6, Data())
-
-
-def test_a_turned_png_is_measured_as_it_is_shown(tmp_path):
-    make(tmp_path, "images/{}.png", "labels/{}.png", "cityscapes", "ids")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", SIZE).save(tmp_path / "images/0.png", exif=exif)  # stored as (h, w), shown as the label is
-    assert check.check(f"folder@{tmp_path}", Data())[0].problems == []
-    assert domains.load(f"folder@{tmp_path}", Data()).sample(0).image.shape[:2] == SIZE
-    Image.new("RGB", SIZE[::-1]).save(tmp_path / "images/0.png", exif=exif)
-    written = np.asarray(Image.open(tmp_path / "labels/0.png"))  # as the picture is stored now, and turned with it
-    assert np.array_equal(domains.load(f"folder@{tmp_path}", Data()).sample(0).label, np.rot90(written, -1))
-    Image.new("RGB", (9, 9)).save(tmp_path / "images/0.png")
-    assert "'0' is 9 x 9 but its label is 17 x 12" in check.check(f"folder@{tmp_path}", Data())[0].problems[0]
-
-
-def test_labels_missing_for_some_are_named_and_counted(tmp_path):
-    make(tmp_path, *SETS["cityscapes:val"], count=5)
-    for i in (1, 3):
-        (tmp_path / SETS["cityscapes:val"][1].format(i)).unlink()
-    with pytest.raises(
-        ValueError, match=r"image 'aachen_000000_000011' has no label: expected .*labelIds.png; .*and 1 more"
-    ):
-        domains.load(f"cityscapes:val@{tmp_path}", Data())
-    (tmp_path / SETS["cityscapes:val"][0].format(0)).unlink()
-    found = readers.list_pairs("cityscapes", str(tmp_path))
-    assert len(found.problems) == 2 and "1 label without a picture passed over" in found.notes
+        prepare.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "again", 6, Data())
 
 
 @pytest.mark.parametrize(
-    ("text", "form", "message"),
+    ("text", "ids", "form", "message"),
     [
-        ("folder", "colours", "is a colour picture of shape .*: expected one channel of class ids"),
-        ("camvid:", "ids", "holds class ids: expected a picture of the classes' colours"),
-        ("synthia", "colours", "is a picture of mode RGB and 8 bits: expected 16 bits"),
+        ("folder", "cityscapes", "colours", "is a colour picture of shape .*: expected one channel of class ids"),
+        ("folder", "labelids", "ids", "holds the unknown ids .* look like Cityscapes label ids, not train ids"),
+        ("camvid:", "camvid32", "ids", "holds class ids: expected a picture of the classes' colours"),
+        ("synthia", "synthia", "colours", "is a picture of mode RGB and 8 bits: expected 16 bits"),
     ],
 )
-def test_labels_of_another_form_are_refused(tmp_path, text, form, message):
-    make(tmp_path, *SETS[text][:3], form)
+def test_labels_of_another_form_are_refused(tmp_path, text, ids, form, message):
+    make(tmp_path, *SETS[text][:2], ids, form)
     with pytest.raises(ValueError, match=f"label of '.*' {message}"):
         domains.load(f"{text.rstrip(':')}@{tmp_path}", Data()).sample(0)
 
 
-def test_label_ids_where_train_ids_are_expected_are_recognised(tmp_path):
-    make(tmp_path, *SETS["folder"][:2], "labelids", "ids")
-    with pytest.raises(ValueError, match="unknown ids .* look like Cityscapes label ids, not train ids"):
-        domains.load(f"folder@{tmp_path}", Data()).sample(0)
-
-
 def test_a_set_of_ones_own_is_a_csv_and_an_entry(tmp_path, monkeypatch):
-    make(tmp_path, "fotos/{}.jpg", "masken/{}.png", "camvid", "ids")
-    layout = readers.Layout("fotos/{name}.*", (("masken/{name}.png", "camvid"),))
+    """As in data/README.md."""
+    for split in ("train", "other"):
+        make(tmp_path, f"{split}/photos/{split}{{}}.jpg", f"{split}/masks/{split}{{}}_mask.png", "camvid", "ids")
+    layout = readers.Layout("{split}/photos/{name}.*", (("{split}/masks/{name}_mask.png", "camvid"),))
     monkeypatch.setitem(readers.LAYOUTS, "mine", (layout,))
     monkeypatch.setattr(domains, "NAMES", (*domains.NAMES, "mine"))
-    assert len(domains.load(f"mine@{tmp_path}", Data())) == 3
+    assert [len(domains.load(f"mine{split}@{tmp_path}", Data())) for split in ("", ":train", ":other")] == [6, 3, 3]
 
 
 def test_conventions_score_fewer_classes(tmp_path):
@@ -397,10 +324,10 @@ def test_a_data_set_of_the_hub_is_streamed_and_mapped(monkeypatch):
         return found if split else {"train": found}
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(weights, "hub_answers", lambda endpoint: False)
+    monkeypatch.setattr(domains, "hub_answers", lambda endpoint: False)
     with pytest.raises(ValueError, match="does not answer; HF_HUB_OFFLINE=1 takes a copy from the cache"):
         domains.load("hub:owner/streets", Data())
-    monkeypatch.setattr(weights, "hub_answers", lambda endpoint: True)
+    monkeypatch.setattr(domains, "hub_answers", lambda endpoint: True)
     monkeypatch.setattr(domains.datasets, "load_dataset", load_dataset)
     domain = domains.load("hub:owner/streets:validation@labelids", Data(eval_images=3))
     assert asked == [("owner/streets", "validation", True)] and len(domain) == 3 and domain.has_labels
@@ -410,8 +337,6 @@ def test_a_data_set_of_the_hub_is_streamed_and_mapped(monkeypatch):
     assert asked[-1] == ("owner/streets", None, False)
     (found,) = check.check("hub:owner/streets@labelids", Data(eval_images=0))
     assert found.class_pixels["road"] == sum((np.asarray(label) == 7).sum() for label in labels)
-    with pytest.raises(ValueError, match="needs a data set of the hub: write hub:owner/name"):
-        domains.load("hub", Data())
     with pytest.raises(ValueError, match="Unknown id map 'labelid' .nearest: labelids"):
         domains.load("hub:owner/streets@labelid", Data())
     monkeypatch.setattr(domains.datasets, "load_dataset", lambda *_, **__: {"train": rows.select_columns(["other"])})
@@ -440,7 +365,7 @@ def test_train_ids_written_beside_labels_are_passed_over_or_stand_in_for_them(tm
     found = readers.list_pairs(text.partition(":")[0], str(tmp_path))
     assert (len(found.pairs), found.problems, found.ids) == (3, [], ids)
     assert found.notes == ["3 labels converted to train ids passed over"]
-    assert all(suffix not in pair.label.name for pair in found.pairs)
+    assert all(suffix not in Path(pair.label).name for pair in found.pairs)
     convert(tmp_path, labels, label, ids, suffix, keep=False)
     domain = domains.load(f"{text}@{tmp_path}", Data())
     assert np.array_equal(domain.sample(1).label, id_map(ids).to_train[labels[1]])
@@ -469,12 +394,14 @@ def test_pictures_without_a_label_are_passed_over_on_request(tmp_path, text, cap
     domain, skip = f"{text}@{tmp_path / 'set'}", Data(on_error="skip", eval_images=0, train_images=0)
     with pytest.raises(ValueError, match="has no label: expected .*; -o data.on_error=skip passes over it .and 1 more"):
         domains.load(domain, Data())
+    found = readers.list_pairs(text.partition(":")[0], str(tmp_path / "set"))
+    assert len(found.problems) == 2 and "1 label without a picture passed over" in found.notes
     for _ in range(2):
         assert len(domains.load(domain, skip, "source")) == len(domains.load(domain, skip)) == 3
     assert capsys.readouterr().out.count("2 pictures without a label passed over") == 1
     (found,) = check.check(domain, skip)
     assert (found.pairs, found.problems) == (3, []) and "1 label without a picture passed over" in found.notes
-    assert check.prepare(domain, tmp_path / "copy", 6, skip) == 3
+    assert prepare.prepare(domain, tmp_path / "copy", 6, skip) == 3
     assert len(domains.load(f"{text}@{tmp_path / 'copy'}", Data())) == 3
 
 
@@ -484,7 +411,7 @@ def test_archives_unpacked_side_by_side_are_read_as_they_lie(tmp_path, text):
     written = make(tmp_path, f"pictures/{image}", f"labels of it/own/{label}", *rest)
     domain = domains.load(f"{text}@{tmp_path}", Data())
     assert len(domain) == 3 and np.array_equal(domain.sample(1).label, written[1])
-    assert check.prepare(f"{text}@{tmp_path}", tmp_path.parent / f"{tmp_path.name}-copy", 6, Data()) == 3
+    assert prepare.prepare(f"{text}@{tmp_path}", tmp_path.parent / f"{tmp_path.name}-copy", 6, Data()) == 3
     with pytest.raises(ValueError, match=f"wrong level of the tree: give {tmp_path}[.]"):
         readers.list_pairs(text.partition(":")[0], str(tmp_path / "pictures" / Path(image).parts[0]))
 
@@ -550,10 +477,9 @@ def test_a_hub_set_in_a_folder_its_splits_and_its_damaged_rows(tmp_path, limit, 
 def test_names_that_two_splits_share_are_two_pictures(tmp_path):
     for split in ("train", "val"):
         make(tmp_path, f"leftImg8bit/{split}/0/{{}}_image.jpg", f"gtFine/{split}/0/{{}}_label.png", "iddlite", "ids")
-    text, options = f"idd-lite@{tmp_path}", ["train.validate_every=1"]
-    source = domains.load(text, Data(), "source")
-    own = held_out(Experiment.build("smoke", text, overrides=options), source)
-    assert len(own) == 3 and [*own.dataset["name"]] == [*source.dataset["name"]]
+    text = f"idd-lite@{tmp_path}"
+    source, target = domains.load(text, Data(), "source"), domains.load(text, Data())
+    assert [*source.dataset["name"]] == [*target.dataset["name"]] and not {*source.keys} & {*target.keys}
     assert not domains.shared(text, text, Data()) and domains.shared(text, f"idd-lite:train@{tmp_path}/", Data()) == 3
 
 
