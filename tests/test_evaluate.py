@@ -49,7 +49,7 @@ def test_classes_are_merged_by_summed_probabilities():
     probabilities = torch.zeros(19, 1, 1)
     train, car, building = (CITYSCAPES.classes.index(name) for name in ("train", "car", "building"))
     probabilities[[train, car, building], 0, 0] = torch.tensor([0.3, 0.3, 0.4])
-    merged = CAMVID.merged(probabilities)
+    merged = CAMVID.merge(probabilities)
     assert CAMVID.classes[label_map(merged, (1, 1))[0, 0]] == "Car"
     assert merged.shape == (11, 1, 1) and merged.sum() == pytest.approx(1)
 
