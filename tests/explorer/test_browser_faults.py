@@ -8,8 +8,8 @@ import statistics
 
 import headless
 import pytest
-from setlib.model import Segmenter
 
+from setlib.checkpoint import build_segmenter, save_segmenter
 from setlib.experiment import Experiment
 from setlib.run import Run
 from setlib.workbook import notebooks as workbook
@@ -41,7 +41,7 @@ def test_a_key_on_a_slider_changes_the_picture_soon(tmp_path, capsys, space, wit
     run = Run.load(os.environ["SETLIB_RUN"]) if "SETLIB_RUN" in os.environ else None
     if run is None:
         run = Run.open(tmp_path / "run", Experiment.build("smoke"))
-        Segmenter(run.experiment).save(run.path / "model")
+        save_segmenter(build_segmenter(run.experiment), run.path / "model")
     space = space.replace("layer", f"layer {run.experiment.model.refined_layers[0]}")
     state = {"space": space, "run": str(run.path) * with_model, "style": run.experiment.data.targets[-1]}
     notebook = workbook.write_explorer(run, code=SWAP.replace("STATE", "{{" + repr(state)[1:-1] + "}}"))

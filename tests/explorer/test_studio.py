@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from setlib.model import Segmenter
 
 from setlib import evaluate, spectral
 from setlib.analysis import spectra as analysis
+from setlib.checkpoint import build_segmenter, save_segmenter
 from setlib.experiment import Experiment
 from setlib.explorer import board as boards
 from setlib.explorer.studio import ALL, Studio, swap
 from setlib.refiners import REFINERS, Intervened
 from setlib.run import Run
+from setlib.segmenter import Segmenter
 
 OPTIONS = ["data.eval_images=4", "data.long_edge=64", "data.height=32", "data.width=64"]
 GAME, NIGHT = "scenes:game", "scenes:night"
@@ -39,7 +40,7 @@ def studio(tmp_path_factory) -> Studio:
         pixels = np.random.default_rng(i).integers(0, 256, (48, 40, 3), np.uint8)
         Image.fromarray(pixels).save(folder / "bare" / "images" / f"{i}.png")
     run = Run.open(folder / "run", Experiment.build("smoke", overrides=OPTIONS))
-    random_weights(Segmenter(run.experiment)).save(run.path / "model")
+    save_segmenter(random_weights(build_segmenter(run.experiment)), run.path / "model")
     return Studio(run, [f"folder@{folder / 'bare'}"])
 
 
@@ -166,7 +167,7 @@ def test_a_swap_of_features_reaches_the_layers_behind_it(studio, trained):
 @pytest.mark.parametrize("name", REFINERS)
 def test_an_intervention_that_does_nothing_changes_nothing(studio, name):
     experiment = studio.experiment.override(f"model.refiner={name}", "model.any_batch=true", "model.num_prompts=3")
-    model, image = random_weights(Segmenter(experiment)).eval(), studio.image(GAME, 0)
+    model, image = random_weights(build_segmenter(experiment)).eval(), studio.image(GAME, 0)
     with torch.no_grad():
         for layer in (1, 2):
             still = Intervened(model.refiner, layer, model.refiner if layer in model.refiner.layers else lambda f, _: f)
@@ -333,7 +334,7 @@ def test_tokens_that_do_not_exist_are_a_sentence(studio, trained, tmp_path):
     with pytest.raises(ValueError, match="are 0 to .*, not 999"):
         studio.tokens(domain=GAME, run=trained, token=999)
     bare = Run.open(tmp_path / "none", studio.experiment.override("model.refiner=none"))
-    Segmenter(bare.experiment).save(bare.path / "model")
+    save_segmenter(build_segmenter(bare.experiment), bare.path / "model")
     with pytest.raises(ValueError, match="refiner 'none' of .* has no tokens"):
         studio.tokens(domain=GAME, run=str(bare.path))
 
@@ -369,13 +370,13 @@ def test_a_narrow_or_a_damaged_picture_is_a_sentence(studio, tmp_path):
 
 def test_a_model_that_is_trained_anew_is_read_anew(studio, tmp_path):
     run = Run.open(tmp_path / "run", studio.experiment)
-    model = random_weights(Segmenter(run.experiment))
-    model.save(run.path / "model")
+    model = random_weights(build_segmenter(run.experiment))
+    save_segmenter(model, run.path / "model")
     before = studio.swap(**BASE | {"run": str(run.path)})
     torch.nn.init.normal_(
         model.head.classify.weight if hasattr(model.head, "classify") else next(model.head.parameters())
     )
-    model.save(run.path / "model")
+    save_segmenter(model, run.path / "model")
     assert not equal(before, studio.swap(**BASE | {"run": str(run.path)}))
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from setlib.model import Segmenter
 
+from setlib.checkpoint import build_segmenter, save_segmenter
 from setlib.experiment import Experiment
 from setlib.explorer import widgets as explore
 from setlib.explorer.controls import NOTES
@@ -24,11 +24,11 @@ OPTIONS = ["data.eval_images=3", "data.long_edge=64", "data.height=32", "data.wi
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
     run = Run.open(tmp_path_factory.mktemp("explore") / "run", Experiment.build("smoke", overrides=OPTIONS))
-    model = Segmenter(run.experiment)
+    model = build_segmenter(run.experiment)
     torch.manual_seed(1)
     for branch in model.refiner.branches().values():
         torch.nn.init.normal_(branch.delta_map.weight, std=0.3)
-    model.save(run.path / "model")
+    save_segmenter(model, run.path / "model")
     return run
 
 
@@ -153,7 +153,7 @@ def test_a_missing_backbone_is_said_and_the_pixels_remain(run, tmp_path):
     explorer.controls["weight"].value = 0.5
     assert "Only pixels can be looked at" in explorer.message.value
     other = Run.open(tmp_path / "other", run.experiment)
-    Segmenter(other.experiment).save(other.path / "model")
+    save_segmenter(build_segmenter(other.experiment), other.path / "model")
     text = (other.path / "model" / "config.json").read_text()
     (other.path / "model" / "config.json").write_text(text.replace("tiny-random", "facebook/not-here"))
     explorer = SwapExplorer(Studio(run))
@@ -326,13 +326,13 @@ def test_layers_to_choose_are_those_of_the_run(studio, run, tmp_path):
 
 def test_tokens_of_a_run_that_is_trained_anew_are_ranked_anew(run, tmp_path):
     again = Run.open(tmp_path / "run", run.experiment)
-    model = Segmenter(again.experiment)
+    model = build_segmenter(again.experiment)
     torch.nn.init.normal_(model.refiner.amplitude.delta_map.weight, std=0.3)
-    model.save(again.path / "model")
+    save_segmenter(model, again.path / "model")
     explorer = TokenExplorer(Studio(again))
     before = explorer.controls["token"].options
     torch.nn.init.normal_(model.refiner.amplitude.token_map.weight, std=2)
-    model.save(again.path / "model")
+    save_segmenter(model, again.path / "model")
     explorer.update()
     assert explorer.controls["token"].options != before and explorer.message.value == ""
 
