@@ -26,7 +26,7 @@ explorer.show()"""
 SWAP = """from setlib.explorer.widgets import SwapExplorer
 from setlib.explorer.studio import Studio
 SwapExplorer(Studio.open({names}), **STATE).show()"""
-SLOW = "import time; draw = explorer.render; explorer.render = lambda **a: (time.sleep(0.25), draw(**a))[1]"
+SLOW = "import time; draw = explorer.board; explorer.board = lambda: (time.sleep(0.25), draw())[1]"
 
 
 def run_notebook(lab, run: Run, line: str) -> None:
@@ -85,7 +85,7 @@ def test_a_drag_over_20_positions_ends_within_one_update(tmp_path):
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("explorer.render = lambda **_: 1 / 0; explorer.controls['weight'].value = 0.5", "a view says: ⚠ ZeroDivision"),
+        ("explorer.board = lambda: 1 / 0; explorer.controls['weight'].value = 0.5", "a view says: ⚠ ZeroDivision"),
         ("explorer.controls['weight'].observe(lambda change: 1 / 0, names='value')", "from the kernel: Traceback"),
         ("1 / 0", "(?s)in the notebook: .*ZeroDivisionError"),
         ("explorer.words.value = '<img src=\"https://example.org/a.png\">'", "request to https://example.org/a.png"),
