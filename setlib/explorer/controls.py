@@ -11,7 +11,6 @@ import anywidget
 import ipywidgets
 import traitlets
 
-MOST_BYTES, CHUNK = 200_000_000, 4_000_000  # of an uploaded file, and of one of the messages that it comes in
 NOTES = {  # what each control means
     "content": "The picture whose spectrum is changed: a domain, then one of its pictures.",
     "style": "The picture that lends a part of its spectrum; it is cut to the content's size.",
@@ -54,8 +53,6 @@ class Upload(anywidget.AnyWidget):
 
     _esm = Path(__file__).with_name("upload.js")
     note = traitlets.Unicode(NOTES["upload"]).tag(sync=True)
-    most = traitlets.Int(MOST_BYTES).tag(sync=True)
-    chunk = traitlets.Int(CHUNK).tag(sync=True)
 
     def __init__(self, receive: Callable[[bytes, str], None], refuse: Callable[[str], None]) -> None:
         super().__init__(layout=ipywidgets.Layout(width="310px"))
@@ -85,10 +82,15 @@ def with_own_keys(*children: Any) -> ipywidgets.VBox:
     return box.add_class("setlib-keys")
 
 
-def buttons(options: Any, title: str, width: str) -> ipywidgets.ToggleButtons:
+def titled(text: str) -> ipywidgets.Label:
+    """The name of a control, as wide as the others'."""
+    width = WIDE["style"]["description_width"]
+    return ipywidgets.Label(text, layout={"width": width, "display": "flex", "justify_content": "flex-end"})
+
+
+def buttons(options: Any, width: str) -> ipywidgets.ToggleButtons:
     """A choice of which all options are seen at once."""
-    style = {"button_width": width, **WIDE["style"]}
-    return ipywidgets.ToggleButtons(options=options, description=title, style=style, layout={"width": "auto"})
+    return ipywidgets.ToggleButtons(options=options, style={"button_width": width}, layout={"width": "auto"})
 
 
 def offer(widget: Any, options: Mapping[str, Any], last: bool = False) -> Any:

@@ -58,7 +58,7 @@ class Material:
 
     def __init__(self, run: Run, more: Sequence[str] = ()) -> None:
         self.run, self.experiment = run, run.experiment
-        data = run.experiment.data
+        data, config = run.experiment.data, run.experiment.model
         self.long_edge = min(data.long_edge, LONG_EDGE)
         named = [name for name in (data.source, *data.targets, *more) if name]
         self.names = list(dict.fromkeys(named)) or list(UNNAMED)
@@ -68,6 +68,7 @@ class Material:
         self.domain = lru_cache(64)(lambda name: domains.load(name, data, role="target"))  # one number, one street
         self.sample = lru_cache(4)(self._sample)
         self.image = lru_cache(64)(self._image)
+        self.frozen = lru_cache(1)(lambda: load_backbone(config.backbone, patch_size=config.patch_size))
         self.model = lru_cache(3)(lambda run: load_segmenter(find_folder(run)))
         self.maps = lru_cache(6)(self._maps)
         self.distances = lru_cache(16)(self._distances)
@@ -160,22 +161,17 @@ class Material:
     # Models
 
     @cached_property
-    def frozen(self) -> FrozenBackbone:
-        """The run's backbone without anything that was learnt."""
-        config = self.experiment.model
-        return load_backbone(config.backbone, patch_size=config.patch_size)
-
-    @cached_property
     def missing(self) -> str:
         """Why there is no frozen backbone; "" where it is."""
         try:
-            return "" if self.frozen else ""
+            self.frozen()
         except (ValueError, OSError) as problem:
             return str(problem)
+        return ""
 
     def backbone(self, run: str = "") -> FrozenBackbone:
         """That of a run's model, or the frozen one."""
-        return self.model(run).backbone if run else self.frozen
+        return self.model(run).backbone if run else self.frozen()
 
     def renew(self, run: str) -> None:
         """Lets go of what was computed with a run's model if it has been trained anew."""

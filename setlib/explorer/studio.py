@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,15 +26,6 @@ from setlib.run import Run
 HIGHEST = 1.5  # of a band; the corner of the spectrum lies at sqrt(2)
 ALL = "all classes"
 CHANNEL_AXIS = {spectral.PIXELS: 1, spectral.GRID: 3}
-
-
-class Compared(NamedTuple):
-    """Two segmentations of one scene beside its label, where they differ, both in words, and the legend of classes."""
-
-    segmentations: list[Panel]
-    flips: Panel
-    words: str
-    legend: dict[str, tuple[int, int, int]]
 
 
 class Studio(Material):
@@ -105,12 +95,9 @@ class Studio(Material):
             mixture, after = mixed, self.segment(run, content, content_index, mixed.clamp(0, 1))
         pictures = {" of the content": top[0].picture, " of the mixture": as_picture(mixture)}
         compared = self._compared(run, content, content_index, after, pictures)
-        rows.append(compared.segmentations)
         if layer:
-            top.append(compared.flips)
-        else:
-            rows.append([compared.flips])
-        return Board(rows, 3, f"{words} {compared.words}", compared.legend)
+            top += compared.rows.pop()
+        return Board(rows + compared.rows, 3, f"{words} {compared.words}", compared.legend)
 
     def layers(
         self, first: str, second: str, first_index: int = 0, second_index: int = 0, space: str = "pixels", run: str = ""
@@ -147,26 +134,22 @@ class Studio(Material):
         )
         return Board([top, [Panel(chart, about, is_wide=True)], bottom], 4, words)
 
-    def places(self, run: str, domain: str, index: int) -> dict[int, list[str]]:
-        """The layers with tokens that attend, and the branches of each."""
+    def places(self, run: str, domain: str, index: int) -> dict[int, dict[str, Attention]]:
+        """The layers with tokens that attend, and what those of each branch attend to."""
         self.renew(run)
-        found: dict[int, list[str]] = {}
+        found: dict[int, dict[str, Attention]] = {}
         for one in self.reading(run, domain, index).attention:
-            found.setdefault(one.layer, []).append(one.branch)
+            found.setdefault(one.layer, {})[one.branch] = one
         return found
 
     def ranking(self, run: str, domain: str, index: int, layer: int, branch: str) -> list[tuple[int, float]]:
         """The tokens of a branch after a layer with their influence, the strongest first; token 0 adds nothing."""
-        influence = self._attention(run, domain, index, layer, branch).influence
-        return [(int(m), float(influence[m])) for m in np.argsort(-influence[1:], kind="stable") + 1]
-
-    def _attention(self, run: str, domain: str, index: int, layer: int, branch: str) -> Attention:
         known = self.places(run, domain, index)
-        if branch not in known.get(layer, []):
-            there = "; ".join(f"layer {n}: {', '.join(names)}" for n, names in known.items())
+        if branch not in known.get(layer, {}):
+            there = "; ".join(f"layer {n}: {', '.join(branches)}" for n, branches in known.items())
             raise ValueError(f"There are no tokens{branch and f' of {branch}'} after layer {layer}: {there}.")
-        reading = self.reading(run, domain, index)
-        return next(one for one in reading.attention if (one.layer, one.branch) == (layer, branch))
+        influence = known[layer][branch].influence
+        return [(int(m), float(influence[m])) for m in np.argsort(-influence[1:], kind="stable") + 1]
 
     def tokens(
         self,
@@ -185,9 +168,8 @@ class Studio(Material):
         """
         known = self.places(run, domain, index)
         layer = max(known) if layer is None else layer
-        branch = branch or known.get(layer, [""])[0]
-        one = self._attention(run, domain, index, layer, branch)
-        ranking = self.ranking(run, domain, index, layer, branch)
+        branch = branch or next(iter(known.get(layer, {})), "")
+        ranking, one = self.ranking(run, domain, index, layer, branch), known[layer][branch]
         token, count = ranking[0][0] if token is None else token, len(one.influence)
         if not 0 <= token < count:
             raise ValueError(f"The tokens of {branch} after layer {layer} are 0 to {count - 1}, not {token}.")
@@ -197,20 +179,17 @@ class Studio(Material):
         compared = self._compared(run, domain, index, after, pictures)
         most, mean = float(change.max()), float(change.mean())
         changed = plots.over_grey(scene, change, 0, most, patch)
-        rows = [
-            [Panel(scene, f"{short_name(domain)} {index}"), *plots.attention(one, token, scene, patch)],
-            compared.segmentations,
-            [compared.flips, Panel(changed, f"what it changes after layer {layer}: up to {_percent(most)}")],
-        ]
+        compared.rows[-1].append(Panel(changed, f"what it changes after layer {layer}: up to {_percent(most)}"))
+        top = [Panel(scene, f"{short_name(domain)} {index}"), *plots.attention(one, token, scene, patch)]
         chart = plots.influences(ranking, token).figure.pixels()
-        rows.append([Panel(chart, "influence of the strongest tokens", is_wide=True)])
+        bottom = [Panel(chart, "influence of the strongest tokens", is_wide=True)]
         place = [m for m, _ in ranking].index(token) + 1 if token else count
         words = (
             f"Token {token} of {branch} after layer {layer}: number {place} of {count} by influence, the mean of its "
             f"share times what it adds ({one.influence[token]:.3g}). Without it the features after the layer change "
             f"by {_percent(mean)} on average. {compared.words}"
         )
-        return Board(rows, 3, words, compared.legend)
+        return Board([top, *compared.rows, bottom], 3, words, compared.legend)
 
     @torch.no_grad()
     def _without(
@@ -279,10 +258,11 @@ class Studio(Material):
         unread = f" ({damaged} cannot be read)" if damaged else ""
         raise ValueError(f"No picture of {domain} holds the class {only}{unread}: choose another, or '{ALL}'.")
 
-    def _compared(
-        self, run: str, domain: str, index: int, after: Segmented, pictures: dict[str, np.ndarray]
-    ) -> Compared:
-        """What is seen of a picture as it is, and after a change; pictures: these two, by their titles."""
+    def _compared(self, run: str, domain: str, index: int, after: Segmented, pictures: dict[str, np.ndarray]) -> Board:
+        """What is seen of a picture as it is and after a change, beside its label; below, where the two differ.
+
+        pictures: the two, by their titles.
+        """
         classes, label = self.domain(domain).class_set, self.label(domain, index)
         before, scene = self.segmented(run, domain, index), next(iter(pictures.values()))
         maps, panels = [before.places, after.places], []
@@ -302,7 +282,7 @@ class Studio(Material):
         else:
             said = f"mIoU of this picture, at the size shown: {before.miou:.1f} % before, {after.miou:.1f} % after."
         legend = plots.class_colours(classes, np.unique(np.stack(maps)))
-        return Compared(panels, flips, f"{said} {share} of the pixels change their class.", legend)
+        return Board([panels, [flips]], 3, f"{said} {share} of the pixels change their class.", legend)
 
 
 def swap(content: Tensor, style: Tensor, part: str, low: float, high: float, weight: float, axes: tuple) -> Tensor:

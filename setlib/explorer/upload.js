@@ -1,4 +1,6 @@
 // A button for a picture file that also takes a dropped one. The file is sent in pieces: servers refuse long messages.
+const MOST = 200e6, PIECE = 4e6; // bytes
+
 export default {
   render({ model, el }) {
     const input = document.createElement("input");
@@ -8,13 +10,12 @@ export default {
     input.addEventListener("change", async () => {
       const file = input.files[0];
       if (!file) return;
-      const most = model.get("most"), size = model.get("chunk");
       input.disabled = true;
       try {
-        if (file.size > most) throw `has ${Math.round(file.size / 1e6)} MB: choose a file of under ${most / 1e6} MB`;
-        for (let at = 0; at === 0 || at < file.size; at += size) {
-          const part = await file.slice(at, at + size).arrayBuffer();
-          model.send({ name: file.name, first: at === 0, last: at + size >= file.size }, undefined, [part]);
+        if (file.size > MOST) throw `has ${Math.round(file.size / 1e6)} MB: choose a file of under ${MOST / 1e6} MB`;
+        for (let at = 0; at === 0 || at < file.size; at += PIECE) {
+          const part = await file.slice(at, at + PIECE).arrayBuffer();
+          model.send({ name: file.name, first: at === 0, last: at + PIECE >= file.size }, undefined, [part]);
         }
       } catch (problem) {
         model.send({ name: file.name, refused: typeof problem === "string" ? problem : "cannot be read" });

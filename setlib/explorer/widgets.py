@@ -18,14 +18,11 @@ import traitlets
 from IPython.display import HTML, display
 
 from setlib.analysis.spectra import PARTS
-from setlib.explorer.controls import NOTES, WIDE, Upload, buttons, offer, sentence, with_own_keys
+from setlib.explorer.controls import NOTES, WIDE, Upload, buttons, offer, sentence, titled, with_own_keys
 from setlib.explorer.material import find_folder, shown
 from setlib.explorer.studio import ALL, HIGHEST, Studio
 from setlib.files import STATIC
 from setlib.plots import WIDTH, Board
-
-ROW = ipywidgets.Layout(min_width="475px")
-TITLE = ipywidgets.Layout(width="92px", display="flex", justify_content="flex-end")  # as the other controls have theirs
 
 
 class Explorer:
@@ -163,10 +160,15 @@ class Explorer:
 
     # Controls
 
-    def add(self, name: str, widget: Any, note: str = "") -> None:
-        """A control of the view's argument `name`, with a "?" that shows its note."""
+    def add(self, name: str, widget: Any, note: str = "", title: str = "") -> None:
+        """A control of the view's argument `name`; title: where it has none itself."""
         self.controls[name] = widget
-        self.rows.append(ipywidgets.HBox([widget, self._help(note or name)], layout=ROW).add_class("setlib-control"))
+        self.add_row(*([titled(title)] if title else []), widget, note=note or name)
+
+    def add_row(self, *widgets: Any, note: str) -> None:
+        """Widgets beside each other, with a "?" that shows a note."""
+        row = ipywidgets.HBox([*widgets, self._help(note)], layout=ipywidgets.Layout(min_width="475px"))
+        self.rows.append(row.add_class("setlib-control"))
 
     def add_picture(self, name: str, value: str | None = None) -> None:
         """A domain and a picture's number."""
@@ -189,7 +191,7 @@ class Explorer:
             self.say(f"Uploaded '{name}'{f' ({done})' if done else ''} as {control}.")
 
         self.upload = Upload(partial(self._guarded, receive), partial(self.say, is_problem=True))
-        self.rows.append(ipywidgets.HBox([ipywidgets.Label("upload", layout=TITLE), self.upload, self._help("upload")]))
+        self.add_row(titled("upload"), self.upload, note="upload")
 
     def _choose(self, control: str, domain: str) -> None:
         """Shows a domain that has just become a choice."""
@@ -223,7 +225,7 @@ class SwapExplorer(Explorer):
     def build(self) -> None:
         self.add_picture("content")
         self.add_picture("style", value=self.studio.names[-1])
-        self.add("part", buttons(PARTS, "what moves", "100px"))
+        self.add("part", buttons(PARTS, "100px"), title="what moves")
         self.add("space", ipywidgets.Dropdown(options=["pixels"], description="where", **WIDE))
         ends = {"value": (0, HIGHEST), "min": 0, "max": HIGHEST, "step": 0.01}
         self.add("band", ipywidgets.FloatRangeSlider(description="frequencies", **ends, **WIDE))
@@ -248,7 +250,7 @@ class LayerExplorer(Explorer):
         self.add_picture("second", value=self.studio.names[-1])
         self.add_run(note="features")
         self.add_upload("second")
-        self.add("space", buttons({"pixels": "pixels"}, "layer", "59px"), "layer")
+        self.add("space", buttons({"pixels": "pixels"}, "59px"), "layer", "layer")
 
 
 class TokenExplorer(Explorer):
@@ -292,12 +294,12 @@ class DomainBrowser(Explorer):
         self.steps = {name: ipywidgets.Button(description=name) for name in ("previous", "next", "random")}
         for button in self.steps.values():
             button.on_click(lambda pressed: self._guarded(self._go, pressed.description))
-        self.rows.append(ipywidgets.HBox([*self.steps.values(), self._help("steps")], layout=ROW))
+        self.add_row(*self.steps.values(), note="steps")
         self.add_upload("domain")
         example = "acdc:night-val@FOLDER"
         self.other = ipywidgets.Text(placeholder=example, description="other", continuous_update=False, **WIDE)
         self.other.observe(lambda change: self._guarded(self._add, change.new.strip()), names="value")
-        self.rows.append(ipywidgets.HBox([self.other, self._help("other")]).add_class("setlib-control"))
+        self.add_row(self.other, note="other")
 
     def _add(self, domain: str) -> None:
         if domain:
