@@ -24,7 +24,7 @@ from setlib.data.augment import fit, resize
 from setlib.data.labels import ClassSet
 from setlib.experiment import Data
 from setlib.inference import predict
-from setlib.plots.charts import coloured, short_name
+from setlib.plots import coloured, short_name
 from setlib.scenes import STYLES
 from setlib.segmenter import Segmenter
 

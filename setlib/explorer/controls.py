@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import anywidget
 import ipywidgets
 import traitlets
 
-MOST_BYTES, CHUNK = 200_000_000, 4_000_000  # of an uploaded file, and of a message: servers refuse long ones
 NOTES = {  # what each control means
     "content": "The picture whose spectrum is changed: a domain, then one of its pictures.",
     "style": "The picture that lends a part of its spectrum; it is cut to the content's size.",
@@ -49,86 +49,48 @@ WIDE = {"style": {"description_width": "92px"}, "layout": ipywidgets.Layout(widt
 
 
 class Upload(anywidget.AnyWidget):
-    """A button for a picture file that also takes a dropped one. The file comes in pieces; `receive(bytes, name)`."""
+    """A button for a picture file that also takes a dropped one: `receive(bytes, name)`, or `refuse(sentence)`."""
 
-    _esm = """
-    export default { render({ model, el }) {
-      const input = document.createElement("input");
-      Object.assign(input, { type: "file", accept: "image/*", title: model.get("note") });
-      input.setAttribute("aria-label", "picture of yours");
-      input.style.width = "100%";
-      input.addEventListener("change", async () => {
-        const file = input.files[0];
-        if (!file) return;
-        const most = model.get("most"), size = model.get("chunk");
-        input.disabled = true;
-        try {
-          if (file.size > most) throw `has ${Math.round(file.size / 1e6)} MB: choose a file of under ${most / 1e6} MB`;
-          for (let at = 0; at === 0 || at < file.size; at += size) {
-            const part = await file.slice(at, at + size).arrayBuffer();
-            model.send({ name: file.name, first: at === 0, last: at + size >= file.size }, undefined, [part]);
-          }
-        } catch (problem) {
-          model.send({ name: file.name, refused: typeof problem === "string" ? problem : "cannot be read" });
-        }
-        input.disabled = false;
-        input.value = "";
-      });
-      el.appendChild(input);
-    } };
-    """
+    _esm = Path(__file__).with_name("upload.js")
     note = traitlets.Unicode(NOTES["upload"]).tag(sync=True)
-    most = traitlets.Int(MOST_BYTES).tag(sync=True)
-    chunk = traitlets.Int(CHUNK).tag(sync=True)
 
     def __init__(self, receive: Callable[[bytes, str], None], refuse: Callable[[str], None]) -> None:
         super().__init__(layout=ipywidgets.Layout(width="310px"))
-        self.receive, self.refuse, self.parts = receive, refuse, b""
+        self.receive, self.refuse, self.content = receive, refuse, b""
         self.on_msg(self._take)
 
-    def _take(self, _: Any, content: dict, buffers: list) -> None:
-        if "refused" in content:
-            self.refuse(f"'{content['name']}' {content['refused']}.")
+    def _take(self, _: Any, told: dict, buffers: list) -> None:
+        """One piece of the file, or why there is none."""
+        if "refused" in told:
+            self.refuse(f"'{told['name']}' {told['refused']}.")
             return
-        self.parts = (b"" if content["first"] else self.parts) + bytes(buffers[0])
-        if content["last"]:
-            whole, self.parts = self.parts, b""
-            self.receive(whole, content["name"])
+        self.content = (b"" if told["first"] else self.content) + bytes(buffers[0])
+        if told["last"]:
+            whole, self.content = self.content, b""
+            self.receive(whole, told["name"])
 
 
 class OwnKeys(anywidget.AnyWidget):
     """Keeps JupyterLab's one-letter commands and arrows away from whatever has the focus in the box around it."""
 
-    _esm = """
-    export default { render({ el }) {
-      const own = (event) => event.target.setAttribute("data-lm-suppress-shortcuts", "true");
-      const attach = () => {
-        const box = el.closest(".setlib-keys");
-        if (box) box.addEventListener("focusin", own); else setTimeout(attach, 50);
-      };
-      attach();
-    } };
-    """
+    _esm = Path(__file__).with_name("keys.js")
 
 
 def with_own_keys(*children: Any) -> ipywidgets.VBox:
     """A box whose widgets get every key that is pressed in them."""
     box = ipywidgets.VBox([*children, OwnKeys(layout=ipywidgets.Layout(display="none"))])
-    box.add_class("setlib-keys")
-    return box
+    return box.add_class("setlib-keys")
 
 
-def titled(text: str) -> Any:
+def titled(text: str) -> ipywidgets.Label:
     """The name of a control, as wide as the others'."""
     width = WIDE["style"]["description_width"]
-    return ipywidgets.Label(text, layout=ipywidgets.Layout(width=width, display="flex", justify_content="flex-end"))
+    return ipywidgets.Label(text, layout={"width": width, "display": "flex", "justify_content": "flex-end"})
 
 
-def buttons(options: Any, width: str) -> Any:
+def buttons(options: Any, width: str) -> ipywidgets.ToggleButtons:
     """A choice of which all options are seen at once."""
-    made = ipywidgets.ToggleButtons(options=options, layout=ipywidgets.Layout(width="auto"))
-    made.style.button_width = width
-    return made
+    return ipywidgets.ToggleButtons(options=options, style={"button_width": width}, layout={"width": "auto"})
 
 
 def offer(widget: Any, options: Mapping[str, Any], last: bool = False) -> Any:
@@ -141,7 +103,9 @@ def offer(widget: Any, options: Mapping[str, Any], last: bool = False) -> Any:
     return widget.value
 
 
-def sentence(text: str, bold: bool = False) -> str:
+def sentence(text: str, is_bold: bool = False) -> str:
     """Text as HTML that a screen reader reads out when it changes."""
-    style = "line-height:1.4;white-space:normal" + ";font-weight:600" * bold
-    return f'<div role="status" style="{style}">{html.escape(text, quote=False)}</div>' if text else ""
+    if not text:
+        return ""
+    style = f"line-height:1.4;white-space:normal;font-weight:{600 if is_bold else 400}"
+    return f'<div role="status" style="{style}">{html.escape(text, quote=False)}</div>'

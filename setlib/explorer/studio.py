@@ -1,50 +1,29 @@
 """The four views of the explorer as pure functions: equal arguments give equal boards, in a script or behind a slider.
 
 swap: one part of a picture's spectrum towards another's; layers: how far two pictures lie apart, layer by layer;
-tokens: where a token attends and what it changes; browse: a domain with its labels. Widgets are in `explore.py`.
+tokens: where a token attends and what it changes; browse: a domain with its labels. Widgets are in `widgets.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from setlib import spectral
-from setlib.analysis.spectra import (
-    PARTS,
-    as_picture,
-    compare,
-    feature_pictures,
-    log_amplitude_picture,
-    phase_picture,
-)
+from setlib import plots, spectral
+from setlib.analysis.spectra import PARTS, as_picture, feature_pictures, log_amplitude_picture, phase_picture
 from setlib.analysis.tokens import Attention, Intervened
 from setlib.data.labels import IGNORE, ClassSet
-from setlib.explorer.board import Board, Panel, in_colour, marked, over_grey
 from setlib.explorer.material import Material, Segmented, find_folder
-from setlib.plots import charts as plots
-from setlib.plots.charts import short_name
+from setlib.plots import Board, Panel, short_name
 from setlib.run import Run
 
 HIGHEST = 1.5  # of a band; the corner of the spectrum lies at sqrt(2)
 ALL = "all classes"
-
-
-def swap(content: Tensor, style: Tensor, part: str, low: float, high: float, weight: float, axes: tuple) -> Tensor:
-    """Content with one part of its spectrum moved towards the style's, by `weight` within the band low ... high.
-
-    content, style: 4-D of one shape; part: "amplitude" or "phase". Raises ValueError for another part.
-    """
-    if part not in PARTS:
-        raise ValueError(f"Unknown part '{part}': expected one of {', '.join(PARTS)}.")
-    mix = spectral.mix_amplitude if part == "amplitude" else spectral.mix_phase
-    return mix(content, style, weight, low, high, axes)
 
 
 class Studio(Material):
@@ -84,43 +63,42 @@ class Studio(Material):
         piece, against the label. Raises ValueError for what does not exist.
         """
         if not (0 <= weight <= 1 and 0 <= low <= high):
-            raise ValueError(
-                f"Expected a weight from 0 to 1 and a band from low to high, got {weight}, {low} to {high}."
-            )
+            got = f"{weight}, {low} to {high}"
+            raise ValueError(f"Expected a weight from 0 to 1 and a band from low to high, got {got}.")
         self.renew(run)
         layer = self.layer_of(space, run)
         (here, there), (x, y), axes = self.pair(run, layer, (content, content_index), (style, style_index))
         mixed = swap(x, y, part, low, high, weight, axes)
-        names, share = ("content", "style", "mixture"), f"{100 * weight:.0f} % of the style's {part}"
-        titles = [f"content: {short_name(content)} {content_index}", f"style: {short_name(style)} {style_index}"]
-        rows: list[list[Panel | None]] = [[Panel(as_picture(here), titles[0]), Panel(as_picture(there), titles[1])]]
-        rows[0].append(None if layer else Panel(as_picture(mixed), f"mixture: {share}"))
+        share = f"{100 * weight:.0f} % of the style's {part}"
+        band = None if low <= 0 and high >= math.sqrt(2) else (low, high)
+        top = [
+            Panel(as_picture(here), f"content: {short_name(content)} {content_index}"),
+            Panel(as_picture(there), f"style: {short_name(style)} {style_index}"),
+        ]
+        rows, names = [top], ("content", "style", "mixture")
         if layer:
             rows.append(_features((x, y, mixed), [f"features after {space}, {name}" for name in names]))
-        band = None if low <= 0 and high >= math.sqrt(2) else (low, high)
-        rows += _spectra((x, y, mixed), axes, names, band)
-        words = f"The mixture keeps the content's {PARTS[part == PARTS[0]]} and takes {share} "
-        words += f"at frequencies from {low:.2f} to {high:.2f}." if band else "at all frequencies."
+        else:
+            top.append(Panel(as_picture(mixed), f"mixture: {share}"))
+        rows += [_amplitudes((x, y, mixed), axes, names, band), _phases((x, y, mixed), axes, names, band)]
+        kept = "phase" if part == "amplitude" else "amplitude"
+        where = f"at frequencies from {low:.2f} to {high:.2f}" if band else "at all frequencies"
+        words = f"The mixture keeps the content's {kept} and takes {share} {where}."
         if not run:
-            return Board(rows, words)
-        refiner = Intervened(self.model(run).refiner, layer, lambda features, _: mixed.to(features)) if layer else None
-        scores = self.scores(run, here if layer else mixed.clamp(0, 1), refiner)
-        pair = self.segmented(run, content, content_index), self.judge(scores, content, content_index)
-        pictures = as_picture(here), as_picture(here if layer else mixed)
-        answers = (" of the content", " of the mixture")
-        more, said, legend = self._compared(content, content_index, pair, pictures, answers)
+            return Board(rows, 3, words)
+        if layer:  # the mixture has no picture of its own
+            refiner = Intervened(self.model(run).refiner, layer, lambda features, _: mixed.to(features))
+            mixture, after = here, self.segment(run, content, content_index, refiner=refiner)
+        else:
+            mixture, after = mixed, self.segment(run, content, content_index, mixed.clamp(0, 1))
+        pictures = {" of the content": top[0].picture, " of the mixture": as_picture(mixture)}
+        compared = self._compared(run, content, content_index, after, pictures)
         if layer:
-            rows[0][-1] = more.pop()[0]  # where the features' mixture has no picture of its own
-        return Board([*rows, *more], f"{words} {said}", legend)
+            top += compared.rows.pop()
+        return Board(rows + compared.rows, 3, f"{words} {compared.words}", compared.legend)
 
     def layers(
-        self,
-        first: str,
-        second: str,
-        first_index: int = 0,
-        second_index: int = 0,
-        space: str = "pixels",
-        run: str = "",
+        self, first: str, second: str, first_index: int = 0, second_index: int = 0, space: str = "pixels", run: str = ""
     ) -> Board:
         """How far two pictures lie apart in amplitude and in phase, layer by layer, and where, after one of them.
 
@@ -130,65 +108,46 @@ class Studio(Material):
         self.renew(run)
         layer = self.layer_of(space, run)
         table = self.distances(run, first, first_index, second, second_index)
-        (one, other), (x, y), axes = self.pair(run, layer, (first, first_index), (second, second_index))
-        what = "patch" if layer else "pixel"
+        images, (x, y), axes = self.pair(run, layer, (first, first_index), (second, second_index))
         titles = [f"{short_name(first)} {first_index}", f"{short_name(second)} {second_index}"]
-        rows: list[list[Panel | None]] = [[Panel(as_picture(z), t) for z, t in zip((one, other), titles, strict=True)]]
-        rows[0] += _features((x, y), [f"features after {space}, {t}" for t in titles]) if layer else [None, None]
+        top = [Panel(as_picture(image), title) for image, title in zip(images, titles, strict=True)]
+        if layer:
+            top += _features((x, y), [f"features after {space}, {title}" for title in titles])
         chart = plots.distances(table, chosen=space).figure.pixels()
-        rows.append([Panel(chart, "distance by layer (0: equal; amplitude 0.69: a factor of two; phase 1: unrelated)")])
-        moves = [_moved(x, y, part, axes) for part in PARTS]
-        high, grey = max(float(m.max()) for m in moves), as_picture(one)
-        patch = self.patch_size(run) if layer else 1
-        rows.append(
-            [
-                Panel(over_grey(grey, m, 0, high, patch), f"where the other's {part} changes {space}")
-                for part, m in zip(PARTS, moves, strict=True)
-            ]
-        )
-        rows[-1] += _spectra((x, y), axes, [f"{t}, {space}" for t in titles])[0]
+        about = "distance by layer (0: equal; amplitude 0.69: a factor of two; phase 1: unrelated)"
+        moves = {part: _moved(x, y, part, axes) for part in PARTS}
+        high, patch = max(float(move.max()) for move in moves.values()), self.backbone(run).patch_size if layer else 1
+        bottom = [
+            Panel(plots.over_grey(top[0].picture, move, 0, high, patch), f"where the other's {part} changes {space}")
+            for part, move in moves.items()
+        ]
+        bottom += _amplitudes((x, y), axes, [f"{title}, {space}" for title in titles])
         row = next(row for row in table if row["layer"] == space)
-        words = f"After {space}" if layer else "In the pixels"
-        words += f" the two lie {row['amplitude']:.2f} apart in amplitude and {row['phase']:.2f} in phase. "
-        shares = [f"{100 * float(m.mean()):.0f} %" for m in moves]
-        words += (
-            f"Taking the other's amplitude changes a {what}, on average, by {shares[0]} of a {what}'s mean length, "
+        what = "patch" if layer else "pixel"
+        words = (
+            f"{f'After {space}' if layer else 'In the pixels'} the two lie {row['amplitude']:.2f} apart in amplitude "
+            f"and {row['phase']:.2f} in phase. Taking the other's amplitude changes a {what}, on average, by "
+            f"{100 * moves['amplitude'].mean():.0f} % of a {what}'s mean length, taking its phase by "
+            f"{100 * moves['phase'].mean():.0f} % (bright: more)."
         )
-        return Board(rows, f"{words}taking its phase by {shares[1]} (bright: more).")
+        return Board([top, [Panel(chart, about, is_wide=True)], bottom], 4, words)
 
-    def distances(self, run: str, first: str, first_index: int, second: str, second_index: int) -> list[dict]:
-        """Rows of `analysis.compare` for the pixels and every layer; for the pixels alone where no backbone is."""
-        one = self.image(first, first_index)
-        size = tuple(one.shape[-2:])
-        table = [{"layer": "pixels", **compare(one, self.image(second, second_index, size), spectral.PIXELS)}]
-        try:
-            x, y = (self.maps(run, *c, size) for c in ((first, first_index), (second, second_index)))
-        except ValueError:
-            if run:
-                raise
-            return table
-        return table + [{"layer": f"layer {k}", **compare(x[k], y[k])} for k in x]
-
-    def places(self, run: str, domain: str, index: int) -> dict[int, list[str]]:
-        """The layers with tokens that attend, and the branches of each."""
+    def places(self, run: str, domain: str, index: int) -> dict[int, dict[str, Attention]]:
+        """The layers with tokens that attend, and what those of each branch attend to."""
         self.renew(run)
-        found: dict[int, list[str]] = {}
+        found: dict[int, dict[str, Attention]] = {}
         for one in self.reading(run, domain, index).attention:
-            found.setdefault(one.layer, []).append(one.branch)
+            found.setdefault(one.layer, {})[one.branch] = one
         return found
 
     def ranking(self, run: str, domain: str, index: int, layer: int, branch: str) -> list[tuple[int, float]]:
         """The tokens of a branch after a layer with their influence, the strongest first; token 0 adds nothing."""
-        influence = self._attention(run, domain, index, layer, branch).influence
-        return [(int(m), float(influence[m])) for m in np.argsort(-influence[1:], kind="stable") + 1]
-
-    def _attention(self, run: str, domain: str, index: int, layer: int, branch: str) -> Attention:
         known = self.places(run, domain, index)
-        if branch not in known.get(layer, []):
-            there = "; ".join(f"layer {n}: {', '.join(names)}" for n, names in known.items())
+        if branch not in known.get(layer, {}):
+            there = "; ".join(f"layer {n}: {', '.join(branches)}" for n, branches in known.items())
             raise ValueError(f"There are no tokens{branch and f' of {branch}'} after layer {layer}: {there}.")
-        reading = self.reading(run, domain, index)
-        return next(one for one in reading.attention if (one.layer, one.branch) == (layer, branch))
+        influence = known[layer][branch].influence
+        return [(int(m), float(influence[m])) for m in np.argsort(-influence[1:], kind="stable") + 1]
 
     def tokens(
         self,
@@ -207,30 +166,28 @@ class Studio(Material):
         """
         known = self.places(run, domain, index)
         layer = max(known) if layer is None else layer
-        branch = branch or known.get(layer, [""])[0]
-        one = self._attention(run, domain, index, layer, branch)
-        ranking = self.ranking(run, domain, index, layer, branch)
+        branch = branch or next(iter(known.get(layer, {})), "")
+        ranking, one = self.ranking(run, domain, index, layer, branch), known[layer][branch]
         token, count = ranking[0][0] if token is None else token, len(one.influence)
         if not 0 <= token < count:
             raise ValueError(f"The tokens of {branch} after layer {layer} are 0 to {count - 1}, not {token}.")
-        grey, patch = as_picture(self.image(domain, index)), self.patch_size(run)
+        scene, patch = as_picture(self.image(domain, index)), self.backbone(run).patch_size
         change, after = self._without(run, domain, index, layer, branch, token)
-        pair, titles = (self.segmented(run, domain, index), after), (", all tokens", ", without the token")
-        more, said, legend = self._compared(domain, index, pair, (grey, grey), titles)
-        most, mean = float(change.max()), _percent(float(change.mean()))
-        title = f"what it changes after layer {layer}: up to {_percent(most)}"
-        more[1][1:] = [Panel(over_grey(grey, change, 0, most, patch), title), None]
+        pictures = {", all tokens": scene, ", without the token": scene}
+        compared = self._compared(run, domain, index, after, pictures)
+        most, mean = float(change.max()), float(change.mean())
+        changed = plots.over_grey(scene, change, 0, most, patch)
+        compared.rows[-1].append(Panel(changed, f"what it changes after layer {layer}: up to {_percent(most)}"))
+        top = [Panel(scene, f"{short_name(domain)} {index}"), *plots.attention(one, token, scene, patch)]
         chart = plots.influences(ranking, token).figure.pixels()
-        rows = [[Panel(grey, f"{short_name(domain)} {index}"), *_attended(one, token, grey, patch)], *more]
+        bottom = [Panel(chart, "influence of the strongest tokens", is_wide=True)]
         place = [m for m, _ in ranking].index(token) + 1 if token else count
         words = (
             f"Token {token} of {branch} after layer {layer}: number {place} of {count} by influence, the mean of its "
-        )
-        words += (
             f"share times what it adds ({one.influence[token]:.3g}). Without it the features after the layer change "
+            f"by {_percent(mean)} on average. {compared.words}"
         )
-        words += f"by {mean} on average. {said}"
-        return Board([*rows, [Panel(chart, "influence of the strongest tokens")]], words, legend)
+        return Board([top, *compared.rows, bottom], 3, words, compared.legend)
 
     @torch.no_grad()
     def _without(
@@ -239,57 +196,56 @@ class Studio(Material):
         """How far a patch's features change behind a layer, (H, W) in units of their length, and what is seen then."""
         refiner, changes = self.model(run).refiner, []
 
+        def silence(_: object, __: object, values: Tensor) -> Tensor:
+            """Values of the tokens 1 to M - 1 with one at zero; token 0 has none."""
+            return values * (torch.arange(1, len(values) + 1, device=values.device) != token)[:, None]
+
         def without(features: Tensor, at: int) -> Tensor:
             """The refiner's answer without the token."""
             own = refiner(features, at)
-            hook = refiner.branches()[branch].token_map.register_forward_hook(partial(_silence, token))
+            hook = refiner.branches()[branch].token_map.register_forward_hook(silence)
             try:
                 silent = refiner(features, at)
             finally:
                 hook.remove()
-            changes.append(((own - silent).norm(dim=-1) / own.norm(dim=-1).clamp(min=1e-12))[0].float().cpu().numpy())
+            changes.append((own - silent).norm(dim=-1) / own.norm(dim=-1).clamp(min=1e-12))
             return silent
 
-        scores = self.scores(run, self.image(domain, index), Intervened(refiner, layer, without))
-        return changes[0], self.judge(scores, domain, index)
+        seen = self.segment(run, domain, index, refiner=Intervened(refiner, layer, without))
+        return changes[0][0].float().cpu().numpy(), seen
 
     def browse(self, domain: str, index: int = 0, opacity: float = 0.6, only: str = ALL) -> Board:
         """A picture and its label in the colours of the classes. opacity: 0 to 1; only: the one class to colour."""
         if not 0 <= opacity <= 1:
             raise ValueError(f"Expected an opacity from 0 to 1, got {opacity}.")
         image, label = as_picture(self.image(domain, index)), self.label(domain, index)
-        one = self.domain(domain)
-        words = (
-            f"{domain}: picture {index} of 0 to {len(one) - 1}, '{one.dataset.select_columns('name')[index]['name']}'."
-        )
+        count, classes = len(self.domain(domain)), self.domain(domain).class_set
+        words = f"{domain}: picture {index} of 0 to {count - 1}, '{self.sample(domain, index).name}'."
+        panel = Panel(image, f"{short_name(domain)} {index}")
         if label is None:
-            return Board([[Panel(image, f"{short_name(domain)} {index}"), None]], f"{words} This domain has no labels.")
-        classes = one.class_set
-        shares = _shares(label, classes)
-        legend = {i: f"{100 * s:.1f} %" for i, s in sorted(shares.items(), key=lambda item: -item[1])}
+            return Board([[panel]], 2, f"{words} This domain has no labels.")
+        pixels = np.bincount(label.ravel(), minlength=256)[: len(classes)]
+        percent = 100 * pixels / max(pixels.sum(), 1)
+        present = [place for place in np.argsort(-percent, kind="stable") if pixels[place]]
+        legend = {f"{classes.classes[place]} {percent[place]:.1f} %": classes.colours[place] for place in present}
+        title = "label"
         if only != ALL:
             place = _place(classes, only)
-            label = np.where(label == place, label, np.uint8(IGNORE))
-            words += f" {only}: {100 * shares.get(place, 0.0):.1f} % of the labelled pixels."
-        overlay = plots.coloured(image, label, classes, opacity)
-        panels = [
-            Panel(image, f"{short_name(domain)} {index}"),
-            Panel(overlay, "label" if only == ALL else f"label: {only}"),
-        ]
-        return Board([panels], words, (classes, legend))
+            label, title = np.where(label == place, label, np.uint8(IGNORE)), f"label: {only}"
+            words += f" {only}: {percent[place]:.1f} % of the labelled pixels."
+        return Board([[panel, Panel(plots.coloured(image, label, classes, opacity), title)]], 2, words, legend)
 
     def find(self, domain: str, index: int, step: int = 1, only: str = ALL) -> int:
         """The next picture (step 1) or the one before (step -1) that holds a class, round the end if need be.
 
         Raises ValueError if no picture of the domain holds it.
         """
-        one = self.domain(domain)
-        count, place = len(one), None if only == ALL else _place(one.class_set, only)
-        damaged = 0
+        count, classes = len(self.domain(domain)), self.domain(domain).class_set
+        if only == ALL:
+            return (index + step) % count
+        place, damaged = _place(classes, only), 0
         for away in range(1, count + 1):
             found = (index + step * away) % count
-            if place is None:
-                return found
             try:
                 label = self.label(domain, found)
             except ValueError:
@@ -297,35 +253,45 @@ class Studio(Material):
                 continue
             if label is not None and (label == place).any():
                 return found
-        unread = f" ({damaged} cannot be read)" * bool(damaged)
+        unread = f" ({damaged} cannot be read)" if damaged else ""
         raise ValueError(f"No picture of {domain} holds the class {only}{unread}: choose another, or '{ALL}'.")
 
-    def _compared(
-        self, name: str, index: int, pair: tuple[Segmented, Segmented], pictures: Sequence[np.ndarray], titles: tuple
-    ) -> tuple[list[list[Panel | None]], str, tuple[ClassSet, dict[int, str]]]:
-        """Rows, words and legend of two segmentations of one scene against its label."""
-        classes, label = self.domain(name).class_set, self.label(name, index)
-        flipped = pair[0].places != pair[1].places
-        row: list[Panel | None] = []
+    def _compared(self, run: str, domain: str, index: int, after: Segmented, pictures: dict[str, np.ndarray]) -> Board:
+        """What is seen of a picture as it is and after a change, beside its label; below, where the two differ.
+
+        pictures: the two, by their titles.
+        """
+        classes, label = self.domain(domain).class_set, self.label(domain, index)
+        before, scene = self.segmented(run, domain, index), next(iter(pictures.values()))
+        maps, panels = [before.places, after.places], []
         if label is not None:
-            row.append(Panel(plots.coloured(pictures[0], label, classes, 0.75), "ground truth"))
-        for one, picture, title in zip(pair, pictures, titles, strict=True):
+            maps.append(label)
+            panels.append(Panel(plots.coloured(scene, label, classes, 0.75), "ground truth"))
+        for one, (title, picture) in zip((before, after), pictures.items(), strict=True):
             score = "" if math.isnan(one.miou) else f": mIoU {one.miou:.1f} %"
-            row.append(Panel(plots.coloured(picture, one.places, classes, 0.75), f"segmentation{title}{score}"))
+            panels.append(Panel(plots.coloured(picture, one.places, classes, 0.75), f"segmentation{title}{score}"))
+        flipped = before.places != after.places
         share = _percent(flipped.mean())
-        row = [*row, None, None][:3]
-        flips = [Panel(marked(pictures[0], flipped), f"pixels that flipped (orange): {share}"), None, None]
+        flips = Panel(plots.marked(scene, flipped), f"pixels that flipped (orange): {share}")
         if label is None:
             said = "This domain has no labels, so there is no mIoU."
-        elif math.isnan(pair[0].miou):
+        elif math.isnan(before.miou):
             said = "No pixel of this picture has a label, so there is no mIoU."
         else:
-            said = f"mIoU of this picture, at the size shown: {pair[0].miou:.1f} % before, {pair[1].miou:.1f} % after."
-        said += f" {share} of the pixels change their class."
-        seen = sorted(
-            {*np.unique(pair[0].places), *np.unique(pair[1].places), *(() if label is None else np.unique(label))}
-        )
-        return [row, flips], said, (classes, {int(i): "" for i in seen if i != IGNORE})
+            said = f"mIoU of this picture, at the size shown: {before.miou:.1f} % before, {after.miou:.1f} % after."
+        legend = plots.class_colours(classes, np.unique(np.stack(maps)))
+        return Board([panels, [flips]], 3, f"{said} {share} of the pixels change their class.", legend)
+
+
+def swap(content: Tensor, style: Tensor, part: str, low: float, high: float, weight: float, axes: tuple) -> Tensor:
+    """Content with one part of its spectrum moved towards the style's, by `weight` within the band low ... high.
+
+    content, style: 4-D of one shape; part: "amplitude" or "phase". Raises ValueError for another part.
+    """
+    if part not in PARTS:
+        raise ValueError(f"Unknown part '{part}': expected one of {', '.join(PARTS)}.")
+    mix = spectral.mix_amplitude if part == "amplitude" else spectral.mix_phase
+    return mix(content, style, weight, low, high, axes)
 
 
 def _features(maps: Sequence[Tensor], titles: Sequence[str]) -> list[Panel]:
@@ -334,71 +300,37 @@ def _features(maps: Sequence[Tensor], titles: Sequence[str]) -> list[Panel]:
     return [Panel(np.uint8(255 * picture), title) for picture, title in zip(pictures, titles, strict=True)]
 
 
-def _spectra(
-    maps: Sequence[Tensor], axes: tuple[int, int], titles: Sequence[str], band: tuple[float, float] | None = None
-) -> list[list[Panel]]:
-    """A row of log amplitudes (mean over the channels, one scale), and one of phases.
-
-    A mean over channels has a phase of its own: shown is that of the channel in which the first map varies most, grey
-    where it has no amplitude.
-    """
+def _amplitudes(
+    maps: Sequence[Tensor], axes: tuple[int, int], names: Sequence[str], band: tuple[float, float] | None = None
+) -> list[Panel]:
+    """Log amplitudes, mean over the channels, on one scale; those of pixels are of values from 0 to 255."""
     scale = 255 if axes == spectral.PIXELS else 1
-    amplitudes = [log_amplitude_picture(scale * z, axes)[0].numpy() for z in maps]
-    limits = min(float(a.min()) for a in amplitudes), max(float(a.max()) for a in amplitudes)
-    strongest = int(maps[0].var(axes).argmax())
-    channels = [z.select(spectral.CHANNEL_AXIS[axes], strongest) for z in maps]
-    phases = [phase_picture(c - c.mean())[0].numpy() for c in channels]
-    name = ("red", "green", "blue")[strongest] if axes == spectral.PIXELS else f"channel {strongest}"
-    return [
-        [
-            Panel(in_colour(a, "magma", *limits), f"log amplitude, {t}", band)
-            for a, t in zip(amplitudes, titles, strict=True)
-        ],
-        [
-            Panel(in_colour(p, "twilight", -math.pi, math.pi), f"phase ({name}), {t}", band)
-            for p, t in zip(phases, titles, strict=True)
-        ],
-    ]
+    values = [log_amplitude_picture(scale * one, axes)[0].numpy() for one in maps]
+    return plots.spectrum_row(values, [f"log amplitude, {name}" for name in names], band=band)
+
+
+def _phases(
+    maps: Sequence[Tensor], axes: tuple[int, int], names: Sequence[str], band: tuple[float, float] | None
+) -> list[Panel]:
+    """Phases of the channel in which the first map varies most: a mean over channels would have a phase of its own."""
+    channel = int(maps[0].var(axes).argmax())
+    called = ("red", "green", "blue")[channel] if axes == spectral.PIXELS else f"channel {channel}"
+    chosen = [one.select(spectral.CHANNEL_AXIS[axes], channel) for one in maps]
+    values = [phase_picture(one - one.mean())[0].numpy() for one in chosen]
+    return plots.spectrum_row(values, [f"phase ({called}), {name}" for name in names], is_phase=True, band=band)
 
 
 def _moved(x: Tensor, y: Tensor, part: str, axes: tuple[int, int]) -> np.ndarray:
     """How far each place of x moves when it takes y's amplitude or phase, in units of the mean length of x."""
-    channel = spectral.CHANNEL_AXIS[axes]
-    moved = (swap(x, y, part, 0.0, HIGHEST, 1.0, axes) - x).norm(dim=channel)[0]
-    return (moved / x.norm(dim=channel).mean().clamp(min=1e-12)).numpy()
-
-
-def _attended(one: Attention, token: int, grey: np.ndarray, patch: int) -> list[Panel]:
-    """Where a token attends: over the picture, and over the spectrum for a branch that reads one."""
-    share = one.picture[..., token]
-    kind = "share of the attention" if one.spectrum is None else "part of the feature at its frequencies"
-    title = f"over the picture: {kind}, {100 * share.min():.2f} to {100 * share.max():.2f} %"
-    panels = [Panel(over_grey(grey, share, share.min(), share.max(), patch), title)]
-    if one.spectrum is not None:
-        half = torch.from_numpy(one.spectrum[None, ..., token : token + 1])
-        full = torch.fft.fftshift(spectral.full_spectrum(half, share.shape[1])[0, ..., 0], dim=(0, 1)).numpy()
-        title = f"over the spectrum: share of the attention, {100 * full.min():.2f} to {100 * full.max():.2f} %"
-        panels.append(Panel(in_colour(full, "viridis", full.min(), full.max()), title))
-    return panels
-
-
-def _silence(token: int, _: object, __: object, values: Tensor) -> Tensor:
-    """Values of the tokens 1 to M - 1 with one at zero; token 0 has none."""
-    silent = values.clone()
-    if token:
-        silent[token - 1] = 0
-    return silent
+    channels = spectral.CHANNEL_AXIS[axes]
+    moved = (swap(x, y, part, 0.0, HIGHEST, 1.0, axes) - x).norm(dim=channels)[0]
+    return (moved / x.norm(dim=channels).mean().clamp(min=1e-12)).numpy()
 
 
 def _place(classes: ClassSet, name: str) -> int:
     if name not in classes.classes:
         raise ValueError(f"Unknown class '{name}': expected one of {', '.join(classes.classes)}.")
     return classes.classes.index(name)
-
-
-def _shares(label: np.ndarray, classes: ClassSet) -> dict[int, float]:
-    counts = np.bincount(label.ravel(), minlength=256)[: len(classes)]
-    return {int(i): counts[i] / counts.sum() for i in np.flatnonzero(counts)}
 
 
 def _percent(share: float) -> str:

@@ -1,4 +1,4 @@
-"""The explorer's widgets: thin, over the pure views of `views.py`. What a widget shows, one line of Python shows too.
+"""The explorer's widgets: thin, over the pure views of `studio.py`. What a widget shows, one line of Python shows too.
 
 Under papermill, where nobody moves a slider, the same cells show the chosen state as a picture.
 """
@@ -9,6 +9,8 @@ import contextlib
 import os
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
 from typing import Any
 
 import ipywidgets
@@ -16,42 +18,39 @@ import traitlets
 from IPython.display import HTML, display
 
 from setlib.analysis.spectra import PARTS
-from setlib.explorer.board import WIDTH, Board
 from setlib.explorer.controls import NOTES, WIDE, Upload, buttons, offer, sentence, titled, with_own_keys
 from setlib.explorer.material import find_folder, shown
 from setlib.explorer.studio import ALL, HIGHEST, Studio
-from setlib.files import STATIC, write_atomic
+from setlib.files import STATIC
+from setlib.plots import WIDTH, Board
 
 
 class Explorer:
     """Base of the four: controls whose values are the arguments of one view, and what the view shows.
 
-    `render` is the view; `show` displays the widgets, which draw again on every change. A front end sends a slider's
-    next position once the last one is drawn, so positions in between are dropped, not queued. A problem is a sentence
-    above the picture, which stays as it was.
+    `show` displays the widgets, which draw again on every change. A front end sends a slider's next position once the
+    last one is drawn, so positions in between are dropped, not queued. A problem is a sentence above the picture, which
+    stays as it was.
     """
 
-    view = ""
+    view = ""  # the method of `Studio`
+    unsaid = ""  # of a layer's name, among the choices
 
     def __init__(self, studio: Studio, **state: Any) -> None:
         self.studio, self.controls, self.rows = studio, {}, []
-        exact = ipywidgets.Layout(width=f"{WIDTH}px", max_width="100%")
-        self.picture, self.message = ipywidgets.Image(format="jpeg", layout=exact), ipywidgets.HTML()
+        whole = ipywidgets.Layout(width=f"{WIDTH}px", max_width="100%")
+        self.picture, self.message = ipywidgets.Image(format="jpeg", layout=whole), ipywidgets.HTML()
         self.words, self.note = ipywidgets.HTML(), ipywidgets.HTML()
-        self.code = ipywidgets.Text(
-            description="as Python", style=WIDE["style"], layout=ipywidgets.Layout(width="780px")
-        )
+        self.code = ipywidgets.Text(description="as Python", style=WIDE["style"], layout={"width": "780px"})
         self.save = ipywidgets.Button(description="save", tooltip="Saves the picture as PNG, and this line of Python")
         self.save.on_click(lambda _: self._guarded(self._save))
-        self._busy, self._noted, self._said, self._missing = True, "", "", ""
+        self._is_busy = False
         self.build()
-        self._busy = False
         for widget in self.controls.values():
             widget.observe(self.update, names="value")
-        bottom = [ipywidgets.HBox([self.code, self._help("code"), self.save])]
-        wrapped = ipywidgets.Box(self.rows, layout=ipywidgets.Layout(flex_flow="row wrap"))
-        status = [self.note, self.message, self.words]
-        self.box = with_own_keys(wrapped, *status, self.picture, *bottom)
+        controls = ipywidgets.Box(self.rows, layout={"flex_flow": "row wrap"})
+        code = ipywidgets.HBox([self.code, self._help("code"), self.save])
+        self.box = with_own_keys(controls, self.note, self.message, self.words, self.picture, code)
         self.box.layout.max_width = "980px"
         self.box.add_class(f"setlib-{self.view}")
         self.set(**state)
@@ -67,30 +66,25 @@ class Explorer:
         for name in ("content", "style", "first", "second", "domain"):
             if name in self.controls:
                 offer(self.controls[name], self.studio.choices)
-                index = self.controls["index" if name == "domain" else f"{name}_index"]
-                index.max = len(self.studio.domain(self.controls[name].value)) - 1
+                self.controls[_index_of(name)].max = len(self.studio.domain(self.controls[name].value)) - 1
         if "space" in self.controls:
-            offer(self.controls["space"], {self.named(space): space for space in self._spaces()})
-
-    def named(self, space: str) -> str:
-        """How a layer is called among the choices."""
-        return space
+            spaces = self.studio.spaces(self.arguments()["run"])
+            offer(self.controls["space"], {space.removeprefix(self.unsaid): space for space in spaces})
 
     def arguments(self) -> dict[str, Any]:
         """What the controls say, as the view's arguments."""
-        given = {name: widget.value for name, widget in self.controls.items()}
-        run = given.get("run", "").strip().strip("'\"")
-        return given | ({"run": run and shown(find_folder(run))} if "run" in given else {})
+        values = {name: widget.value for name, widget in self.controls.items()}
+        given = {name: round(value, 2) if isinstance(value, float) else value for name, value in values.items()}
+        if "run" in given:
+            run = given["run"].strip().strip("'\"")  # as it is pasted
+            given["run"] = run and shown(find_folder(run))
+        return given
 
     # What all share
 
-    def render(self, **arguments: Any) -> Board:
-        """The view itself; see `Studio`."""
-        return getattr(self.studio, self.view)(**arguments)
-
     def board(self) -> Board:
         """The view at what the controls say."""
-        return self.render(**self.arguments())
+        return getattr(self.studio, self.view)(**self.arguments())
 
     def set(self, **state: Any) -> None:
         """Sets controls by name, and draws. Raises ValueError for an unknown one, or a value that is no choice."""
@@ -112,18 +106,8 @@ class Explorer:
 
     def update(self, _: Any = None) -> None:
         """Draws what the controls say."""
-        if not self._busy:
-            with self._quietly():
-                self._guarded(self._draw)
-
-    @contextlib.contextmanager
-    def _quietly(self) -> Iterator[None]:
-        """Controls that change meanwhile draw nothing."""
-        self._busy = True
-        try:
-            yield
-        finally:
-            self._busy = False
+        if not self._is_busy:
+            self._guarded(self._draw)
 
     def show(self) -> None:
         """Displays the widgets; the picture alone where SETLIB_STATIC is set (under papermill)."""
@@ -135,70 +119,62 @@ class Explorer:
         if self.picture.value:
             display(self.board())
 
-    def _draw(self) -> None:
-        self.follow()
-        board = self.board()
-        self.picture.value, self.words.value = board.jpeg(), sentence(board.words)
-        self.code.value = self.line()
-
-    def _save(self) -> None:
-        folder, board = self.studio.run.path / "saved", self.board()
-        if not self.studio.run.path.is_dir():
-            raise ValueError(f"The run folder {self.studio.run.path} is gone: open the explorer anew.")
-        ends = [path.stem.removeprefix(f"{self.view}-") for path in folder.glob(f"{self.view}-*.png")]
-        number = 1 + max((int(end) for end in ends if end.isdecimal()), default=0)
-        path = folder / f"{self.view}-{number}.png"
-        write_atomic(path.with_suffix(".py"), f"{self.line()}.savefig({path.name!r})\n")
-        try:
-            write_atomic(path, board.png(self.line()))
-        except ValueError:
-            path.with_suffix(".py").unlink()
-            raise
-        self.say(f"Saved {shown(path)}, and the line of Python that makes it beside it.")
-
-    def _guarded(self, action: Callable[[], object]) -> None:
-        """Does it; a problem becomes the message, since a widget's callback has nowhere else to say it."""
-        self._said = ""
-        try:
-            action()
-        except Exception as problem:
-            self.say(f"{type(problem).__name__ * (not isinstance(problem, ValueError))} {problem}".strip(), True)
-        if not self._said:
-            self.message.value = ""
-            if self._missing and self.controls["space"].options[1:] == ():
-                self.say(self._missing, True)
-
     def say(self, text: str, is_problem: bool = False) -> None:
         """A sentence above the picture."""
-        self._said = ("⚠ " if is_problem else "") + text
-        self.message.value = sentence(self._said, bold=True)
+        self.message.value = sentence(f"⚠ {text}" if is_problem else text, is_bold=True)
+
+    def _draw(self) -> None:
+        with self._quietly():
+            self.follow()
+        board, given = self.board(), self.arguments()
+        self.picture.value, self.words.value = board.jpeg(), sentence(board.words)
+        self.code.value = self.line()
+        if "space" in given and not given["run"] and self.studio.missing:
+            self.say(f"Only pixels can be looked at: {self.studio.missing}", is_problem=True)
+
+    def _save(self) -> None:
+        names = (f"saved/{self.view}-{number}" for number in count(1))
+        name = next(name for name in names if not (self.studio.run.path / f"{name}.png").exists())
+        path = self.studio.keep(f"{name}.png", self.board().png(self.line()))
+        self.studio.keep(f"{name}.py", f"{self.line()}.savefig({path.name!r})\n")
+        self.say(f"Saved {shown(path)}, and the line of Python that makes it beside it.")
+
+    @contextlib.contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """Controls that change meanwhile draw nothing."""
+        self._is_busy = True
+        try:
+            yield
+        finally:
+            self._is_busy = False
+
+    def _guarded(self, action: Callable[..., object], *given: Any) -> None:
+        """Does it; a problem becomes the message, since a widget's callback has nowhere else to say it."""
+        with self.message.hold_sync():  # a browser sees the last message alone
+            self.message.value = ""
+            try:
+                action(*given)
+            except Exception as problem:
+                kind = "" if isinstance(problem, ValueError) else f"{type(problem).__name__} "
+                self.say(f"{kind}{problem}", is_problem=True)
+
+    # Controls
 
     def add(self, name: str, widget: Any, note: str = "", title: str = "") -> None:
-        """A control of the view's argument `name`, with a "?" that shows its note; title: where it has none itself."""
+        """A control of the view's argument `name`; title: where it has none itself."""
         self.controls[name] = widget
-        row = [*([titled(title)] if title else []), widget, self._help(note or name)]
-        self.rows.append(ipywidgets.HBox(row, layout=ipywidgets.Layout(min_width="475px")).add_class("setlib-control"))
+        self.add_row(*([titled(title)] if title else []), widget, note=note or name)
 
-    def add_picture(self, name: str, title: str = "", index: str = "", value: str | None = None) -> None:
+    def add_row(self, *widgets: Any, note: str) -> None:
+        """Widgets beside each other, with a "?" that shows a note."""
+        row = ipywidgets.HBox([*widgets, self._help(note)], layout=ipywidgets.Layout(min_width="475px"))
+        self.rows.append(row.add_class("setlib-control"))
+
+    def add_picture(self, name: str, value: str | None = None) -> None:
         """A domain and a picture's number."""
         options = tuple(self.studio.choices.items())
-        choice = ipywidgets.Dropdown(options=options, value=value or options[0][1], description=title or name, **WIDE)
-        self.add(name, choice)
-        slider = ipywidgets.IntSlider(0, 0, 0, description="picture", **WIDE)
-        self.add(index or f"{name}_index", slider, name)
-
-    def _spaces(self) -> list[str]:
-        """The pixels and the layers of the chosen run; the pixels alone where the backbone is missing."""
-        run = Explorer.arguments(self)["run"] if "run" in self.controls else ""
-        if self._missing and not run:
-            return ["pixels"]
-        try:
-            return self.studio.spaces(run)
-        except (ValueError, OSError) as problem:
-            if run:
-                raise
-            self._missing = f"Only pixels can be looked at: {problem}"
-            return ["pixels"]
+        self.add(name, ipywidgets.Dropdown(options=options, value=value or options[0][1], description=name, **WIDE))
+        self.add(_index_of(name), ipywidgets.IntSlider(0, 0, 0, description="picture", **WIDE), name)
 
     def add_run(self, value: str = "", note: str = "run") -> None:
         """The folder of a trained run."""
@@ -210,34 +186,35 @@ class Explorer:
         """A button that brings a picture into the choices of every view; the control of this name then shows it."""
 
         def receive(content: bytes, name: str) -> None:
-            self._guarded(lambda: take(content, name))
-
-        def take(content: bytes, name: str) -> None:
-            """Shows it as the control, and says so."""
             domain, done = self.studio.add_upload(content, name)
             self._choose(control, domain)
             self.say(f"Uploaded '{name}'{f' ({done})' if done else ''} as {control}.")
 
-        self.upload = Upload(receive, lambda text: self.say(text, True))
-        self.rows.append(ipywidgets.HBox([titled("upload"), self.upload, self._help("upload")]))
+        self.upload = Upload(partial(self._guarded, receive), partial(self.say, is_problem=True))
+        self.add_row(titled("upload"), self.upload, note="upload")
 
     def _choose(self, control: str, domain: str) -> None:
         """Shows a domain that has just become a choice."""
         with self._quietly():
             self.follow()
             self.controls[control].value = domain
-            self._draw()
+        self._draw()
 
     def _help(self, name: str) -> ipywidgets.Button:
         """The "?" that shows a note and hides it again."""
-        button = ipywidgets.Button(description="?", tooltip=NOTES[name], layout=ipywidgets.Layout(width="30px"))
+        button = ipywidgets.Button(description="?", tooltip=NOTES[name], layout={"width": "30px"})
+        note = sentence(NOTES[name])
 
         def toggle(_: Any) -> None:
-            self._noted = "" if self._noted == name else name
-            self.note.value = sentence(NOTES[name]) if self._noted else ""
+            self.note.value = "" if self.note.value == note else note
 
         button.on_click(toggle)
         return button
+
+
+def _index_of(name: str) -> str:
+    """The control of a picture's number, by that of its domain."""
+    return "index" if name == "domain" else f"{name}_index"
 
 
 class SwapExplorer(Explorer):
@@ -246,15 +223,12 @@ class SwapExplorer(Explorer):
     view = "swap"
 
     def build(self) -> None:
-        """Makes the controls."""
         self.add_picture("content")
         self.add_picture("style", value=self.studio.names[-1])
         self.add("part", buttons(PARTS, "100px"), title="what moves")
         self.add("space", ipywidgets.Dropdown(options=["pixels"], description="where", **WIDE))
-        band = ipywidgets.FloatRangeSlider(
-            value=(0, HIGHEST), min=0, max=HIGHEST, step=0.01, description="frequencies", **WIDE
-        )
-        self.add("band", band)
+        ends = {"value": (0, HIGHEST), "min": 0, "max": HIGHEST, "step": 0.01}
+        self.add("band", ipywidgets.FloatRangeSlider(description="frequencies", **ends, **WIDE))
         self.add("weight", ipywidgets.FloatSlider(1, min=0, max=1, step=0.05, description="weight", **WIDE))
         self.add_run()
         self.add_upload("content")
@@ -263,54 +237,47 @@ class SwapExplorer(Explorer):
         """The band as its two ends."""
         given = super().arguments()
         low, high = given.pop("band")
-        return given | {"low": round(low, 2), "high": round(high, 2), "weight": round(given["weight"], 2)}
+        return given | {"low": round(low, 2), "high": round(high, 2)}
 
 
 class LayerExplorer(Explorer):
     """How far two pictures lie apart in amplitude and phase, layer by layer, and where (`Studio.layers`)."""
 
-    view = "layers"
+    view, unsaid = "layers", "layer "
 
     def build(self) -> None:
-        """Makes the controls."""
         self.add_picture("first")
         self.add_picture("second", value=self.studio.names[-1])
         self.add_run(note="features")
         self.add_upload("second")
         self.add("space", buttons({"pixels": "pixels"}, "59px"), "layer", "layer")
 
-    def named(self, space: str) -> str:
-        """The number alone: there are many."""
-        return space.removeprefix("layer ")
-
 
 class TokenExplorer(Explorer):
     """Where a token attends over spectrum and picture, and what changes without it (`Studio.tokens`)."""
 
     view = "tokens"
+    place: tuple | None = None  # run, layer and branch whose tokens are shown
 
     def build(self) -> None:
-        """Makes the controls."""
-        self.add_picture("domain", index="index")
+        self.add_picture("domain")
         self.add_run(self.studio.own())
         self.add("layer", ipywidgets.Dropdown(description="after layer", **WIDE), "place")
         self.add("branch", ipywidgets.Dropdown(description="branch", **WIDE))
         self.add("token", ipywidgets.Dropdown(description="token", **WIDE))
 
-    place: tuple | None = None  # run, layer and branch whose tokens are shown
-
     def follow(self) -> None:
         """The choices of layer, branch and token are those of the run; tokens are sorted by influence."""
         super().follow()
         given = self.arguments()
-        run, domain, index = (given[name] for name in ("run", "domain", "index"))
-        known = self.studio.places(run, domain, index)
+        picture = given["run"], given["domain"], given["index"]
+        known = self.studio.places(*picture)
         layer = offer(self.controls["layer"], {f"layer {n}": n for n in known}, last=True)
         branch = offer(self.controls["branch"], {name: name for name in known[layer]})
-        ranking = self.studio.ranking(run, domain, index, layer, branch)
+        ranking = self.studio.ranking(*picture, layer, branch)
         offer(self.controls["token"], {f"token {m} (influence {value:.3g})": m for m, value in ranking})
-        if self.place != (run, layer, branch):  # other tokens: the strongest of them
-            self.place = run, layer, branch
+        if self.place != (given["run"], layer, branch):  # other tokens: the strongest of them
+            self.place = given["run"], layer, branch
             self.controls["token"].value = ranking[0][0]
 
 
@@ -320,28 +287,19 @@ class DomainBrowser(Explorer):
     view = "browse"
 
     def build(self) -> None:
-        """Makes the controls."""
-        self.add_picture("domain", index="index")
+        self.add_picture("domain")
         self.add("opacity", ipywidgets.FloatSlider(0.6, min=0, max=1, step=0.05, description="opacity", **WIDE))
         self.add("only", ipywidgets.Dropdown(options=[ALL], description="class", **WIDE))
         self.random = random.Random(self.studio.experiment.seed)
-        steps = {"previous": lambda: -1, "next": lambda: 1, "random": self._far}
-        self.steps = {name: ipywidgets.Button(description=name) for name in steps}
-        for name, step in steps.items():
-            self.steps[name].on_click(lambda _, step=step: self._guarded(lambda: self._go(step())))
-        row = [*self.steps.values(), self._help("steps")]
-        self.rows.append(ipywidgets.HBox(row, layout=ipywidgets.Layout(min_width="475px")))
+        self.steps = {name: ipywidgets.Button(description=name) for name in ("previous", "next", "random")}
+        for button in self.steps.values():
+            button.on_click(lambda pressed: self._guarded(self._go, pressed.description))
+        self.add_row(*self.steps.values(), note="steps")
         self.add_upload("domain")
-        self.other = ipywidgets.Text(
-            placeholder="acdc:night-val@FOLDER", description="other", continuous_update=False, **WIDE
-        )
-        self.other.observe(lambda change: self._guarded(lambda: self._add(change.new.strip())), names="value")
-        self.rows.append(ipywidgets.HBox([self.other, self._help("other")]).add_class("setlib-control"))
-
-    def arguments(self) -> dict[str, Any]:
-        """The opacity to two digits."""
-        given = super().arguments()
-        return given | {"opacity": round(given["opacity"], 2)}
+        example = "acdc:night-val@FOLDER"
+        self.other = ipywidgets.Text(placeholder=example, description="other", continuous_update=False, **WIDE)
+        self.other.observe(lambda change: self._guarded(self._add, change.new.strip()), names="value")
+        self.add_row(self.other, note="other")
 
     def _add(self, domain: str) -> None:
         if domain:
@@ -355,23 +313,15 @@ class DomainBrowser(Explorer):
         names = (ALL, *domain.class_set.classes) if domain.has_labels else (ALL,)
         offer(self.controls["only"], {name: name for name in names})
 
-    def _far(self) -> int:
-        """Some way ahead, before the next picture that fits is looked for."""
-        count = self.controls["index"].max
-        return self.random.randint(1, count) if count else 1
-
-    def _go(self, step: int) -> None:
+    def _go(self, step: str) -> None:
+        """To the picture before or behind that fits, or to the first that does some way ahead."""
         domain, index, only = (self.controls[name].value for name in ("domain", "index", "only"))
-        start, way = (index, step) if abs(step) == 1 else (index + step - 1, 1)
-        self.controls["index"].value = self.studio.find(domain, start, way, only)
+        if step == "random":
+            index += self.random.randrange(max(1, self.controls["index"].max))
+        self.controls["index"].value = self.studio.find(domain, index, -1 if step == "previous" else 1, only)
 
 
-VIEWS = {
-    "Swap": SwapExplorer,
-    "Layers": LayerExplorer,
-    "Tokens": TokenExplorer,
-    "Domains": DomainBrowser,
-}
+VIEWS = {"Swap": SwapExplorer, "Layers": LayerExplorer, "Tokens": TokenExplorer, "Domains": DomainBrowser}
 
 
 class Tabs:

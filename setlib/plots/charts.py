@@ -1,7 +1,7 @@
-"""Figures and tables: data in, Axes out (or a Figure for several panels). Nothing is computed on models or files here.
+"""Charts with axes, and tables: data in, Axes out (a Figure for several panels). Nothing is computed on models here.
 
-Figures never enter pyplot's state: one appears in a notebook when it is a cell's last expression, exactly once. Classes
-have the Cityscapes or CamVid colours; everything else has colours that colour-blind readers can tell apart.
+Figures never enter pyplot's state: one appears in a notebook when it is a cell's last expression, exactly once. Series
+have colours that colour-blind readers can tell apart.
 """
 
 from __future__ import annotations
@@ -19,19 +19,15 @@ import pandas
 from matplotlib import figure
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm
-from matplotlib.patches import Patch
 
-from setlib.data.labels import IGNORE, ClassSet
+from setlib.data.labels import ClassSet
+from setlib.plots.board import WIDTH
 
-WIDTH = 9.5  # inches at 100 dots an inch: the text width of a notebook
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")  # Okabe and Ito
 MARKERS = "osD^vP*X"
-NO_VALUE = "#808080"  # where there is no phase
-SMALL = dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8)
-STYLE = SMALL | dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9)
-STYLE |= dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False)
-STYLE |= {"axes.edgecolor": "#888888", "axes.axisbelow": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6}
+STYLE = {"font.size": 9, "axes.titlesize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888", "axes.axisbelow": True}
+STYLE |= {"legend.frameon": False, "grid.color": "#e4e4e4", "grid.linewidth": 0.6}
 quiet = matplotlib.rc_context(STYLE)  # as a decorator: the look holds inside a function and changes nobody else's
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1)}  # of a legend
 
@@ -39,13 +35,10 @@ ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1)}  # of a legend
 class Figure(figure.Figure):
     """A matplotlib figure that shows itself in a notebook, whatever backend is set."""
 
-    def png(self) -> bytes:
-        """The figure as PNG, trimmed to what is drawn."""
+    def _repr_png_(self) -> bytes:
         content = io.BytesIO()
         self.savefig(content, format="png", dpi=100, bbox_inches="tight")
         return content.getvalue()
-
-    _repr_png_ = png
 
     def pixels(self) -> np.ndarray:
         """The figure as it is, (h, w, 3) uint8."""
@@ -59,127 +52,13 @@ def short_name(domain: str) -> str:
     return head if ":" in head or not folder else f"{head}:{PurePath(folder).name}"
 
 
-def _axes(ax: Axes | None, height: float, width: float = WIDTH) -> Axes:
-    """The given Axes, or those of a new figure of so many inches."""
-    return ax if ax is not None else Figure(figsize=(width, height), layout="constrained").add_subplot()
+def _axes(ax: Axes | None, height: float) -> Axes:
+    """The given Axes, or those of a new figure as wide as the page, of so many inches."""
+    return ax if ax is not None else Figure((WIDTH / 100, height), layout="constrained").add_subplot()
 
 
-@quiet
-def picture(image: np.ndarray, title: str = "", ax: Axes | None = None, **colours: Any) -> Axes:
-    """A picture, (h, w, 3) uint8 or float in [0, 1]; or (h, w) values, with imshow's options."""
-    ax = _axes(ax, WIDTH / 2 * image.shape[0] / image.shape[1], WIDTH / 2)
-    ax.imshow(image if image.dtype == np.uint8 or image.ndim == 2 else image.clip(0, 1), **colours)
-    ax.set(xticks=[], yticks=[])
-    ax.set_title(title)
-    ax.spines[:].set_visible(False)
-    return ax
-
-
-def coloured(image: np.ndarray, label: np.ndarray, class_set: ClassSet, alpha: float = 0.6) -> np.ndarray:
-    """A picture (h, w, 3) uint8 under its label's colours, (h, w) places in class_set; 255 stays as it is."""
-    mixed = (1 - alpha) * image + alpha * class_set.palette[label]
-    return np.where((label == IGNORE)[..., None], image, mixed.round()).astype(np.uint8)
-
-
-def _class_patches(class_set: ClassSet, places: Sequence[int]) -> dict[str, Any]:
-    patches = [Patch(color=np.divide(class_set.colours[i], 255), label=class_set.classes[i]) for i in places]
-    num_rows = -(-len(patches) // 10) or 1
-    return {"handles": patches, "ncols": -(-len(patches) // num_rows) or 1, "handlelength": 1, "columnspacing": 1}
-
-
-@quiet
-def class_legend(class_set: ClassSet, ax: Axes | None = None) -> Axes:
-    """The colours of a class set."""
-    ax = _axes(ax, 0.5)
-    ax.set_axis_off()
-    ax.legend(**_class_patches(class_set, range(len(class_set))), loc="center")
-    return ax
-
-
-@quiet
-def sheet(
-    rows: Sequence[Sequence[np.ndarray | None]],
-    row_titles: Sequence[str] = (),
-    column_titles: Sequence[str] = (),
-    titles: Sequence[Sequence[str]] = (),
-) -> Figure:
-    """Pictures in a grid, (h, w, 3) each; None leaves a place empty.
-
-    row_titles, column_titles: beside and above the grid; titles: one above every picture, row by row.
-    """
-    num_columns = max(len(row) for row in rows)
-    height, width = next(image.shape[:2] for row in rows for image in row if image is not None)
-    side = WIDTH / max(num_columns, 2)  # a lone column is half as wide as the page
-    line = 0.3 if titles else 0.05
-    made = Figure((side * num_columns, len(rows) * (side * height / width + line) + 0.2), layout="compressed")
-    made.get_layout_engine().set(w_pad=0.02, h_pad=0.04 if titles else 0.02, hspace=0, wspace=0)
-    for i, axes in enumerate(made.subplots(len(rows), num_columns, squeeze=False)):
-        for j, ax in enumerate(axes):
-            image = rows[i][j] if j < len(rows[i]) else None
-            ax.set_visible(image is not None)
-            if image is not None:
-                picture(image, titles[i][j] if titles else column_titles[j] if column_titles and i == 0 else "", ax)
-                ax.set_ylabel(row_titles[i] if row_titles and j == 0 else "")
-    return made
-
-
-@quiet
-def prediction_sheet(
-    samples: Sequence[tuple[np.ndarray, np.ndarray | None, Mapping[str, np.ndarray]]],
-    class_set: ClassSet,
-    titles: Sequence[str] = (),
-) -> Figure:
-    """One row a sample: picture, label and what each model predicts, with the colours of the classes that occur.
-
-    samples: (picture (h, w, 3) uint8, label (h, w) in places of class_set or None, {model: (h, w) train ids}); the
-    predictions are merged into class_set. titles: one a row.
-    """
-    merge = class_set.to_place
-    columns = ["label"] * any(label is not None for _, label, _ in samples) + list(samples[0][2])
-    maps = [{"label": label} | {name: merge[p] for name, p in found.items()} for _, label, found in samples]
-    maps = [[named[column] for column in columns] for named in maps]
-    rows = [
-        [sample[0], *(None if m is None else coloured(sample[0], m, class_set, 0.75) for m in row)]
-        for sample, row in zip(samples, maps, strict=True)
-    ]
-    made = sheet(rows, titles, ["picture", *columns])
-    present = {int(i) for row in maps for m in row if m is not None for i in np.unique(m)} - {IGNORE}
-    made.legend(**_class_patches(class_set, sorted(present)), loc="outside lower center")
-    return made
-
-
-@quiet
-def spectra(
-    images: Sequence[np.ndarray], parts: Mapping[str, Sequence[np.ndarray]], column_titles: Sequence[str] = ()
-) -> Figure:
-    """Pictures above their spectra, one column a picture, one row and scale a part; zero frequency in the middle.
-
-    parts: {name with unit: one (h, w) a picture}; a part whose name starts with "phase" is in radians, drawn cyclic,
-    grey where there is none.
-    """
-    made = sheet([images, *parts.values()], column_titles=column_titles)
-    for i, (name, values) in enumerate(parts.items(), start=1):
-        row = made.axes[i * len(images) : (i + 1) * len(images)]
-        is_phase = name.startswith("phase")
-        limits = (-math.pi, math.pi) if is_phase else (np.min(values), np.max(values))
-        for ax in row:
-            colours = matplotlib.colormaps["twilight" if is_phase else "magma"].with_extremes(bad=NO_VALUE)
-            ax.images[0].set(cmap=colours, clim=limits, interpolation="nearest")
-        inset = row[-1].inset_axes([1.03, 0, 0.04, 1])
-        bar = made.colorbar(row[0].images[0], cax=inset)
-        bar.set_label(name, fontsize=7)
-        if is_phase:
-            bar.set_ticks([-math.pi, 0, math.pi], labels=["-π", "0", "π"])
-    return made
-
-
-@quiet
-def depth(metres: np.ndarray, title: str = "", ax: Axes | None = None) -> Axes:
-    """Distance (h, w) in metres, inf for the sky (white); logarithmic colours."""
-    seen = np.ma.masked_invalid(metres)
-    ax = picture(seen, title, ax, cmap="viridis_r", norm=LogNorm(seen.min(), seen.max()))
-    ax.figure.colorbar(ax.images[0], ax=ax, label="distance (m)", format="{x:.0f}", shrink=0.8)
-    return ax
+def _layers(layers: Sequence[str | int]) -> list[str]:
+    return [layer if isinstance(layer, str) else f"layer {layer}" for layer in layers]
 
 
 @quiet
@@ -220,63 +99,11 @@ def loss_curves(histories: Mapping[str, Sequence[Mapping]], ax: Axes | None = No
 
 
 @quiet
-def attention_over_spectrum(share: np.ndarray, ax: Axes | None = None, title: str = "") -> Axes:
-    """One token's share of the attention, (H, W // 2 + 1) over the half spectrum in the transform's order.
-
-    Zero frequency is in the middle of the left edge.
-    """
-    ax, values = _axes(ax, 2.6, 4.6), 100 * np.fft.fftshift(share, axes=0)
-    look = {"extent": (0, 1, 1, -1), "aspect": len(values) / values.shape[1], "interpolation": "nearest"}
-    shown = ax.imshow(values, cmap="viridis", **look)
-    ax.figure.colorbar(shown, ax=ax, label="share of the attention (%)", shrink=0.8)
-    ax.set(xticks=(0, 1), yticks=(-1, 0, 1), xlabel="horizontal frequency (1 = highest)", ylabel="vertical")
-    ax.set_title(title)
-    return ax
-
-
-@quiet
-def attention_over_picture(image: np.ndarray, share: np.ndarray, ax: Axes | None = None, title: str = "") -> Axes:
-    """One token's share of the attention, (H, W) over the patches, in colour on the greyed picture (h, w, 3) uint8."""
-    ax = picture(image.mean(-1), title, _axes(ax, 2.6, WIDTH / 2), cmap="gray", vmin=0, vmax=255)
-    extent = ax.images[0].get_extent()
-    shown = ax.imshow(100 * np.asarray(share), alpha=0.6, extent=extent, interpolation="nearest", cmap="viridis")
-    ax.figure.colorbar(shown, ax=ax, label="share of the attention (%)", shrink=0.8)
-    return ax
-
-
-@quiet
-def token_sheet(picture: np.ndarray, attention: Sequence[Any], num_columns: int = 4) -> Figure:
-    """Where the most influential token of every layer and branch attends: over the half spectrum, and over the picture.
-
-    picture: (h, w, 3) uint8; attention: of `attention.read_tokens`; without tokens the figure holds a sentence.
-    """
-    panels = [(one, part) for one in attention for part in ("spectrum", "picture") if getattr(one, part) is not None]
-    num_rows = -(-len(panels) // num_columns) or 1
-    height = 1.4 if {part for _, part in panels} <= {"picture"} else 2.1
-    made = Figure((WIDTH, height * num_rows), layout="constrained")
-    if not attention:
-        made.text(0.5, 0.5, "There are no tokens that attend to anything here.", ha="center", va="center")
-    for place, (one, part) in enumerate(panels, start=1):
-        ax, token = made.add_subplot(num_rows, num_columns, place), int(one.influence.argmax())
-        if part == "picture":
-            attention_over_picture(picture, one.picture[..., token], ax)
-        else:
-            attention_over_spectrum(one.spectrum[..., token], ax)
-        is_mapped = part == "picture" and one.spectrum is not None
-        made.axes[-1].set_ylabel("part of the feature (%)" if is_mapped else "share (%)")  # of the colour bar
-        ax.set(xlabel="", ylabel="")
-        title = "the same, over the picture" if is_mapped else f"layer {one.layer} {one.branch}: token {token}"
-        ax.set_title(title, fontsize=8)
-    return made
-
-
-@quiet
 def distances(table: Sequence[Mapping], ax: Axes | None = None, chosen: str | int | None = None) -> Axes:
     """Distance in amplitude and phase by layer: rows of `analysis.compare` with a layer; chosen: is pointed out."""
     series = {part: [row[part] for row in table] for part in ("amplitude", "phase")}
     layers = [row["layer"] for row in table]
-    names = [n if isinstance(n, str) else f"layer {n}" for n in layers]
-    ax = _bars(series, names, _axes(ax, 2.2), True, digits=3 if len(names) < 8 else 2)
+    ax = _bars(series, _layers(layers), _axes(ax, 2.2), upright=True, digits=3 if len(layers) < 8 else 2)
     if not table:
         ax.text(0.5, 0.5, "Nothing stands behind a layer here.", ha="center", transform=ax.transAxes)
     if chosen in layers:
@@ -297,7 +124,6 @@ def radial_profiles(radii: np.ndarray, profiles: Mapping[str, np.ndarray], ax: A
     return ax
 
 
-@quiet
 def _bars(series: Mapping[str, Sequence], names: Sequence[str], ax: Axes, upright: bool, digits: int) -> Axes:
     """Grouped bars, one colour a series, with their values where there is room; None and NaN leave a gap."""
     thick = 0.8 / len(series)
@@ -317,7 +143,8 @@ def _bars(series: Mapping[str, Sequence], names: Sequence[str], ax: Axes, uprigh
 def influences(ranking: Sequence[tuple[int, float]], chosen: int, ax: Axes | None = None) -> Axes:
     """The influence of the 30 strongest tokens, in their order; the chosen one in another colour."""
     ax, shown = _axes(ax, 1.6), {str(token): value for token, value in ranking[:30]}
-    ax.bar(list(shown), list(shown.values()), color=[COLOURS[token == str(chosen)] for token in shown])
+    colours = [COLOURS[1] if token == str(chosen) else COLOURS[0] for token in shown]
+    ax.bar(list(shown), list(shown.values()), color=colours)
     ax.set(xlabel="token", ylabel="influence", xlim=(-0.6, len(shown) - 0.4))
     return ax
 
@@ -326,7 +153,7 @@ def influences(ranking: Sequence[tuple[int, float]], chosen: int, ax: Axes | Non
 def domain_bars(scores: Mapping[str, Mapping[str, float]], ax: Axes | None = None, source: str | None = None) -> Axes:
     """mIoU by domain, one colour a model; {model: {domain: percent}}. `source` is named as such under its bars."""
     domains = list(dict.fromkeys(domain for by_domain in scores.values() for domain in by_domain))
-    names = [short_name(domain) + "\n(source)" * (domain == source) for domain in domains]
+    names = [f"{short_name(domain)}\n(source)" if domain == source else short_name(domain) for domain in domains]
     series = {model: [by_domain.get(domain) for domain in domains] for model, by_domain in scores.items()}
     ax = _bars(series, names, _axes(ax, 3.0), upright=True, digits=1)
     ax.set_ylabel("mIoU (%)")
@@ -342,7 +169,6 @@ def class_bars(scores: Mapping[str, np.ndarray], class_set: ClassSet, ax: Axes |
     return ax
 
 
-@quiet
 def _heatmap(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], ax: Axes | None, label: str) -> Axes:
     """Percentages as colours, with the numbers from 1 on; NaN is grey and empty."""
     ax = _axes(ax, 0.27 * len(rows) + 1.3)
@@ -350,9 +176,8 @@ def _heatmap(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], ax
     shown = ax.imshow(values, cmap=colours, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
     for (i, j), value in np.ndenumerate(values):
         if value >= 0.5:
-            ax.text(
-                j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if value < 60 else "black"
-            )
+            look = {"ha": "center", "va": "center", "fontsize": 7, "color": "white" if value < 60 else "black"}
+            ax.text(j, i, f"{value:.0f}", **look)
     ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(rows)), rows)
     ax.spines[:].set_visible(False)
@@ -360,6 +185,7 @@ def _heatmap(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], ax
     return ax
 
 
+@quiet
 def class_heatmap(scores: Mapping[str, np.ndarray], class_set: ClassSet, ax: Axes | None = None) -> Axes:
     """IoU by domain (rows) and class (columns); {domain: (K,) percent}, grey where a class does not occur."""
     values = np.array(list(scores.values()), float)
@@ -372,7 +198,7 @@ def stacked(draw: Callable[..., Axes], groups: Sequence[tuple[ClassSet, Mapping[
     if not groups:
         return None
     heights = [draw(values, class_set).figure.get_figheight() for class_set, values in groups]
-    made = Figure((WIDTH, sum(heights)), layout="constrained")
+    made = Figure((WIDTH / 100, sum(heights)), layout="constrained")
     panels = made.subplots(len(groups), squeeze=False, height_ratios=heights)[:, 0]
     for (class_set, values), ax in zip(groups, panels, strict=True):
         draw(values, class_set, ax)
@@ -434,7 +260,7 @@ def movement(table: Sequence[Mapping], ax: Axes | None = None) -> Axes:
     for height, text, colour in sorted(ends):
         below = max(height, below + step)  # labels of lines that end close together are moved apart
         ax.annotate(text, (len(layers) - 1, below), color=colour, fontsize=8, va="center")
-    ax.set_xticks(range(len(layers)), [layer if isinstance(layer, str) else f"layer {layer}" for layer in layers])
+    ax.set_xticks(range(len(layers)), _layers(layers))
     ax.set(xlim=(-0.2, (len(layers) - 1) * 1.2 + 0.4), ylim=(0, None), ylabel="movement (0 = none)")
     ax.grid(True, axis="y")
     return ax
@@ -450,7 +276,7 @@ class Table:
         self.caption, self.frame = caption, pandas.DataFrame(cells, columns=columns)
 
     def _repr_html_(self) -> str:
-        caption = f"<caption>{html.escape(self.caption)}</caption>" * bool(self.caption)
+        caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
         return self.frame.to_html(index=False, border=0).replace("<thead>", f"{caption}<thead>", 1)
 
     def __repr__(self) -> str:

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from setlib import __main__ as cli
+from setlib.plots import GAP
 from setlib.run import Run
 from setlib.workbook import notebooks as workbook
 
@@ -105,9 +106,8 @@ def test_swap_by_keyboard_and_mouse(lab, run):
     lab.control("swap", "weight").first.focus()
     page.keyboard.press("Home")
     moved("takes 0 % of the style's amplitude")
-    third = seen[-1].shape[1] // 3
-    rows = slice(24, 60)  # within the first row of pictures
-    unmoved = np.abs(seen[-1][rows, 4 : third - 8] - seen[-1][rows, 2 * third + 8 : 3 * third - 4])
+    rows, width = slice(24, 60), (seen[-1].shape[1] - 2 * GAP) // 3  # within the first row of pictures
+    unmoved = np.abs(seen[-1][rows, :width] - seen[-1][rows, 2 * (width + GAP) :][:, :width])
     assert unmoved.mean() < 6  # weight 0: the mixture is the content
     page.keyboard.press("End")
     page.keyboard.press("ArrowLeft")

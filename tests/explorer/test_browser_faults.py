@@ -8,8 +8,8 @@ import statistics
 
 import headless
 import pytest
-from setlib.model import Segmenter
 
+from setlib.checkpoint import build_segmenter, save_segmenter
 from setlib.experiment import Experiment
 from setlib.run import Run
 from setlib.workbook import notebooks as workbook
@@ -26,7 +26,7 @@ explorer.show()"""
 SWAP = """from setlib.explorer.widgets import SwapExplorer
 from setlib.explorer.studio import Studio
 SwapExplorer(Studio.open({names}), **STATE).show()"""
-SLOW = "import time; draw = explorer.render; explorer.render = lambda **a: (time.sleep(0.25), draw(**a))[1]"
+SLOW = "import time; draw = explorer.board; explorer.board = lambda: (time.sleep(0.25), draw())[1]"
 
 
 def run_notebook(lab, run: Run, line: str) -> None:
@@ -41,7 +41,7 @@ def test_a_key_on_a_slider_changes_the_picture_soon(tmp_path, capsys, space, wit
     run = Run.load(os.environ["SETLIB_RUN"]) if "SETLIB_RUN" in os.environ else None
     if run is None:
         run = Run.open(tmp_path / "run", Experiment.build("smoke"))
-        Segmenter(run.experiment).save(run.path / "model")
+        save_segmenter(build_segmenter(run.experiment), run.path / "model")
     space = space.replace("layer", f"layer {run.experiment.model.refined_layers[0]}")
     state = {"space": space, "run": str(run.path) * with_model, "style": run.experiment.data.targets[-1]}
     notebook = workbook.write_explorer(run, code=SWAP.replace("STATE", "{{" + repr(state)[1:-1] + "}}"))
@@ -85,7 +85,7 @@ def test_a_drag_over_20_positions_ends_within_one_update(tmp_path):
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("explorer.render = lambda **_: 1 / 0; explorer.controls['weight'].value = 0.5", "a view says: ⚠ ZeroDivision"),
+        ("explorer.board = lambda: 1 / 0; explorer.controls['weight'].value = 0.5", "a view says: ⚠ ZeroDivision"),
         ("explorer.controls['weight'].observe(lambda change: 1 / 0, names='value')", "from the kernel: Traceback"),
         ("1 / 0", "(?s)in the notebook: .*ZeroDivisionError"),
         ("explorer.words.value = '<img src=\"https://example.org/a.png\">'", "request to https://example.org/a.png"),
