@@ -16,13 +16,14 @@ from setlib.backbone import FrozenBackbone
 from setlib.data import domains
 from setlib.data.labels import CAMVID, CITYSCAPES
 from setlib.experiment import Experiment
+from setlib.weights.load import load_backbone
 
 AXES = pytest.mark.parametrize("axes, shape", [(spectral.GRID, (2, 6, 8, 5)), (spectral.PIXELS, (2, 3, 7, 9))])
 
 
 @pytest.fixture(scope="module")
 def backbone() -> FrozenBackbone:
-    return FrozenBackbone.load("tiny-random")
+    return load_backbone("tiny-random")
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
