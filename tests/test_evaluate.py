@@ -10,7 +10,7 @@ from setlib.model import Segmenter
 from setlib.windows import label_map
 
 from setlib import evaluate
-from setlib.analysis import spectra as analysis
+from setlib.analysis import survey
 from setlib.data import domains
 from setlib.data.labels import CAMVID, CITYSCAPES
 from setlib.evaluate import MeanIoU
@@ -133,12 +133,12 @@ def test_a_damaged_picture_stops_the_scoring_or_is_passed_over_and_said(folder, 
     with pytest.raises(ValueError, match="'1.*' cannot be decoded"):
         evaluate.evaluate_models({"a": model}, domain, progress=False)
     with pytest.raises(ValueError, match="'1.*' cannot be decoded"):
-        analysis.survey(domain, CITYSCAPES)
+        survey.survey(domain, CITYSCAPES)
     domain = domains.load(text, Data(on_error="skip"))
     found = evaluate.evaluate_models({"a": model}, domain, progress=False)["a"]
     assert [place for place, _, _ in found.pictures] == [0, 2, 3, 4]
-    assert analysis.survey(domain, CITYSCAPES).brightness > 0
-    assert len(analysis.examples(domain, (0, 1, 2), CITYSCAPES)) == 4
+    assert survey.survey(domain, CITYSCAPES).brightness > 0
+    assert len(survey.examples(domain, (0, 1, 2), CITYSCAPES)) == 4
     out = capsys.readouterr().out
     assert out.count("cannot be decoded") == 1 and "Passed over" in out
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from setlib import backbone, evaluate, spectral, train
 from setlib.analysis import spectra as analysis
+from setlib.analysis import survey
 from setlib.analysis import tokens as attention
 from setlib.data import domains
 from setlib.experiment import Experiment
@@ -65,7 +66,7 @@ def work(folder: Path) -> dict[str, Any]:
     night = domains.load(NIGHT, data, role="target")
     reading = attention.read_tokens(model, night.sample(0).image)
     rows = {
-        "movement": analysis.movement(model.backbone, analysis.styled_scenes(data, 2, ("game", "night")), [2, 4]),
+        "movement": analysis.movement(model.backbone, survey.styled_scenes(data, 2, ("game", "night")), [2, 4]),
         "distances": studio.distances("", GAME, 0, NIGHT, 0),
         "attention": attention.attention_table(reading),
         "changes": reading.changes,
