@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from setlib.files import PROJECT, nearest, write_atomic
+from setlib.files import PROJECT, nearest, shown, write_atomic
 
 if TYPE_CHECKING:
     from setlib.data.check import Check
@@ -168,22 +168,22 @@ def check_labelled(names: Sequence[str], data: Data, every: bool) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     """run: notebooks, tables, report."""
-    from setlib.workbook import notebooks as workbook
+    from setlib.workbook import notebooks, report
 
-    workbook.find_notebooks(args.only)
+    notebooks.find_notebooks(args.only)
     run, stopped = open_run(args), None
-    print(f"Run folder: {workbook.shown(run.path)}", flush=True)
+    print(f"Run folder: {shown(run.path)}", flush=True)
     try:
-        workbook.run_notebooks(run, args.only)
-    except workbook.NotebookStopped as error:
+        notebooks.run_notebooks(run, args.only)
+    except notebooks.NotebookStopped as error:
         stopped = error
     experiment = run.experiment
     print(f"\nProfile {experiment.profile}, seed {experiment.seed}, backbone {experiment.model.backbone}")
-    for rows in (workbook.cost_rows(run), workbook.metric_rows(run)):
+    for rows in (report.cost_rows(run), report.metric_rows(run)):
         if rows[1:]:
             print(f"\n{text_table(rows)}", flush=True)
     try:
-        print(f"\nReport: {workbook.shown(workbook.write_report(run))}")
+        print(f"\nReport: {shown(report.write_report(run))}")
     except ValueError:  # a full disk: what stopped the notebook matters more
         if not stopped:
             raise
@@ -195,7 +195,6 @@ def train_command(args: argparse.Namespace) -> int:
     run = open_run(args)
     from setlib.distributed import state
     from setlib.training import train
-    from setlib.workbook.notebooks import shown
 
     model, history = train(run)
     if not state().is_main_process:
@@ -232,7 +231,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     from setlib.checkpoint import load_segmenter, use
     from setlib.distributed import state
     from setlib.evaluation import evaluate_run
-    from setlib.workbook import notebooks as workbook
+    from setlib.workbook import report
 
     with state().main_process_first():
         name, model = run.experiment.model.refiner, load_segmenter(run.path)
@@ -241,9 +240,9 @@ def evaluate_command(args: argparse.Namespace) -> int:
     if not state().is_main_process:
         return 0
     write_metrics(run, scores, scored.experiment)
-    print(text_table(workbook.metric_rows(run)))
+    print(text_table(report.metric_rows(run)))
     if (run.path / "report.html").is_file():
-        print(f"Report: {workbook.shown(workbook.write_report(run))}")
+        print(f"Report: {shown(report.write_report(run))}")
     return 0
 
 
@@ -333,7 +332,7 @@ def explore_command(args: argparse.Namespace) -> int:
     from setlib.data import domains
     from setlib.experiment import Experiment
     from setlib.run import Run, default_run_folder
-    from setlib.workbook import notebooks as workbook
+    from setlib.workbook import serve
 
     if args.run is None:
         experiment = Experiment.build(args.profile)
@@ -342,9 +341,9 @@ def explore_command(args: argparse.Namespace) -> int:
     else:
         run = Run.load(args.run)
     names = [domains.parse(name).text for name in args.target or ()]
-    with workbook.this_python():
-        command, address, token = workbook.lab_command(run.path, not args.no_browser, args.port, "explore.ipynb")
-        workbook.write_explorer(run, names)
+    with serve.this_python():
+        command, address, token = serve.lab_command(run.path, not args.no_browser, args.port, "explore.ipynb")
+        serve.write_explorer(run, names)
         print(f"{address}/doc/tree/explore.ipynb?token={token}\nPress Ctrl-C to stop.", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended in any way, it ends the server
         server = subprocess.Popen(command)
@@ -376,7 +375,6 @@ def backbones_command(args: argparse.Namespace) -> int:
 def import_command(args: argparse.Namespace) -> int:
     """import: a release as a run folder."""
     from setlib.release import checkpoint as release
-    from setlib.workbook.notebooks import shown
 
     run = release.import_checkpoint(args.checkpoint, args.out, args.backbone)
     model = run.experiment.model

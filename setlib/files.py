@@ -36,6 +36,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SETLIB_CACHE") or Path.home() / ".cache" / "setlib")
 
 
+def shown(path: Path) -> str:
+    """A path for people: relative to the working folder where it lies below it."""
+    path, here = Path(path).absolute(), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
 def write_atomic(path: Path, content: str | bytes) -> Path:
     """Writes a file whole or not at all (temporary file, then a rename); the folder is made.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
+import pandas
 
 from setlib.analysis.scores import target_means
 from setlib.evaluation import evaluate_run
@@ -30,13 +30,15 @@ def run_ablation(run: Run, progress: bool = True) -> list[dict]:
     models = {name: model for name, (model, _) in train_together(runs, progress).items()}
     small = next(iter(runs.values()))
     table = evaluate_run(small, models, list(dict.fromkeys([data.source, *data.targets])), progress)
+    means = target_means(table, data.source)
     rows = []
     for name, scores in table.items():
         made = runs[name].experiment
+        cells = [(score.domain, score.miou) for score in scores]
+        for class_set, by_model in means.items():
+            cells.append((f"{MEAN}, {class_set}" if len(means) > 1 else MEAN, by_model[name]))
         who = {"variant": made.model.refiner, "seed": made.seed, "precision": models[name].precision}
-        rows += [who | {"domain": score.domain, "miou": score.miou} for score in scores]
-        means = target_means({name: scores}, data.source)
-        rows += [who | {"domain": MEAN + f", {c}" * (len(means) > 1), "miou": mean[name]} for c, mean in means.items()]
+        rows += [who | {"domain": domain, "miou": miou} for domain, miou in cells]
     return rows
 
 
@@ -46,44 +48,26 @@ def spread(rows: list[dict]) -> list[dict]:
     A domain without a labelled pixel has no cell.
     A range, not a confidence interval: with two or three seeds an interval would promise more than is known.
     """
-    cells: dict[tuple[str, str], list[dict]] = {}
-    for row in (row for row in rows if row["miou"] == row["miou"]):
-        cells.setdefault((row["variant"], row["domain"]), []).append(row)
-    return [
-        {
-            "variant": variant,
-            "domain": domain,
-            "mean": float(np.mean([row["miou"] for row in cell])),
-            "low": min(row["miou"] for row in cell),
-            "high": max(row["miou"] for row in cell),
-            "seeds": [row["seed"] for row in cell],
-            "values": [row["miou"] for row in cell],
-        }
-        for (variant, domain), cell in cells.items()
-    ]
+    cells = pandas.DataFrame(rows).dropna(subset="miou").groupby(["variant", "domain"], sort=False)
+    found = cells.miou.agg(mean="mean", low="min", high="max").assign(seeds=cells.seed.agg(list))
+    return found.assign(values=cells.miou.agg(list)).reset_index().to_dict("records")
 
 
 def verdict(rows: list[dict]) -> str:
     """What the means over the targets show, in words made from the numbers."""
-    cells = [cell for cell in spread(rows) if cell["domain"].startswith(MEAN)]
-    text = "".join(_compare([c for c in cells if c["domain"] == d]) for d in dict.fromkeys(c["domain"] for c in cells))
+    text, cells = "", [cell for cell in spread(rows) if cell["domain"].startswith(MEAN)]
+    for domain in dict.fromkeys(cell["domain"] for cell in cells):
+        best, *others = sorted((cell for cell in cells if cell["domain"] == domain), key=lambda cell: -cell["mean"])
+        below = [cell["variant"] for cell in others if cell["high"] < best["low"]]
+        tied = [cell["variant"] for cell in others if cell["high"] >= best["low"]]
+        text += (
+            f"Over the seeds {', '.join(map(str, best['seeds']))}, **{best['variant']}** has the highest {domain} "
+            f"({best['mean']:.1f} %, seeds {best['low']:.1f} to {best['high']:.1f}). "
+        )
+        if below:
+            text += f"Every seed of it is above every seed of {', '.join(below)}. "
+        if tied:
+            text += f"Its seeds overlap with those of {', '.join(tied)}: no difference is shown there. "
     if empty := dict.fromkeys(row["domain"] for row in rows if row["miou"] != row["miou"]):
         text += f"Left out, for no pixel of it is labelled: {', '.join(empty)}. "
     return text + "Short trainings on few pictures: a hint where to look, not a ranking."
-
-
-def _compare(cells: list[dict]) -> str:
-    """Sentences on the variants' cells of one domain."""
-    cells = sorted(cells, key=lambda cell: -cell["mean"])
-    best, others = cells[0], cells[1:]
-    text = (
-        f"Over the seeds {', '.join(map(str, best['seeds']))}, **{best['variant']}** has the highest {best['domain']} "
-    )
-    text += f"({best['mean']:.1f} %, seeds {best['low']:.1f} to {best['high']:.1f}). "
-    clear = [cell["variant"] for cell in others if cell["high"] < best["low"]]
-    tied = [cell["variant"] for cell in others if cell["high"] >= best["low"]]
-    if clear:
-        text += f"Every seed of it is above every seed of {', '.join(clear)}. "
-    if tied:
-        text += f"Its seeds overlap with those of {', '.join(tied)}: no difference is shown there. "
-    return text

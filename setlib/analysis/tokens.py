@@ -1,14 +1,14 @@
 """What tokens do, in numbers: where they attend, over the spectrum and over the picture, and what they change.
 
 Also what goes wrong in the released code: images of a batch that change each other's features, and attention that
-cannot leave the mean. Everything here measures; drawing is in `plots.py`, the refiners are in `tokens.py`.
+cannot leave the mean. Everything here measures; drawing is in the room `plots`, the refiners are in `tokens.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import ExitStack
 from itertools import islice
 from typing import NamedTuple
 
@@ -77,58 +77,49 @@ class Reading(NamedTuple):
 
 @torch.no_grad()
 def read_tokens(model: Segmenter, image: np.ndarray | Tensor) -> Reading:
-    """What the tokens attend to and change on one picture (h, w, 3) uint8 (the middle window of a large one).
+    """What the tokens attend to and change on one picture, caught while the model runs.
 
-    A tensor (1, 3, h, w) in [0, 1] is read as it is.
-
-    The branches' own inputs are caught while the model runs. changes: per refined layer, `compare` of the features
-    before and after the refiner. Without tokens (refiner none) attention and changes are empty.
+    image: (h, w, 3) uint8, of which the middle window is read; a tensor (1, 3, h, w) in [0, 1] is read as it is.
+    changes: per refined layer, `compare` of the features before and after the refiner. Without tokens (refiner none)
+    attention and changes are empty.
     """
-    if isinstance(image, Tensor):
-        window = image
-    else:
+    if not isinstance(image, Tensor):
         windows = cut_picture(model, image)[0].images
-        window = windows[len(windows) // 2][None]
-    inputs: dict[str, Tensor] = {}
-    attention: list[Attention] = []
-    changes: list[dict] = []
+        image = windows[len(windows) // 2][None]
+    inputs, attention, changes = {}, [], []
 
-    def catch(name: str, _: TokenBranch, given: tuple[Tensor, int]) -> None:
-        inputs[name] = given[0]
+    def catch(branch: TokenBranch, given: tuple[Tensor, int]) -> None:
+        inputs[branch] = given[0]
 
     def read(refiner: Refiner, given: tuple[Tensor, int], refined: Tensor) -> None:
         features, layer = given
         changes.append({"layer": layer, **compare(features, refined)})
         for name, branch in refiner.branches().items():
-            attention.append(_attend(branch, refiner.layers.index(layer), inputs[name], features, (layer, name)))
+            attention.append(_attention(branch, name, refiner.layers.index(layer), layer, inputs[branch], features))
 
-    branches = model.refiner.branches().items()
-    hooks = [branch.register_forward_pre_hook(partial(catch, name)) for name, branch in branches]
-    hooks.append(model.refiner.register_forward_hook(read))
-    try:
-        model.backbone(window.to(model.device), model.refiner)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return Reading(as_picture(window), attention, changes)
+    with ExitStack() as hooks:
+        for branch in model.refiner.branches().values():
+            hooks.enter_context(branch.register_forward_pre_hook(catch))
+        hooks.enter_context(model.refiner.register_forward_hook(read))
+        model.backbone(image.to(model.device), model.refiner)
+    return Reading(as_picture(image), attention, changes)
 
 
-def _attend(branch: TokenBranch, index: int, x: Tensor, features: Tensor, place: tuple[int, str]) -> Attention:
+def _attention(branch: TokenBranch, name: str, index: int, layer: int, x: Tensor, features: Tensor) -> Attention:
     """One branch on its own input x, for the features (1, H, W, C) of a layer."""
     share, (height, width) = branch.attention(x, index), features.shape[1:3]
-    if place[1] in BANDS:  # of wavelets, (1 or 3, H'W', M): the mean over the bands, at the patches of each square
+    if name in BANDS:  # of wavelets, (1 or 3, H'W', M): the mean over the bands, at the patches of each square
         share = share.mean(0).unflatten(0, (-(-height // 2), -1)).repeat_interleave(2, 0).repeat_interleave(2, 1)
         share = share[:height, :width]
     else:
         share = share.flatten(0, 1).unflatten(0, (height, -1))
     added = branch.token_map(branch.tokens.of_layer(index)) @ branch.delta_map.weight.T  # (M, C)
-    influence = share.mean((0, 1)) * added.norm(dim=1)
+    influence = (share.mean((0, 1)) * added.norm(dim=1)).cpu().numpy()
     influence[0] = 0
-    is_spectral = place[1] in PARTS and len(x) == 1  # the released form reads patch by patch: (N, 1, C)
-    picture = over_picture(features, share) if is_spectral else share
-    return Attention(
-        *place, share.cpu().numpy() if is_spectral else None, picture.cpu().numpy(), influence.cpu().numpy()
-    )
+    spectrum, picture = None, share
+    if name in PARTS and len(x) == 1:  # the released form reads patch by patch: (N, 1, C)
+        spectrum, picture = share.cpu().numpy(), over_picture(features, share)
+    return Attention(layer, name, spectrum, picture.cpu().numpy(), influence)
 
 
 def over_picture(features: Tensor, share: Tensor) -> Tensor:
@@ -150,12 +141,16 @@ def entropy(share: np.ndarray) -> float:
 
 def attention_table(reading: Reading, top: int = 3) -> list[dict]:
     """Per layer and branch: entropy (1 = spread evenly over all tokens), share of token 0, most influential tokens."""
-    rows = []
-    for one in reading.attention:
-        strongest = [int(i) for i in np.argsort(-one.influence, kind="stable")[:top] if one.influence[i] > 0]
-        row = {"layer": one.layer, "branch": one.branch, "entropy": entropy(one.share)}
-        rows.append(row | {"token 0 (%)": 100 * one.share[..., 0].mean(), "top tokens": strongest})
-    return rows
+    return [
+        {
+            "layer": one.layer,
+            "branch": one.branch,
+            "entropy": entropy(one.share),
+            "token 0 (%)": 100 * one.share[..., 0].mean(),
+            "top tokens": [int(i) for i in np.argsort(-one.influence, kind="stable")[:top] if one.influence[i] > 0],
+        }
+        for one in reading.attention
+    ]
 
 
 @torch.no_grad()
@@ -183,17 +178,19 @@ def batch_leak(features: Tensor, names: Sequence[str] = ("rein", "set", "set-rel
         refiner = build_refiner(name, (1,), features.shape[-1], TOKENS, RANK).to(features.device)
         for branch in refiner.branches().values():
             nn.init.kaiming_uniform_(branch.delta_map.weight, a=math.sqrt(5))
-
-        def added(*images: int, refiner: Refiner = refiner) -> Tensor:
-            """What the refiner adds to picture 0 in a batch of these pictures."""
-            batch = features[list(images)]
-            return (refiner(batch, 1) - batch)[images.index(0)]
-
-        base = added(0, 1)
-        others = {"another mate (%)": (0, 2), "another place (%)": (1, 0), "alone (%)": (0,)}
-        leaks = {title: 100 * ((added(*images) - base).norm() / base.norm()).item() for title, images in others.items()}
-        rows.append({"refiner": name, **leaks})
+        in_company = _added(refiner, features, [0, 1])
+        row = {"refiner": name}
+        for title, order in {"another mate (%)": [0, 2], "another place (%)": [1, 0], "alone (%)": [0]}.items():
+            difference = _added(refiner, features, order) - in_company
+            row[title] = 100 * (difference.norm() / in_company.norm()).item()
+        rows.append(row)
     return rows
+
+
+def _added(refiner: Refiner, features: Tensor, order: list[int]) -> Tensor:
+    """What a refiner adds to picture 0 in a batch of these pictures in this order."""
+    batch = features[order]
+    return (refiner(batch, 1) - batch)[order.index(0)]
 
 
 @torch.no_grad()
@@ -207,16 +204,18 @@ def normalisation_table(features: Tensor, seed: int = 0) -> list[dict]:
     amplitude, channels = spectral.split_spectrum(features).amplitude.flatten(1, 2), features.shape[-1]
     highest = math.exp(math.sqrt((TOKENS - 1) / channels))
     lowest = math.exp(-1 / math.sqrt((TOKENS - 1) * channels))
-    bounds = {"": 100.0, "positions": 100.0, "tokens": 100 * highest / (highest + (TOKENS - 1) * lowest)}
+    bound = 100 * highest / (highest + (TOKENS - 1) * lowest)
+    cases = {
+        "positions": ("over positions (set)", 100.0),
+        "tokens": ("over tokens (released)", bound),
+        "": ("not", 100.0),
+    }
     rows = []
-    for normalise, title in (("positions", "over positions (set)"), ("tokens", "over tokens (released)"), ("", "not")):
+    for normalise, (title, most) in cases.items():
         torch.manual_seed(seed)
-        tokens = LowRankTokens(1, TOKENS, channels, RANK).to(features.device)
-        share = TokenBranch(tokens, channels, normalise).to(features.device).attention(amplitude, 0).cpu().numpy()
-        row = {
-            "similarities normalised": title,
-            "entropy": entropy(share),
-            "largest share (%)": 100 * float(share.max()),
-        }
-        rows.append(row | {"bound (%)": bounds[normalise]})
+        tokens = LowRankTokens(1, TOKENS, channels, RANK)
+        branch = TokenBranch(tokens, channels, normalise).to(features.device)
+        share = branch.attention(amplitude, 0).cpu().numpy()
+        row = {"similarities normalised": title, "entropy": entropy(share)}
+        rows.append(row | {"largest share (%)": 100 * float(share.max()), "bound (%)": most})
     return rows

@@ -2,8 +2,8 @@
 
 The repeats of the cases that are compared are interleaved, each case in a process of its own, so that a machine that
 slows down slows all of them; medians are reported. Memory is measured in another fresh process. Seconds mean little on
-another machine; the ratios to the head alone, or to a group's first case, travel. What a GPU does is measured in
-`gpu.py`.
+another machine; the ratios to the head alone, or to a group's first case, travel. The steps of whole models, and what
+is measured on a GPU alone, are in `gpu.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import groupby
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from setlib import _kernels
@@ -33,16 +33,13 @@ from setlib.refiners import build_refiner
 
 Step = Callable[[], object]
 Size = tuple[int, int, int, int]  # (B, H, W, C)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REPEATS = 9
+NAMES = ("refiner", "parts", "grid", "step", "cache", "checkpointing", "paper", "gpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TURN = 0.2  # seconds that a turn lasts at least: a short step is taken several times
 SIZES: tuple[Size, ...] = ((4, 32, 32, 1024), (2, 16, 32, 384))
 GRIDS: tuple[Size, ...] = ((16, 16, 16, 384), (4, 32, 32, 384), (1, 64, 64, 384))  # of as many patches each
 TOKENS, RANK = 100, 16
-PROFILE = "quick"  # of a training step
 ALL_LAYERS = ("model.refined_layers=", "train.batch_size=4", "train.precision=float32")
-CHECKPOINTING = {"without": (ALL_LAYERS, False), "with": ((*ALL_LAYERS, "train.checkpointing=true"), False)}
-HEAVY = 3  # repeats of the paper's step
 BASELINES = ("none", "full", "lora", "vpt", "adaptformer", "rein", "fada", "set")
 
 
@@ -53,33 +50,47 @@ class Case(NamedTuple):
     variant: str
     size: str
     prepare: Callable[[], Step]
-    repeats: int = REPEATS
+    repeats: int = 9
 
 
-def backward_step(inputs: Sequence[Tensor], call: Callable[..., Sequence[Tensor]]) -> Step:
-    """Forward and backward of call(*inputs) with random gradients at its outputs; the inputs' gradients are let go."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    gradients = [torch.randn_like(y) for y in call(*inputs)]
+def cases() -> Iterator[Case]:
+    """Every case but the GPU's; those that follow each other in one bench and of one size are compared."""
+    from setlib.bench import gpu  # imports transformers, which the processes of a layer's cases do without
 
-    def step() -> None:
-        torch.autograd.backward(call(*inputs), gradients)
-        for x in inputs:
-            x.grad = None
+    for size in SIZES:
+        for name in ("rein", "set", "set-released"):
+            yield Case("refiner", name, _shown(size), partial(refiner_step, name, size))
+    for size in SIZES:  # where the time of SET's layer goes: the polar form is the spectrum without Fourier
+        yield Case("parts", "whole layer", _shown(size), partial(refiner_step, "set", size))
+        for part in ("spectrum", "Fourier", "attention", "linear maps"):
+            yield Case("parts", part, _shown(size), partial(part_step, part, size))
+    for size in GRIDS:  # equal seconds mean a cost that is linear in patches
+        for name in ("rein", "set"):
+            yield Case("grid", name, _shown(size), partial(refiner_step, name, size))
+    for name in BASELINES:
+        step = partial(gpu.profile_step, name, *ALL_LAYERS, kept=False)
+        yield Case("step", name, f"{gpu.PROFILE}, all layers", step)
+    for variant, kept in (("with frozen features", True), ("without", False)):
+        yield Case("cache", variant, f"{gpu.PROFILE}, set", partial(gpu.profile_step, "set", kept=kept))
+    for variant, value in (("without", "false"), ("with", "true")):
+        step = partial(gpu.profile_step, "set", *ALL_LAYERS, f"train.checkpointing={value}", kept=False)
+        yield Case("checkpointing", variant, f"{gpu.PROFILE}, set, all layers", step)
+    crop = gpu.CROPS[0]
+    for kind, backbone, batch in (("step", "S", 2), ("step", "L", 1), ("prediction", "L", 1)):
+        for name in ("none", "rein", "set"):
+            size = f"DINOv2-{backbone}, {kind}, B={batch}, {crop} x {crop}"
+            yield Case("paper", name, size, partial(gpu.PAPER[kind], backbone, name, batch, crop), repeats=3)
 
-    return step
+
+def _shown(size: Size) -> str:
+    return "B={}, {} x {}, C={}".format(*size)
 
 
 def refiner_step(name: str, size: Size) -> Step:
     """One layer's refiner, forward and backward, on random features of a size."""
     torch.manual_seed(0)
     refiner = build_refiner(name, (1,), size[-1], TOKENS, RANK).to(DEVICE)
-    step = backward_step([torch.randn(size, device=DEVICE)], lambda x: [refiner(x, 1)])
-
-    def whole() -> None:
-        step()
-        refiner.zero_grad()
-
-    return whole
+    return _both_ways(lambda x: [refiner(x, 1)], [torch.randn(size, device=DEVICE)], refiner)
 
 
 def part_step(part: str, size: Size) -> Step:
@@ -88,89 +99,28 @@ def part_step(part: str, size: Size) -> Step:
     torch.manual_seed(0)
     x, grid = torch.randn(size, device=DEVICE), size[1:3]
     if part == "spectrum":
-        return backward_step([x], lambda y: [_kernels.join_spectrum(_kernels.split_spectrum(y), grid)])
+        return _both_ways(lambda y: [_kernels.join_spectrum(_kernels.split_spectrum(y), grid)], [x])
     if part == "Fourier":
         return lambda: [_kernels.from_parts(_kernels.to_parts(x), grid) for _ in range(2)]
     refiner = build_refiner("set", (1,), size[-1], TOKENS, RANK).to(DEVICE)
-    positions = [half.flatten(1, 2) for half in _kernels.split_spectrum(x)]
-    branches = list(refiner.branches().values())
-    calls = {
-        "attention": lambda *p: [branch.attention(y, 0) for branch, y in zip(branches, p, strict=True)],
-        "linear maps": lambda *p: [branch.delta_map(y) for branch, y in zip(branches, p, strict=True)],
-    }
-    return backward_step(positions, calls[part])
+    spectrum = [half.flatten(1, 2) for half in _kernels.split_spectrum(x)]
+    if part == "attention":
+        calls = [partial(branch.attention, index=0) for branch in refiner.branches().values()]
+    else:
+        calls = [branch.delta_map for branch in refiner.branches().values()]
+    return _both_ways(lambda *halves: [call(y) for call, y in zip(calls, halves, strict=True)], spectrum, refiner)
 
 
-def _shown(size: Size) -> str:
-    return "B={}, {} x {}, C={}".format(*size)
+def _both_ways(
+    call: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], module: nn.Module | None = None
+) -> Step:
+    """Forward and backward of call(*inputs), with random gradients at its outputs, to the inputs and what learns."""
+    leaves = [x.requires_grad_() for x in inputs] + list(module.parameters() if module else ())
+    gradients = [torch.randn_like(y) for y in call(*inputs)]
+    return lambda: torch.autograd.grad(call(*inputs), leaves, gradients, allow_unused=True)
 
 
-def refiner_cases() -> list[Case]:
-    """Rein, SET and SET as released, one layer each."""
-    names = ("rein", "set", "set-released")
-    return [Case("refiner", name, _shown(s), partial(refiner_step, name, s)) for s in SIZES for name in names]
-
-
-def part_cases() -> list[Case]:
-    """Where the time of SET's layer goes: the polar form is the spectrum without Fourier."""
-    found = []
-    for size in SIZES:
-        found.append(Case("parts", "whole layer", _shown(size), partial(refiner_step, "set", size)))
-        for part in ("spectrum", "Fourier", "attention", "linear maps"):
-            found.append(Case("parts", part, _shown(size), partial(part_step, part, size)))
-    return found
-
-
-def grid_cases() -> list[Case]:
-    """The same patches as many small grids or as a large one: equal seconds mean a cost that is linear in patches."""
-    return [Case("grid", name, _shown(s), partial(refiner_step, name, s)) for s in GRIDS for name in ("rein", "set")]
-
-
-def step_cases() -> list[Case]:
-    """A training step of every baseline, all layers refined, against the frozen backbone with its head alone."""
-    from setlib.bench import gpu
-
-    return [
-        Case("step", name, f"{PROFILE}, all layers", partial(gpu.profile_step, PROFILE, name, *ALL_LAYERS, kept=False))
-        for name in BASELINES
-    ]
-
-
-def set_cases(bench: str, size: str, variants: dict[str, tuple[tuple[str, ...], bool]]) -> list[Case]:
-    """A training step of SET in variants: options of the profile, and whether the frozen features are at hand."""
-    from setlib.bench import gpu
-
-    return [
-        Case(bench, name, f"{PROFILE}, {size}", partial(gpu.profile_step, PROFILE, "set", *options, kept=kept))
-        for name, (options, kept) in variants.items()
-    ]
-
-
-def paper_cases() -> list[Case]:
-    """Training steps and a prediction with the paper's head, without a refiner, with Rein and with SET."""
-    from setlib.bench import gpu
-
-    plan, cases = gpu.PLAN, []
-    crop = plan.crops[0]
-    for kind, size, batch in (("step", "S", 2), ("step", "L", 1), ("prediction", "L", 1)):
-        for refiner in ("none", "rein", "set"):
-            step = partial(gpu.PAPER[kind], size, refiner, batch, crop, *plan.options)
-            cases.append(Case("paper", refiner, f"DINOv2-{size}, {kind}, B={batch}, {crop} x {crop}", step, HEAVY))
-    return cases
-
-
-BENCHES: dict[str, Callable[[], list[Case]]] = {
-    "refiner": refiner_cases,
-    "parts": part_cases,
-    "grid": grid_cases,
-    "step": step_cases,
-    "cache": partial(set_cases, "cache", "set", {"with frozen features": ((), True), "without": ((), False)}),
-    "checkpointing": partial(set_cases, "checkpointing", "set, all layers", CHECKPOINTING),
-    "paper": paper_cases,
-}
-
-
-def bench(names: Iterable[str] = ()) -> dict:
+def bench(only: Iterable[str] = ()) -> dict:
     """Measures the named benches (all of them without names), "gpu" where there is one; see `gpu.measure`.
 
     Returns the versions of the machine and "rows" of bench, variant, size, seconds, peak_bytes, ratio and peak_ratio.
@@ -179,26 +129,24 @@ def bench(names: Iterable[str] = ()) -> dict:
     size, or to the first case; 0 where one of the two has no number. Raises ValueError for an unknown name (the
     nearest are listed).
     """
+    names = list(dict.fromkeys(only)) or list(NAMES)
+    for name in names:
+        if name not in NAMES:
+            raise ValueError(f"Unknown bench '{name}' ({nearest(name, NAMES)}).")
     from setlib.bench import gpu
 
-    names = list(dict.fromkeys(names)) or [*BENCHES, "gpu"]
-    for name in names:
-        if name not in (*BENCHES, "gpu"):
-            raise ValueError(f"Unknown bench '{name}' ({nearest(name, [*BENCHES, 'gpu'])}).")
-    cases = [BENCHES[name]() for name in names if name != "gpu"]
-    groups = [list(group) for found in cases for _, group in groupby(found, key=lambda case: case.size)]
-    machine, rows = gpu.machine(), []
-    turns = sum(case.repeats + 2 for group in groups for case in group)
+    chosen = sorted((case for case in cases() if case.bench in names), key=lambda case: names.index(case.bench))
+    groups = [list(group) for _, group in groupby(chosen, key=lambda case: (case.bench, case.size))]
+    rows, turns = [], sum(case.repeats + 2 for case in chosen)
     with tqdm(total=turns, desc="bench", unit="turn", disable=not groups) as bar:
         for group in groups:
             bar.set_postfix_str(f"{group[0].bench}, {group[0].size}")
-            for case, second, peak in zip(group, _times(group, bar), _peaks(group, bar), strict=True):
-                rows.append(case._asdict() | {"seconds": second, "peak_bytes": peak})
-                del rows[-1]["prepare"], rows[-1]["repeats"]
-    if "gpu" in names and gpu.has_gpu():
-        rows += gpu.measure(gpu.PLAN)
+            rows += _measured(group, bar)
+    if "gpu" in names and has_gpu():
+        rows += gpu.measure()
     add_ratios(rows)
-    return machine | {"rows": rows}
+    card = torch.cuda.get_device_name() if has_gpu() else ""
+    return {"card": card, "torch": torch.__version__, "cuda": torch.version.cuda or "", "rows": rows}
 
 
 def add_ratios(rows: Sequence[dict]) -> None:
@@ -224,13 +172,30 @@ def table(rows: Sequence[dict]) -> list[list[str]]:
     return shown
 
 
+def has_gpu() -> bool:
+    """Whether models run on a GPU here."""
+    return DEVICE.type == "cuda"
+
+
+def timings(step: Step, count: int, seconds: float) -> list[float]:
+    """Seconds of each of at least `count` steps, taken for at least so many seconds in all."""
+    taken: list[float] = []
+    while len(taken) < count or sum(taken) < seconds:
+        start = time.perf_counter()
+        step()
+        if has_gpu():
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return taken
+
+
 def _process() -> ProcessPoolExecutor:
     """A fresh process."""
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
 
-def _times(group: Sequence[Case], bar: tqdm) -> list[float]:
-    """Median seconds of each case, which take their turns one after the other."""
+def _measured(group: Sequence[Case], bar: tqdm) -> list[dict]:
+    """Rows without ratios of cases that take their turns one after the other."""
     with contextlib.ExitStack() as stack:
         processes = [stack.enter_context(_process()) for _ in group]
         for process, case in zip(processes, group, strict=True):
@@ -240,17 +205,13 @@ def _times(group: Sequence[Case], bar: tqdm) -> list[float]:
         for _ in range(group[0].repeats):
             turns.append([process.submit(_turn).result() for process in processes])
             bar.update(len(group))
-    return [statistics.median(seconds) for seconds in zip(*turns, strict=True)]
-
-
-def _peaks(group: Sequence[Case], bar: tqdm) -> list[int]:
-    """Peak memory of each case in bytes."""
-    peaks = []
-    for case in group:
+    rows = []
+    for case, seconds in zip(group, zip(*turns, strict=True), strict=True):
+        row = {"bench": case.bench, "variant": case.variant, "size": case.size, "seconds": statistics.median(seconds)}
         with _process() as process:
-            peaks.append(process.submit(_peak, case.prepare).result())
+            rows.append(row | {"peak_bytes": process.submit(_peak, case.prepare).result()})
         bar.update()
-    return peaks
+    return rows
 
 
 # In the process of a case
@@ -268,18 +229,12 @@ def _prepare(prepare: Callable[[], Step]) -> None:
 def _turn() -> float:
     """Seconds of a step, averaged over a turn."""
     _step()
-    count, start = 0, time.perf_counter()
-    while not count or time.perf_counter() - start < TURN:
-        _step()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        count += 1
-    return (time.perf_counter() - start) / count
+    return statistics.mean(timings(_step, 1, TURN))
 
 
 def _peak(prepare: Callable[[], Step]) -> int:
     """Bytes that a step adds at its highest."""
-    if sys.platform != "linux" or DEVICE == "cuda":
+    if sys.platform != "linux" or has_gpu():
         return 0
     with contextlib.suppress(AttributeError):  # another C library than GNU's
         MALLOC.clear()
@@ -293,5 +248,6 @@ def _peak(prepare: Callable[[], Step]) -> int:
 
 
 def _resident(field: str) -> int:
+    """A size of this process in bytes, by the system's name of it."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

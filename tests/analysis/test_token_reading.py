@@ -7,17 +7,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from setlib.model import Segmenter
 
 from setlib import spectral
 from setlib.analysis import tokens as attention
 from setlib.backbone import FrozenBackbone
+from setlib.checkpoint import build_segmenter
 from setlib.experiment import Experiment
+from setlib.inference import predict
+from setlib.segmenter import Segmenter
+from setlib.weights.load import load_backbone
 
 
 @pytest.fixture(scope="module")
 def backbone() -> FrozenBackbone:
-    return FrozenBackbone.load("tiny-random")
+    return load_backbone("tiny-random")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,7 @@ def picture() -> np.ndarray:
 
 def make_model(backbone: FrozenBackbone, refiner: str) -> Segmenter:
     """A smoke model whose refiner does something."""
-    model = Segmenter(Experiment.build("smoke", overrides=[f"model.refiner={refiner}"]), backbone)
+    model = build_segmenter(Experiment.build("smoke", overrides=[f"model.refiner={refiner}"]), backbone)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.refiner.named_parameters():
@@ -54,7 +57,7 @@ def features(*shape: int) -> torch.Tensor:
 )
 def test_tokens_are_read_as_the_model_uses_them(backbone, picture, refiner, branches):
     model = make_model(backbone, refiner)
-    before = model.predict(picture)
+    before = predict(model, picture)
     reading = attention.read_tokens(model, picture)
     assert [(one.layer, one.branch) for one in reading.attention] == [(k, b) for k in (3, 4) for b in branches]
     rows, columns = (side // backbone.patch_size for side in picture.shape[:2])
@@ -67,7 +70,7 @@ def test_tokens_are_read_as_the_model_uses_them(backbone, picture, refiner, bran
     assert [row["layer"] for row in reading.changes] == [3, 4]
     assert all(row["amplitude"] > 0 or row["phase"] > 0 for row in reading.changes)
     assert (reading.picture == picture).all()
-    assert (model.predict(picture) == before).all() and not model.refiner._forward_hooks
+    assert (predict(model, picture) == before).all() and not model.refiner._forward_hooks
     for row in attention.attention_table(reading):
         assert 0 < row["entropy"] <= 1 and 0 < row["token 0 (%)"] < 100 and len(row["top tokens"]) == 3
 

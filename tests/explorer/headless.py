@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from setlib.workbook.notebooks import lab_command, this_python
+from setlib.workbook.serve import lab_command, this_python
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SIZE = {"width": 1280, "height": 1000}  # of the window, pixels

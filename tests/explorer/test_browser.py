@@ -19,7 +19,7 @@ from PIL import Image
 from setlib import __main__ as cli
 from setlib.plots import GAP
 from setlib.run import Run
-from setlib.workbook import notebooks as workbook
+from setlib.workbook import serve as workbook
 
 pytestmark = [
     pytest.mark.browser,

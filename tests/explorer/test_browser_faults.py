@@ -12,7 +12,7 @@ import pytest
 from setlib.checkpoint import build_segmenter, save_segmenter
 from setlib.experiment import Experiment
 from setlib.run import Run
-from setlib.workbook import notebooks as workbook
+from setlib.workbook import serve as workbook
 
 pytestmark = [
     pytest.mark.browser,

@@ -16,7 +16,7 @@ from setlib.explorer.controls import NOTES
 from setlib.explorer.studio import Studio
 from setlib.explorer.widgets import VIEWS, DomainBrowser, LayerExplorer, SwapExplorer, TokenExplorer
 from setlib.run import Run
-from setlib.workbook import notebooks as workbook
+from setlib.workbook import serve as workbook
 
 OPTIONS = ["data.eval_images=3", "data.long_edge=64", "data.height=32", "data.width=64"]
 GAME, NIGHT = "scenes:game", "scenes:night"

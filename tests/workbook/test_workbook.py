@@ -34,22 +34,21 @@ from setlib.analysis import ablation
 from setlib.experiment import Experiment
 from setlib.files import PROJECT, STATIC
 from setlib.run import Run
-from setlib.workbook import notebooks as workbook
+from setlib.workbook import notebooks, report
 
 PARAMETERS = """PROFILE: str = "quick"
 RUN: str = ""
 SOURCE: str = ""
 TARGETS: list = []
 SEED: int = 0
-OVERRIDES: list = []  # for example ["model.refiner=rein"]
-RATE: float = 0.5"""
+OVERRIDES: list = []  # for example ["model.refiner=rein"]"""
 OPEN = """from setlib.experiment import Experiment
 from setlib.run import Run
 run = Run.open(RUN, Experiment.build(PROFILE, SOURCE, TARGETS, SEED, OVERRIDES))"""
 FIRST = """import os, sys
 import matplotlib.pyplot as plt
 import setlib
-given = {"PROFILE": PROFILE, "TARGETS": TARGETS, "SEED": SEED, "RATE": RATE}
+given = {"PROFILE": PROFILE, "TARGETS": TARGETS, "SEED": SEED}
 made = {"python": sys.executable, "setlib": setlib.__file__, "cwd": os.getcwd(), "given": given}
 _ = run.save_figure(plt.subplots()[0], "01_a_<line>")"""
 BAR = """from tqdm import tqdm
@@ -57,17 +56,22 @@ for _ in tqdm(range(5000), desc="work", mininterval=0, miniters=10):
     pass"""
 
 
-def write_notebook(folder: Path, name: str, *cells: str, parameters: str = PARAMETERS) -> Path:
+def write_notebook(name: str, *cells: str, parameters: str = PARAMETERS) -> None:
     first = new_code_cell(parameters, metadata={"tags": ["parameters"]})
     content = [new_markdown_cell(f"# What is <{name}>?"), first, *map(new_code_cell, [OPEN, *cells])]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    folder.mkdir(exist_ok=True)
-    nbformat.write(new_notebook(cells=content, metadata={"kernelspec": kernel}), folder / f"{name}.ipynb")
-    return folder / f"{name}.ipynb"
+    nbformat.write(new_notebook(cells=content, metadata={"kernelspec": kernel}), notebooks.NOTEBOOKS / f"{name}.ipynb")
 
 
 def read_outputs(path: Path) -> list:
     return [output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]
+
+
+@pytest.fixture
+def own_notebooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder in place of the project's notebooks."""
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path / "nb")
+    notebooks.NOTEBOOKS.mkdir()
 
 
 @pytest.fixture
@@ -93,52 +97,54 @@ BUILDS = [
 def test_parameters_and_command_lead_back_to_the_experiment(build, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = Run(Path("my run"), Experiment.build(**build))
-    values = workbook.notebook_parameters(run)
+    values = notebooks.notebook_parameters(run)
     arguments = [values[key] for key in ("PROFILE", "SOURCE", "TARGETS", "SEED", "OVERRIDES")]
     assert Experiment.build(*arguments) == run.experiment
     assert values["RUN"] == str(tmp_path / "my run")
-    words = shlex.split(workbook.command(run))
+    words = shlex.split(report.command(run))
     assert words[:4] == ["python", "-m", "setlib", "run"]
     args = cli.parse(words[3:])
     assert Experiment.build(args.profile, args.source, args.target, args.seed, args.options) == run.experiment
     assert args.run == "my run"
 
 
-def test_only_keeps_the_order_and_knows_its_names(tmp_path):
-    for name in ("02_b", "01_a", "03_c", "10_d"):
-        write_notebook(tmp_path, name)
-    (tmp_path / "notes.ipynb").write_text("{}")
-    assert [path.stem for path in workbook.find_notebooks((), tmp_path)] == ["01_a", "02_b", "03_c", "10_d"]
-    assert [path.stem for path in workbook.find_notebooks(["3", "01_a", "01"], tmp_path)] == ["01_a", "03_c"]
-    with pytest.raises(ValueError, match=r"Unknown notebook '07' \(known: 01_a, 02_b"):
-        workbook.find_notebooks(["01", "07"], tmp_path)
+def test_only_keeps_the_order_and_knows_its_names(own_notebooks):
     with pytest.raises(ValueError, match="no notebooks in"):
-        workbook.find_notebooks((), tmp_path / "nothing")
+        notebooks.find_notebooks()
+    for name in ("02_b", "01_a", "03_c", "10_d"):
+        write_notebook(name)
+    (notebooks.NOTEBOOKS / "notes.ipynb").write_text("{}")
+    assert [path.stem for path in notebooks.find_notebooks()] == ["01_a", "02_b", "03_c", "10_d"]
+    assert [path.stem for path in notebooks.find_notebooks(["3", "01_a", "01"])] == ["01_a", "03_c"]
+    with pytest.raises(ValueError, match=r"Unknown notebook '07' \(known: 01_a, 02_b"):
+        notebooks.find_notebooks(["01", "07"])
 
 
-def test_parameters_are_checked_before_anything_runs(run, tmp_path):
-    write_notebook(tmp_path / "nb", "01_a", "open('ran', 'w')")
-    write_notebook(tmp_path / "nb", "02_b", parameters=PARAMETERS.replace("SEED: int = 0\n", ""))
-    with pytest.raises(ValueError, match="02_b.ipynb has no parameter 'SEED' .nearest: "):
-        workbook.run_notebooks(run, folder=tmp_path / "nb")
-    with pytest.raises(ValueError, match="has no parameter 'RATES' .nearest: RATE"):
-        workbook.run_notebooks(run, ["01"], tmp_path / "nb", RATES=1.0)
-    with pytest.raises(ValueError, match="RATE of notebook 01_a.ipynb is of type float, not 'fast'"):
-        workbook.run_notebooks(run, ["01"], tmp_path / "nb", RATE="fast")
+@pytest.mark.parametrize(
+    "parameters, problem",
+    [
+        (PARAMETERS.replace("SEED: int = 0\n", ""), "02_b.ipynb has no parameter 'SEED' .nearest: "),
+        ("print(1)", "02_b.ipynb has no parameters: tag its first code cell 'parameters'"),
+    ],
+)
+def test_parameters_are_checked_before_anything_runs(run, own_notebooks, parameters, problem):
+    write_notebook("01_a")
+    write_notebook("02_b", parameters=parameters)
+    with pytest.raises(ValueError, match=problem):
+        notebooks.run_notebooks(run)
     assert not (run.path / "notebooks").exists()
 
 
-def test_a_run_that_stops_keeps_what_it_holds_and_says_why(tmp_path, monkeypatch, capsys):
+def test_a_run_that_stops_keeps_what_it_holds_and_says_why(tmp_path, own_notebooks, monkeypatch, capsys):
     """Two notebooks run, the second stops, the third never starts; all that a user relies on along the way."""
-    write_notebook(tmp_path / "nb", "01_first", FIRST, BAR, 'run.finish("01_first", made)["given"]')
-    write_notebook(tmp_path / "nb", "02_second", BAR, 'raise ValueError("It cannot be:\\n do that.")')
-    write_notebook(tmp_path / "nb", "03_third")
+    write_notebook("01_first", FIRST, BAR, 'run.finish("01_first", made)["given"]')
+    write_notebook("02_second", BAR, 'raise ValueError("It cannot be:\\n do that.")')
+    write_notebook("03_third")
     foreign = tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json"
     foreign.parent.mkdir(parents=True)
     foreign.write_text(json.dumps({"argv": ["/nowhere/python"], "display_name": "x", "language": "python"}))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    monkeypatch.setattr(workbook, "NOTEBOOKS", tmp_path / "nb")
     monkeypatch.chdir(tmp_path)
 
     assert cli.main(["run", "--profile", "smoke", "--run", "a {run}", "--target", "scenes:fog", "--seed", "4"]) == 1
@@ -152,7 +158,7 @@ def test_a_run_that_stops_keeps_what_it_holds_and_says_why(tmp_path, monkeypatch
     assert os.environ["JUPYTER_PATH"] == str(tmp_path / "jupyter")
 
     made = json.loads((folder / "results" / "01_first.json").read_text())
-    assert made["given"] == {"PROFILE": "smoke", "TARGETS": ["scenes:fog"], "SEED": 4, "RATE": 0.5}
+    assert made["given"] == {"PROFILE": "smoke", "TARGETS": ["scenes:fog"], "SEED": 4}
     assert (made["python"], made["cwd"]) == (sys.executable, str(tmp_path))
     assert Path(made["setlib"]).parent == PROJECT / "setlib"
     outputs = read_outputs(folder / "notebooks" / "01_first.ipynb")
@@ -164,21 +170,21 @@ def test_a_run_that_stops_keeps_what_it_holds_and_says_why(tmp_path, monkeypatch
     rows = {line.split()[0]: line.split()[1:] for line in captured.out.splitlines() if line[:3] in ("01_", "02_")}
     assert float(rows["01_first"][0]) > 0 and 0.02 < float(rows["01_first"][1]) < 4 and rows["01_first"][2] == "GB"
     assert rows["02_second"] == ["stopped", "-"]
-    report = (folder / "report.html").read_text(encoding="utf-8")
-    assert "What is &lt;01_first&gt;?" in report and 'alt="a &lt;line&gt;"' in report
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "What is &lt;01_first&gt;?" in page and 'alt="a &lt;line&gt;"' in page
     assert "Report: " + str(Path("a {run}") / "report.html") in captured.out
     figure = Path("a {run}") / "figures" / "01_a_<line>.png"
     assert f"\n01_first, {figure}, about a minute left (an estimate)\n" in captured.out
 
 
-def test_a_killed_kernel_is_one_sentence(run, tmp_path):
-    write_notebook(tmp_path / "nb", "01_a", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
-    with pytest.raises(workbook.NotebookStopped, match="01_a.ipynb stopped: its process was killed"):
-        workbook.run_notebooks(run, folder=tmp_path / "nb")
+def test_a_killed_kernel_is_one_sentence(run, own_notebooks):
+    write_notebook("01_a", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(notebooks.NotebookStopped, match="01_a.ipynb stopped: its process was killed"):
+        notebooks.run_notebooks(run)
 
 
-def test_a_full_disk_is_one_sentence_and_keeps_the_earlier_copy(run, tmp_path, monkeypatch):
-    write_notebook(tmp_path / "nb", "01_a")
+def test_a_full_disk_is_one_sentence_and_keeps_the_earlier_copy(run, own_notebooks, monkeypatch):
+    write_notebook("01_a")
     run.file("notebooks/01_a.ipynb").write_text("earlier")
 
     def fill(self, content, path):
@@ -187,7 +193,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_earlier_copy(run, tmp_path, m
 
     monkeypatch.setattr(papermill.iorw.LocalHandler, "write", fill)
     with pytest.raises(ValueError, match="Cannot write .*01_a.ipynb: No space left on device"):
-        workbook.run_notebooks(run, folder=tmp_path / "nb")
+        notebooks.run_notebooks(run)
     assert [path.read_text() for path in (run.path / "notebooks").iterdir()] == ["earlier"]
 
 
@@ -217,24 +223,24 @@ def write_results(run: Run) -> None:
 
 
 def test_tables_hold_every_model_and_domain(run):
-    assert workbook.metric_rows(run) == []
+    assert report.metric_rows(run) == []
     write_results(run)
-    assert workbook.cost_rows(run) == [["notebook", "seconds", "peak memory"], ["04_cross_domain", "12.3", "2.00 GB"]]
-    assert workbook.metric_rows(run) == [
+    assert report.cost_rows(run) == [["notebook", "seconds", "peak memory"], ["04_cross_domain", "12.3", "2.00 GB"]]
+    assert report.metric_rows(run) == [
         ["domain", "mIoU % none", "mIoU % set", "class set", "pictures", "precision"],
         ["scenes:game (source)", "55.0", "60.0", "-", "-", "-"],
         ["scenes:fog", "30.0", "41.3", "set-0", "4", "-"],
         ["camvid@<b>", "-", "-", "set-1", "2", "-"],
     ]
     (run.path / "results" / "04_cross_domain.json").unlink()
-    assert workbook.metric_rows(run)[1] == ["scenes:fog", "41.3", "set-0", "4", "-"]
+    assert report.metric_rows(run)[1] == ["scenes:fog", "41.3", "set-0", "4", "-"]
 
 
 def test_the_report_stands_alone(tmp_path):
     options = ["train.steps=7", "ablation.variants=none,set"]
     run = Run.open(tmp_path / "a<b", Experiment.build("smoke", "scenes:clear", ["camvid@<b>"], 5, options))
     write_results(run)
-    page = workbook.write_report(run).read_text(encoding="utf-8")
+    page = report.write_report(run).read_text(encoding="utf-8")
     assert re.findall(r'(?:src|href)="(?!data:image/(?:webp|jpeg);base64,)', page) == []
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "") and "<b>" not in page
     opening, folded = page.split("<h2>Everything else</h2>")
@@ -251,11 +257,12 @@ def test_the_report_stands_alone(tmp_path):
     assert "small and random" in page and "not ACDC" in page and "DINOv2" not in page
     assert "<td>Road<td>80.5" in page and "<td>sky<td>-" in page
     assert "torch " in page and "transformers " in page
+    assert "nan" not in re.sub(r'src="data:[^"]+"', "", page.partition("<style>")[2])
 
 
 def test_the_report_opens_with_every_seed_of_every_model_and_domain(run):
     write_results(run)
-    page = workbook.write_report(run).read_text(encoding="utf-8")
+    page = report.write_report(run).read_text(encoding="utf-8")
     assert "saw only scenes:game hold" in page[: page.index("<svg")]
     own, short = re.findall("<svg.*?</svg>", page, flags=re.S)
     words = [re.findall(r"<text[^>]*>\s*([^<]*?)</text>", one) for one in (own, short)]
@@ -274,7 +281,7 @@ def test_a_figure_is_embedded_small_and_shows_no_loss(kind, tmp_path):
         smooth = Image.fromarray(rng.integers(0, 256, (10, 15, 3), np.uint8)).resize((300, 200))
         pixels = np.asarray(smooth) // 2 + rng.integers(0, 9, (200, 300, 3), np.uint8)
     Image.fromarray(pixels).save(path)
-    made = workbook.embedded(path)
+    made = report.embedded(path)
     form, _, content = made["source"].partition(";base64,")
     assert form == f"data:image/{'jpeg' if kind == 'photo' else 'webp'}" and made["size"] == (300, 200)
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB"), float)
@@ -283,15 +290,9 @@ def test_a_figure_is_embedded_small_and_shows_no_loss(kind, tmp_path):
     assert len(content) < (1 if kind == "photo" else 2) * path.stat().st_size
 
 
-def test_an_ignored_target_is_a_dash_in_the_report(run):
-    write_results(run)
-    page = workbook.write_report(run).read_text(encoding="utf-8").partition("<style>")[2]
-    assert "nan" not in re.sub(r'src="data:[^"]+"', "", page)
-
-
 def test_the_report_says_what_the_backbone_is_not(run):
     run.experiment = Experiment.build("quick", "folder@a", ["folder@b"])
-    page = workbook.write_report(run).read_text(encoding="utf-8")
+    page = report.write_report(run).read_text(encoding="utf-8")
     assert "its numbers are not DINOv2&#39;s" in page and "ACDC" not in page
     assert "Nothing is scored yet" in page
 
@@ -346,12 +347,12 @@ def run_here(run: Run, only: list[str], monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv(STATIC, "1")
     monkeypatch.setenv("IPYTHONDIR", str(run.path.parent / "ipython"))
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # the shell puts its own there
-    for path in workbook.find_notebooks(only):
+    for path in notebooks.find_notebooks(only):
         shell = InteractiveShell(config=Config(HistoryManager={"enabled": False}))
         for cell in nbformat.read(path, 4).cells:
             if cell.cell_type == "code":
                 shell.run_cell(cell.source).raise_error()
-                shell.push(workbook.notebook_parameters(run) if "parameters" in cell.metadata.get("tags", ()) else {})
+                shell.push(notebooks.notebook_parameters(run) if "parameters" in cell.metadata.get("tags", ()) else {})
 
 
 def write_camvid(folder: Path, name: str = "camvid", kinds: tuple[str, ...] = ("images", "labels")) -> Path:
@@ -376,9 +377,9 @@ def test_domains_of_several_class_sets_and_without_labels(tmp_path, monkeypatch)
     run_here(run, [], monkeypatch)
     scored = {result["domain"]: result["class_set"] for result in run.read_json("metrics.json")["results"]}
     assert scored == {"scenes:night": "cityscapes-19", camvid: "camvid-11"}
-    named = [row[0] for row in workbook.metric_rows(run)[1:]]
+    named = [row[0] for row in report.metric_rows(run)[1:]]
     assert "scenes:night" in named and photos not in named
-    assert "camvid" in workbook.write_report(run).read_text(encoding="utf-8")
+    assert "camvid" in report.write_report(run).read_text(encoding="utf-8")
 
 
 # The explorer's notebook, served
