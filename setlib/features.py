@@ -3,17 +3,18 @@ models score."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from setlib.data.crops import Batch, RandomCrops
+
 if TYPE_CHECKING:
-    from setlib.data.crops import RandomCrops
     from setlib.segmenter import Segmenter
 
 
@@ -76,19 +77,6 @@ class SharedFeatures:
             )
 
 
-class Batch(NamedTuple):
-    """Crops of a training step: images (B, 3, h, w) and labels (B, h, w) uint8, and their frozen features or None."""
-
-    images: Tensor
-    labels: Tensor
-    frozen: FrozenFeatures | None = None
-
-    def to(self, device: torch.device | str) -> tuple[Tensor, Tensor, FrozenFeatures | None]:
-        """On a device, as the network takes them: images float in [0, 1], labels int64."""
-        frozen = self.frozen and self.frozen.to(device)
-        return self.images.to(device).float() / 255, self.labels.to(device).long(), frozen
-
-
 class KeptCrops:
     """A fixed set of crops, as many as train.views, with their frozen features, made once; shared by models and seeds.
 
@@ -100,7 +88,7 @@ class KeptCrops:
         chunks = [chunk.tolist() for chunk in torch.arange(settings.views).split(settings.batch_size)]
         self.crops: list[Batch] = []
         with tqdm(total=settings.views, desc="frozen features", unit="crop", disable=not progress) as bar:
-            for images, labels in crops.batches(chunks):
+            for images, labels, _ in crops.batches(chunks):
                 frozen = features(images.float() / 255)
                 for i in range(len(images)):
                     own = frozen and frozen[i : i + 1].to("cpu")
@@ -111,3 +99,12 @@ class KeptCrops:
         """Some of the crops."""
         images, labels, frozen = zip(*(self.crops[i] for i in indices), strict=True)
         return Batch(torch.cat(images), torch.cat(labels), FrozenFeatures.cat(frozen) if frozen[0] else None)
+
+    def batches(self, chosen: Iterable[Sequence[int]]) -> Iterator[Batch]:
+        """Crops by their numbers, a batch for each list."""
+        return map(self.batch, chosen)
+
+
+def keep_crops(models: Iterable[Segmenter], crops: RandomCrops, progress: bool = True) -> KeptCrops | RandomCrops:
+    """What models are trained on: crops that are kept, or, where train.views is 0, fresh ones."""
+    return KeptCrops(models, crops, progress) if crops.experiment.train.views else crops

@@ -25,7 +25,7 @@ from setlib.data.domains import Domain
 from setlib.distributed import accelerator, all_reduce, state
 from setlib.evaluation import evaluate
 from setlib.experiment import Experiment, Train
-from setlib.features import Batch, KeptCrops
+from setlib.features import KeptCrops, keep_crops
 from setlib.run import Run
 from setlib.segmenter import Segmenter
 from setlib.weights.load import load_backbone
@@ -36,7 +36,7 @@ def train(
     *,
     source: Domain | None = None,
     backbone: FrozenBackbone | None = None,
-    crops: KeptCrops | None = None,
+    crops: KeptCrops | RandomCrops | None = None,
     progress: bool = True,
 ) -> tuple[Segmenter, list[dict]]:
     """Trains the run's segmenter on its source.
@@ -71,15 +71,13 @@ def train(
     optimiser = make_optimiser(model)
     training = Training(run, model, optimiser)
     training.resume()
-    if settings.views and crops is None:
-        crops = KeptCrops([model], RandomCrops(source, experiment), progress)
+    crops = crops or keep_crops([model], RandomCrops(source, experiment), progress)
     model.train()
 
     label, done = f"train {experiment.model.refiner}, seed {experiment.seed}", training.step
     chosen = [own_part(batch_indices(experiment, step)) for step in range(done, settings.steps)]
-    fresh = (Batch(*batch) for batch in RandomCrops(source, experiment).batches(chosen))
     with tqdm(total=settings.steps, initial=done, desc=label, unit="step", smoothing=0, disable=not progress) as bar:
-        for step, batch in enumerate(map(crops.batch, chosen) if crops else fresh, start=done):
+        for step, batch in enumerate(crops.batches(chosen), start=done):
             began = time.perf_counter()
             images, labels, frozen = batch.to(model.device)
             rate = set_learning_rate(optimiser, settings, step)
@@ -183,15 +181,16 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, settings: Train, step: i
     return rate
 
 
-def train_together(runs: dict[str, Run], progress: bool = True) -> dict[str, tuple[Segmenter, list[dict]]]:
+def train_together(
+    runs: dict[str, Run], crops: KeptCrops | RandomCrops | None = None, progress: bool = True
+) -> dict[str, tuple[Segmenter, list[dict]]]:
     """Trains runs that share source, crops and backbone one after the other: the frozen layers are computed once."""
     first = next(iter(runs.values())).experiment
     backbone = load_backbone(first.model.backbone, patch_size=first.model.patch_size)
     source = domains.load(first.data.source, first.data, role="source")
-    crops = None
-    if first.train.views and not all(is_finished(run) for run in runs.values()):
+    if crops is None and not all(is_finished(run) for run in runs.values()):
         models = [build_segmenter(run.experiment, backbone) for run in runs.values()]
-        crops = KeptCrops(models, RandomCrops(source, first), progress)
+        crops = keep_crops(models, RandomCrops(source, first), progress)
     return {
         name: train(run, source=source, backbone=backbone, crops=crops, progress=progress) for name, run in runs.items()
     }

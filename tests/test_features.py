@@ -67,7 +67,7 @@ def test_kept_crops_are_the_crops_and_answer_as_they_do(source, models):
     experiment = Experiment.build("smoke", source=source, targets=[source])
     crops = RandomCrops(domains.load(source, experiment.data, role="source"), experiment)
     batch = KeptCrops([models["set"], models["none"]], crops, progress=False).batch([5, 1])
-    ((images, labels),) = crops.batches([[5, 1]])
+    ((images, labels, _),) = crops.batches([[5, 1]])
     assert torch.equal(batch.images, images) and torch.equal(batch.labels, labels)
     assert images.dtype == labels.dtype == torch.uint8
     images, labels, frozen = batch.to("cpu")

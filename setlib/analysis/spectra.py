@@ -153,6 +153,18 @@ def say_movement(rows: Sequence[Mapping]) -> str:
     return "\n".join(lines)
 
 
+def swaps(content: Tensor, style: Tensor, low: float, axes: spectral.Axes = spectral.GRID) -> dict[str, Tensor]:
+    """Content, style, and content with parts of the style's spectrum, by title; low: where the low band ends."""
+    return {
+        "content": content,
+        "style": style,
+        "style's low amplitudes (FDA)": spectral.mix_amplitude(content, style, high=low, axes=axes),
+        "style's amplitudes": spectral.mix_amplitude(content, style, axes=axes),
+        "half of the way": spectral.mix_amplitude(content, style, weight=0.5, axes=axes),
+        "style's phases": spectral.mix_phase(content, style, axes=axes),
+    }
+
+
 def feature_pictures(features: Sequence[Tensor], fitted: int | None = None) -> list[np.ndarray]:
     """Feature maps as pictures in common colours: their first three principal components.
 

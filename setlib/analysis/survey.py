@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from setlib import spectral
+from setlib.analysis import spectra
 from setlib.analysis.spectra import as_tensor
 from setlib.data import domains
 from setlib.data.augment import fit, resize
@@ -19,7 +19,7 @@ from setlib.data.domains import Domain
 from setlib.data.labels import ClassSet
 from setlib.experiment import Data
 from setlib.inference import predict
-from setlib.plots.charts import coloured, short_name
+from setlib.plots import coloured, short_name
 from setlib.scenes.render import STYLES
 from setlib.segmenter import Segmenter
 
@@ -101,9 +101,9 @@ def styled_scenes(data: Data, layouts: int, styles: Sequence[str] = STYLES) -> d
 
 
 def domain_profile(domain: Domain, long_edge: int, limit: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """`spectral.radial_profile` averaged over pictures of one long edge (grey values 0 to 255): radii, profile."""
+    """`spectra.radial_profile` averaged over pictures of one long edge (grey values 0 to 255): radii, profile."""
     images = [as_tensor(sample.image) for _, sample in domain.samples(_evenly(len(domain), limit))]
-    found = [spectral.radial_profile(255 * resize(image, fit(image, long_edge))) for image in images]
+    found = [spectra.radial_profile(255 * resize(image, fit(image, long_edge))) for image in images]
     return found[0][0].numpy(), torch.cat([profile for _, profile in found]).mean(0).numpy()
 
 

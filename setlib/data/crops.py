@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from setlib.data.augment import augment
 from setlib.data.domains import Domain, Sample
 from setlib.experiment import Experiment
 
+if TYPE_CHECKING:
+    from setlib.features import FrozenFeatures
+
 
 class Crop(NamedTuple):
     """An augmented crop (3, h, w) uint8, its labels (h, w) uint8 train ids, and the damaged pictures passed over."""
@@ -25,6 +28,19 @@ class Crop(NamedTuple):
     image: Tensor
     label: Tensor
     skipped: tuple[str, ...] = ()
+
+
+class Batch(NamedTuple):
+    """Crops of a training step: images (B, 3, h, w) and labels (B, h, w) uint8, and what is kept of their features."""
+
+    images: Tensor
+    labels: Tensor
+    frozen: FrozenFeatures | None = None
+
+    def to(self, device: torch.device | str) -> tuple[Tensor, Tensor, FrozenFeatures | None]:
+        """On a device, as the network takes them: images float in [0, 1], labels int64."""
+        frozen = self.frozen and self.frozen.to(device)
+        return self.images.to(device).float() / 255, self.labels.to(device).long(), frozen
 
 
 @dataclass
@@ -60,8 +76,8 @@ class RandomCrops:
                 skipped.append(str(error))
         raise ValueError(f"No picture of {self.domain.spec.text} can be decoded: {skipped[0]}")
 
-    def batches(self, chosen: Sequence[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Crops by their numbers, images (B, 3, h, w) and labels (B, h, w) uint8, made by data.workers processes.
+    def batches(self, chosen: Sequence[list[int]]) -> Iterator[Batch]:
+        """Crops by their numbers, a batch for each list, made by data.workers processes.
 
         A damaged picture that is skipped is named once.
         """
@@ -72,7 +88,7 @@ class RandomCrops:
                 if problem not in named:
                     named.add(problem)
                     tqdm.write(f"skipped ({len(named)}): {problem}")
-            yield images, labels
+            yield Batch(images, labels)
 
 
 def _collate(crops: list[Crop]) -> tuple[Tensor, Tensor, list[str]]:
