@@ -178,3 +178,10 @@ def test_a_domain_without_a_labelled_pixel_is_out_of_everything_and_said_once(or
     for few in (scores[:2], [empty], [found["s"]]):
         assert "nan" not in (text := shown.say_scores({"set": few}, "s"))
     assert "No domain but the source was scored" in text and shown.target_means({"set": few}, "s") == {}
+
+
+def test_the_best_and_the_worst_pictures():
+    pictures = [(i, str(i), miou) for i, miou in enumerate((30.0, float("nan"), 50.0, 10.0, 40.0))]
+    found = evaluate.Score("s", CITYSCAPES, pictures=pictures)
+    assert [place for place, _, _ in shown.extremes(found, 1)] == [2, 3]
+    assert [place for place, _, _ in shown.extremes(found, 3)] == [2, 4, 0, 3]  # four have an mIoU

@@ -50,6 +50,15 @@ def test_frozen_stays_frozen():
     assert all(p.grad is None for p in model.backbone.parameters())
 
 
+def test_layers_run_again_for_the_gradient_in_training_alone():
+    model, calls = build("train.checkpointing=true"), []
+    model.refiner.register_forward_pre_hook(lambda *_: calls.append(1))
+    for is_training, expected in ((True, 4), (False, 2)):  # two layers are refined
+        calls.clear()
+        model.train(is_training)(images(1)).sum().backward()
+        assert len(calls) == expected
+
+
 def test_what_was_padded_is_cut_off(model):
     """A map that is linear in the column is the same line over the picture, whatever was added on its right."""
     line = (torch.arange(9.0).expand(1, 1, 5, 9) + 1) / 10  # patches of 8 pixels over 40 x 72

@@ -20,7 +20,7 @@ from setlib.data.labels import ClassSet
 from setlib.experiment import Data
 from setlib.inference import predict
 from setlib.plots import coloured, short_name
-from setlib.scenes.render import STYLES
+from setlib.scenes import STYLES
 from setlib.segmenter import Segmenter
 
 

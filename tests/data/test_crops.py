@@ -58,8 +58,8 @@ def test_a_damaged_picture_stops_the_training_or_is_skipped_and_counted(folder, 
         path.write_bytes(path.read_bytes()[:-300])
     with pytest.raises(ValueError, match="'[14]' cannot be decoded"):
         list(stopping.batches([list(range(6))]))
-    ((_, labels, _),) = skipping.batches([list(range(12))])
-    assert set(labels.unique().tolist()) - {255} == {0, 2, 3, 5}
+    _, labels, _ = zip(*skipping.batches([list(range(6)), list(range(6, 12))]), strict=True)
+    assert set(torch.cat(labels).unique().tolist()) - {255} == {0, 2, 3, 5}
     out = capsys.readouterr().out
     assert out.count("cannot be decoded") == 2 and "skipped (2)" in out
     for path in (folder / "images").iterdir():
