@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -22,7 +22,7 @@ from setlib.backbone import FrozenBackbone
 from setlib.data.labels import CITYSCAPES
 from setlib.distributed import default_device
 from setlib.experiment import Experiment, Model
-from setlib.files import write_atomic
+from setlib.files import hub_answers, write_atomic
 from setlib.heads import PerPixelHead
 from setlib.mask2former import Mask2FormerHead
 from setlib.refiners import Refiner, build_refiner
@@ -171,6 +171,8 @@ def model_folder(name: str | Path, options: dict[str, Any]) -> Path:
         return folder
     if folder.is_dir() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
         raise ValueError(f"{folder} holds no saved model ({' and '.join(FILES)}): train one first.")
+    if not (constants.HF_HUB_OFFLINE or hub_answers(constants.ENDPOINT)):
+        raise ValueError(f"{name} is no folder of a saved model, and {constants.ENDPOINT} does not answer.")
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(FILES), **options))
     except (ValueError, OSError) as error:  # every error of the hub is one of these

@@ -27,7 +27,7 @@ def run_ablation(run: Run, progress: bool = True) -> list[dict]:
         for seed in settings.seeds
         for variant in settings.variants
     }
-    models = {name: model for name, (model, _) in train_together(runs, progress).items()}
+    models = {name: model for name, (model, _) in train_together(runs, progress=progress).items()}
     small = next(iter(runs.values()))
     table = evaluate_run(small, models, list(dict.fromkeys([data.source, *data.targets])), progress)
     means = target_means(table, data.source)
