@@ -15,9 +15,50 @@ if TYPE_CHECKING:  # transformers takes 3 s to import
     from transformers import PreTrainedModel
 
 Grid = tuple[int, int]  # patches in height and width
+Arguments = tuple[tuple, dict[str, Any]]  # of a layer, beside its tokens
 
 
-def call_model(model: PreTrainedModel, pixels: Tensor, grid: Grid, patch_size: int) -> object:
+class _Caught(Exception):
+    """Ends the model's own forward at its first layer, with what that layer would have read."""
+
+    @staticmethod
+    def throw(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        raise _Caught(args, kwargs)
+
+
+def first_input(
+    model: PreTrainedModel, layer: nn.Module, pixels: Tensor, grid: Grid, patch_size: int
+) -> tuple[Tensor, Arguments]:
+    """What a model hands to its first layer: all tokens, and the other arguments, which every layer gets."""
+    hook = layer.register_forward_pre_hook(_Caught.throw, with_kwargs=True)
+    try:
+        _call(model, pixels, grid, patch_size)
+    except _Caught as caught:
+        (hidden, *args), kwargs = caught.args
+        return hidden, (tuple(args), kwargs)
+    finally:
+        hook.remove()
+    raise ValueError(f"{type(model).__name__} does not call its first layer: expected a plain ViT.")
+
+
+def run_layer(layer: nn.Module, hidden: Tensor, arguments: Arguments, prompts: Tensor | None = None) -> Tensor:
+    """What a layer makes of all tokens; with prompts (P, C) in front of them, which do not leave it."""
+    (args, kwargs), count = arguments, 0
+    if prompts is not None:
+        if hidden.dim() != 3:
+            grid = tuple(hidden.shape)
+            raise ValueError(
+                f"Prompts need tokens in a row, but this backbone keeps a grid {grid}: take another refiner."
+            )
+        count = len(prompts)
+        hidden = torch.cat([prompts.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], dim=1)  # (B, P + N, C)
+    with _more_prefix_tokens(layer, count):
+        output = layer(hidden, *args, **kwargs)
+    hidden = output[0] if isinstance(output, tuple) else output
+    return hidden[:, count:] if count else hidden
+
+
+def _call(model: PreTrainedModel, pixels: Tensor, grid: Grid, patch_size: int) -> object:
     """The model's own forward, at any size: families differ in what they must be told."""
     known = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {}
@@ -72,7 +113,7 @@ def _fitted(model: nn.Module, grid: Grid, size: tuple[int, int]) -> Iterator[dic
 
 
 @contextlib.contextmanager
-def more_prefix_tokens(layer: nn.Module, count: int) -> Iterator[None]:
+def _more_prefix_tokens(layer: nn.Module, count: int) -> Iterator[None]:
     """Tells timm's rotary attention that so many more tokens stand in front of the patches."""
     rotating: list[Any] = [module for module in layer.modules() if hasattr(module, "num_prefix_tokens")]
     try:

@@ -11,40 +11,29 @@ import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from setlib._families import Grid, call_model, find_layers, more_prefix_tokens, patch_convolution
+from setlib._families import Arguments, Grid, find_layers, first_input, patch_convolution, run_layer
 from setlib.features import FrozenFeatures
 
 if TYPE_CHECKING:  # transformers takes 3 s to import
     from transformers import PreTrainedModel
 
+    from setlib.tokens import Refiner
+
 Colour = Sequence[float]  # red, green, blue
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of RGB in [0, 1]
-
-
-class LayerRefiner(Protocol):
-    """What a backbone asks of a refiner."""
-
-    layers: tuple[int, ...]  # those it refines, counted from 1
-    prompts: Callable[[int], Tensor] | None  # of a layer, (P, C): tokens that it reads beside its own
-
-    def __call__(self, features: Tensor, layer: int) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
-
-    def frozen_until(self, depth: int) -> int:
-        """Number of first layers, of `depth`, whose own answer it cannot change."""
 
 
 class FrozenBackbone(nn.Module):
     """A frozen vision transformer whose patch features can be read and refined after every layer.
 
-    Layers are numbered from 1. A refiner (`LayerRefiner`) is called with the patch features behind a layer; class and
+    Layers are numbered from 1. A refiner (`tokens.Refiner`) is called with the patch features behind a layer; class and
     register tokens pass by it untouched, and prompts, if it has them, do not leave their layer. One that changes
     weights gets a copy of the model (`adapted`). Nothing else in here ever learns, and nothing leaves eval mode,
     whatever `train` is called on.
@@ -112,7 +101,7 @@ class FrozenBackbone(nn.Module):
     def forward(
         self,
         images: Tensor,
-        refiner: LayerRefiner | None = None,
+        refiner: Refiner | None = None,
         layers: Sequence[int] | None = None,
         frozen: FrozenFeatures | None = None,
         gradient_checkpointing: bool = False,
@@ -157,12 +146,11 @@ class FrozenBackbone(nn.Module):
 
         def step(number: int, hidden: Tensor) -> Tensor:
             """One frozen layer, and the refiner behind it."""
-            if refiner is None or number not in refined:
-                return self._run_layer(number, hidden, arguments) if number > start else hidden
-            prompts = refiner.prompts(number) if refiner.prompts is not None else None
+            is_refined = refiner is not None and number in refined
+            prompts = refiner.prompts(number) if is_refined and refiner.prompts else None
             if number > start:
-                hidden = self._run_layer(number, hidden, arguments, prompts)
-            return _refine(hidden, refiner, number, grid)
+                hidden = run_layer(self._layers[number - 1], hidden, arguments, prompts)
+            return _refine(hidden, refiner, number, grid) if is_refined else hidden
 
         for number in range(max(start, 1), max(wanted) + 1):
             learns = torch.is_grad_enabled() and (hidden.requires_grad or number in refined)
@@ -184,42 +172,18 @@ class FrozenBackbone(nn.Module):
         images, grid = self._padded(images)
         hidden, arguments = self._first_input(images, grid)
         for number in range(1, last + 1):
-            hidden = self._run_layer(number, hidden, arguments)
+            hidden = run_layer(self._layers[number - 1], hidden, arguments)
             if number == stop:
                 kept = hidden
             if number in layers:
                 maps[number] = _patches(hidden, grid)
         return FrozenFeatures(kept, maps, stop)
 
-    def _run_layer(
-        self, number: int, hidden: Tensor, arguments: tuple[tuple, dict], prompts: Tensor | None = None
-    ) -> Tensor:
-        """What layer `number` makes of all tokens; with prompts (P, C) in front of them, which do not leave it."""
-        layer, (args, kwargs) = self._layers[number - 1], arguments
-        if prompts is None:
-            return _tokens(layer(hidden, *args, **kwargs))
-        if hidden.dim() != 3:
-            raise ValueError(
-                f"Prompts need tokens in a row, but this backbone keeps a grid {tuple(hidden.shape)}: "
-                "take another refiner."
-            )
-        longer = torch.cat([prompts.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], dim=1)  # (B, P + N, C)
-        with more_prefix_tokens(layer, len(prompts)):
-            return _tokens(layer(longer, *args, **kwargs))[:, len(prompts) :]
-
-    def _first_input(self, images: Tensor, grid: Grid) -> tuple[Tensor, tuple[tuple, dict]]:
+    def _first_input(self, images: Tensor, grid: Grid) -> tuple[Tensor, Arguments]:
         """What the model hands to its first layer: all tokens, and the other arguments, which every layer gets."""
         self.model.eval()  # somebody may have called train() on the inner model
         pixels = ((images - self.mean) / self.std).to(next(self.model.parameters()).dtype)
-        hook = self._layers[0].register_forward_pre_hook(_Caught.throw, with_kwargs=True)
-        try:
-            call_model(self.model, pixels, grid, self.patch_size)
-        except _Caught as caught:
-            (hidden, *args), kwargs = caught.args
-            return hidden, (tuple(args), kwargs)
-        finally:
-            hook.remove()
-        raise ValueError(f"{type(self.model).__name__} does not call its first layer: expected a plain ViT.")
+        return first_input(self.model, self._layers[0], pixels, grid, self.patch_size)
 
     def _padded(self, images: Tensor) -> tuple[Tensor, Grid]:
         """The images at multiples of the patch size, the last pixels repeated, and their grid."""
@@ -237,19 +201,6 @@ class FrozenBackbone(nn.Module):
         return tuple(layers)
 
 
-class _Caught(Exception):
-    """Ends the model's own forward at its first layer, with what that layer would have read."""
-
-    @staticmethod
-    def throw(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        raise _Caught(args, kwargs)
-
-
-def _tokens(output: Tensor | tuple) -> Tensor:
-    """The tokens that a layer answers with, alone or first in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
 def _patches(hidden: Tensor, grid: Grid) -> Tensor:
     """(B, N, C) with the patches last, or (B, H, W, C), as (B, H, W, C)."""
     if hidden.dim() == 4 and hidden.shape[1:3] == grid:
@@ -260,7 +211,7 @@ def _patches(hidden: Tensor, grid: Grid) -> Tensor:
     return hidden[:, num_prefix:].unflatten(1, grid)  # (B, H, W, C)
 
 
-def _refine(hidden: Tensor, refiner: LayerRefiner, layer: int, grid: Grid) -> Tensor:
+def _refine(hidden: Tensor, refiner: Refiner, layer: int, grid: Grid) -> Tensor:
     """All tokens with the patches refined and every other token as it was."""
     features = _patches(hidden, grid)
     refined = refiner(features, layer)

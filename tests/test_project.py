@@ -29,26 +29,28 @@ USER_VISIBLE = {"torch", "transformers", "jupyterlab", "matplotlib", "ipywidgets
 # What each folder, and each file of the hall, may import directly; what those import in turn is allowed too. Each
 # stands above all it imports, so the table is also the order of the house, top first.
 IMPORTS = {
-    "__main__": {"bench", "workbook", "release"},
+    "__main__": {"bench", "workbook"},
     "bench": {"analysis"},
     "workbook": {"explorer"},
     "explorer": {"analysis"},
     "analysis": {"training", "plots", "release"},
-    "training": {"evaluation"},
-    "evaluation": {"inference", "checkpoint", "run"},
-    "run": {"experiment"},
-    "inference": {"segmenter"},
-    "checkpoint": {"segmenter", "weights", "refiners", "mask2former", "distributed", "run"},
+    "release": {"checkpoint"},
     "sharing": {"checkpoint"},
-    "distributed": set(),
+    "training": {"evaluation"},
+    "evaluation": {"inference", "checkpoint"},
+    "inference": {"segmenter"},
+    "checkpoint": {"segmenter", "weights", "refiners", "distributed", "run"},
+    "run": {"experiment"},
+    "distributed": {"experiment"},
     "segmenter": {"backbone", "tokens", "mask2former"},
     "weights": {"backbone"},
-    "backbone": {"features"},
+    "backbone": {"features", "_families"},
+    "_families": set(),
     "features": {"data"},
     "mask2former": {"_mask2former", "heads"},
     "_mask2former": set(),
     "heads": {"data"},
-    "refiners": {"wavelets"},
+    "refiners": {"tokens", "wavelets"},
     "wavelets": {"tokens"},
     "tokens": {"_kernels"},
     "_kernels": {"spectral"},
@@ -61,6 +63,7 @@ IMPORTS = {
     "files": set(),
     "__init__": set(),
 }
+UPWARDS = {("refiners.py", "release")}  # SET as it was released is built by name, though its room stands above
 HALL = {  # what a reader of the method reads
     *("spectral", "tokens", "refiners", "backbone", "features", "heads", "mask2former", "segmenter", "inference"),
     *("training", "evaluation", "experiment", "run"),
@@ -184,6 +187,7 @@ def test_imports_go_downwards(path: Path):
     place = find_place(path)
     assert place in IMPORTS, f"{place} is new: give it a line in the table IMPORTS of this file"
     wrong = find_imported(read_tree(path)) - find_allowed(place) - {place}
+    wrong -= {above for name, above in UPWARDS if name == name_of(path)}
     assert not wrong, f"{name_of(path)} imports {sorted(wrong)}, which do not lie below it"
 
 
@@ -221,10 +225,11 @@ def test_public_names_are_there_and_documented():
 def test_what_is_no_module_is_packaged_too():
     package = ROOT / "setlib"
     others = {
-        p.relative_to(package) for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc", ".md")
+        p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc") and p.name != "README.md"
     }
     packaged = read_pyproject()["tool"]["setuptools"]["package-data"]
-    assert others == {Path(*name.split(".")[1:]) / file for name, files in packaged.items() for file in files}
+    folders = {ROOT / name.replace(".", "/"): patterns for name, patterns in packaged.items()}
+    assert others == {p for folder, patterns in folders.items() for pattern in patterns for p in folder.glob(pattern)}
 
 
 def test_package_stays_compact():

@@ -81,7 +81,7 @@ class Board:
         """The whole board as one picture, `WIDTH` pixels wide."""
         right = SCALE if any(panel.scale for panel in self.panels) else 0
         width = (WIDTH - right - GAP * (self.columns - 1)) // self.columns
-        blocks = [_row(row, width) for row in self.rows]
+        blocks = [_row(row, width) for row in self.rows if any(row)]
         if self.legend:
             blocks.append(_legend(self.legend))
         if with_words and self.words:

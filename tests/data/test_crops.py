@@ -46,7 +46,7 @@ def test_kept_crops_are_shared_by_all_seeds_and_fresh_ones_are_not(folder):
 def test_worker_processes_change_nothing(folder):
     chosen = [[0, 3], [8, 5], [2, 2]]
     one, other = (list(crops(folder, f"data.workers={workers}").batches(chosen)) for workers in (0, 2))
-    for (images, labels), (same_images, same_labels) in zip(one, other, strict=True):
+    for (images, labels, _), (same_images, same_labels, _) in zip(one, other, strict=True):
         assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
 
 
