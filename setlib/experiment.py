@@ -144,12 +144,6 @@ class Inference:
     scales: Annotated[tuple[Annotated[float, Field(gt=0, le=16)], ...], Field(min_length=1)] = (1.0,)  # of long_edge
     flip: bool = False  # averaged with the prediction of the mirrored picture
 
-    def __str__(self) -> str:
-        """In words, for tables."""
-        words = ["whole pictures" if self.whole else f"windows by {self.stride:.2f}"]
-        words += [f"scales {', '.join(f'{scale:g}' for scale in self.scales)}"] if self.scales != (1.0,) else []
-        return " + ".join(words + ["flip"] * self.flip)
-
 
 @dataclass(frozen=True, config=STRICT)
 class Ablation:

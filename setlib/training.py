@@ -20,7 +20,7 @@ from setlib._memory import keep_freed_memory
 from setlib.backbone import FrozenBackbone
 from setlib.checkpoint import Training, build_segmenter, is_finished, load_segmenter, read_history, save_segmenter
 from setlib.data import domains
-from setlib.data.crops import RandomCrops, held_out
+from setlib.data.crops import RandomCrops, batch_indices, held_out
 from setlib.data.domains import Domain
 from setlib.distributed import accelerator, all_reduce, state
 from setlib.evaluation import evaluate
@@ -119,18 +119,6 @@ def train(
         (run.path / "checkpoint.safetensors").unlink(missing_ok=True)
     state().wait_for_everyone()
     return model.eval(), training.history
-
-
-def batch_indices(experiment: Experiment, step: int) -> list[int]:
-    """Crops of one step: always new ones, or all kept ones in a new order each epoch."""
-    size, views = experiment.train.batch_size, experiment.train.views
-    positions = range(step * size, (step + 1) * size)
-    if not views:
-        return list(positions)
-    orders = {
-        e: np.random.default_rng([experiment.seed, 2, e]).permutation(views) for e in {p // views for p in positions}
-    }
-    return [int(orders[p // views][p % views]) for p in positions]
 
 
 def point_seeds(experiment: Experiment, step: int) -> list[int]:

@@ -13,9 +13,9 @@ from setlib.analysis import scores as shown
 from setlib.checkpoint import build_segmenter
 from setlib.data import domains
 from setlib.data.labels import CAMVID, CITYSCAPES
-from setlib.evaluation import MeanIoU
 from setlib.experiment import Data, Experiment
 from setlib.inference import label_map, predict
+from setlib.metric import MeanIoU
 from setlib.run import Run
 from setlib.weights.load import load_backbone
 

@@ -12,7 +12,7 @@ from setlib import training as train
 from setlib.analysis import scores as shown
 from setlib.checkpoint import build_segmenter
 from setlib.data import crops
-from setlib.data.crops import RandomCrops
+from setlib.data.crops import RandomCrops, batch_indices
 from setlib.data.domains import load
 from setlib.experiment import Experiment
 from setlib.features import KeptCrops
@@ -63,7 +63,7 @@ def test_the_loop_is_these_ten_lines(source, tmp_path, options):
 
     optimiser, crops, found = train.make_optimiser(model), KeptCrops([model], RandomCrops(domain, settings), False), []
     for step in range(settings.train.steps):
-        batch = crops.batch(train.batch_indices(settings, step))
+        batch = crops.batch(batch_indices(settings, step))
         images, labels, frozen = batch.to(model.device)
         train.set_learning_rate(optimiser, settings.train, step)
         optimiser.zero_grad()
@@ -237,10 +237,10 @@ def test_a_step_that_cannot_be_parted_is_one_sentence(source, tmp_path):
 
 def test_every_epoch_takes_every_kept_crop_in_an_order_of_its_own(source):
     settings = experiment(source, "train.batch_size=4")
-    epochs = [sum((train.batch_indices(settings, step) for step in steps), []) for steps in ((0, 1), (2, 3))]
+    epochs = [sum((batch_indices(settings, step) for step in steps), []) for steps in ((0, 1), (2, 3))]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(8)) and epochs[0] != epochs[1]
-    assert train.batch_indices(settings.override("seed=1"), 0) != train.batch_indices(settings, 0)
-    assert train.batch_indices(settings.override("train.views=0"), 3) == [12, 13, 14, 15]
+    assert batch_indices(settings.override("seed=1"), 0) != batch_indices(settings, 0)
+    assert batch_indices(settings.override("train.views=0"), 3) == [12, 13, 14, 15]
     seeds = [seed for step in range(5) for seed in train.point_seeds(settings, step)]
     assert len(set(seeds)) == 20
 

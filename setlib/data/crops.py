@@ -96,6 +96,18 @@ def _collate(crops: list[Crop]) -> tuple[Tensor, Tensor, list[str]]:
     return torch.stack(images), torch.stack(labels), [problem for problems in skipped for problem in problems]
 
 
+def batch_indices(experiment: Experiment, step: int) -> list[int]:
+    """Crops of one step: always new ones, or all kept ones in a new order each epoch."""
+    size, views = experiment.train.batch_size, experiment.train.views
+    positions = range(step * size, (step + 1) * size)
+    if not views:
+        return list(positions)
+    orders = {
+        e: np.random.default_rng([experiment.seed, 2, e]).permutation(views) for e in {p // views for p in positions}
+    }
+    return [int(orders[p // views][p % views]) for p in positions]
+
+
 def held_out(experiment: Experiment, source: Domain) -> Domain:
     """Pictures of the source's data set that are not among those it is trained on.
 

@@ -31,8 +31,8 @@ from setlib.data.augment import fit, resize
 from setlib.data.decode import read_picture
 from setlib.data.labels import IGNORE
 from setlib.distributed import default_device
-from setlib.evaluation import iou_per_class, mean_iou, pixel_counts
 from setlib.files import PROJECT, write_atomic
+from setlib.metric import iou_per_class, mean_iou, pixel_counts
 from setlib.refiners import build_refiner
 from setlib.run import Run
 from setlib.weights.load import load_backbone
