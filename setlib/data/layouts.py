@@ -142,14 +142,12 @@ def list_pairs(name: str, folder: str, split: str = "", role: str = "", skip: bo
     pattern, ids, labels = _labels(root, layout, kept, LOSSLESS)
     pairs, bare, problems = _join(root, layout, kept, pattern, labels)
 
-    notes: list[str] = []
-    if not labels and not {fields.get("split") for fields in kept.values()} & {*layout.unlabelled}:
-        lossy = [root / path for path, _ in _labels(root, layout, kept, LOSSY)[2].values()]
-        if lossy:
-            what = f"{len(lossy)} labels like {lossy[0]} are in a lossy format, ids are lost: export them as PNG"
-            problems.append(what)
-        else:
-            notes += _elsewhere(root, layout, kept)
+    found = {} if labels and not bare else _labels(root, layout, kept, LOSSY)[2]
+    lossy, notes = [root / path for path, _ in found.values() if path.lower().endswith(LOSSY)], []
+    if lossy:
+        problems.append(f"{len(lossy)} labels like {lossy[0]} are in a lossy format, ids are lost: export them as PNG")
+    elif not labels and not {fields.get("split") for fields in kept.values()} & {*layout.unlabelled}:
+        notes = _elsewhere(root, layout, kept)
     if unread:
         what = f"{len(unread)} pictures like {unread[0]} are in a format that is not read: export them as JPG or PNG"
         (notes if images else problems).append(what)
