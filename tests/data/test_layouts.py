@@ -269,6 +269,10 @@ def test_a_copy_is_not_made_inside_the_set_nor_over_another(tmp_path):
     (tmp_path / "set/labels/1.png").write_bytes((tmp_path / "set/labels/0.png").read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"labels.1.png cannot be decoded .*: download or export it again"):
         prepare.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "again", 6, Data())
+    make(tmp_path / "gtav", *SETS["gtav"])
+    picture = tmp_path / "gtav/images/00001.png"
+    picture.write_bytes(picture.read_bytes()[:-40])
+    assert prepare.prepare(f"gtav@{tmp_path / 'gtav'}", tmp_path / "most", 6, Data(on_error="skip")) == 2
 
 
 @pytest.mark.parametrize(
