@@ -142,14 +142,12 @@ def list_pairs(name: str, folder: str, split: str = "", role: str = "", skip: bo
     pattern, ids, labels = _labels(root, layout, kept, LOSSLESS)
     pairs, bare, problems = _join(root, layout, kept, pattern, labels)
 
-    notes: list[str] = []
-    if not labels and not {fields.get("split") for fields in kept.values()} & {*layout.unlabelled}:
-        lossy = [root / path for path, _ in _labels(root, layout, kept, LOSSY)[2].values()]
-        if lossy:
-            what = f"{len(lossy)} labels like {lossy[0]} are in a lossy format, ids are lost: export them as PNG"
-            problems.append(what)
-        else:
-            notes += _elsewhere(root, layout, kept)
+    found = {} if labels and not bare else _labels(root, layout, kept, LOSSY)[2]
+    lossy, notes = [root / path for path, _ in found.values() if path.lower().endswith(LOSSY)], []
+    if lossy:
+        problems.append(f"{len(lossy)} labels like {lossy[0]} are in a lossy format, ids are lost: export them as PNG")
+    elif not labels and not {fields.get("split") for fields in kept.values()} & {*layout.unlabelled}:
+        notes = _elsewhere(root, layout, kept)
     if unread:
         what = f"{len(unread)} pictures like {unread[0]} are in a format that is not read: export them as JPG or PNG"
         (notes if images else problems).append(what)
@@ -334,10 +332,12 @@ def _match(root: Path, layout: Layout, pattern: str, formats: tuple[str, ...]) -
         for folder, folders, files in os.walk(part / _base(pattern), followlinks=True, onerror=_refuse):
             seen.add(os.path.realpath(folder))
             folders[:] = [one for one in folders if os.path.realpath(f"{folder}/{one}") not in seen]  # links in circles
-            for path in (Path(folder, file) for file in files if not file.startswith("._")):  # a Mac's notes on a file
-                match = re.fullmatch(expression, path.relative_to(part).with_suffix("").as_posix())
-                if match and path.suffix.lower() in (own, *formats):
-                    found[path.relative_to(root).as_posix()] = match.groupdict()
+            below, where = (Path(folder).relative_to(start).as_posix() for start in (part, root))
+            for file in files:
+                name, ending = os.path.splitext(file)
+                match = re.fullmatch(expression, f"{below}/{name}".removeprefix("./"))
+                if match and ending.lower() in (own, *formats) and not file.startswith("._"):  # a Mac's notes on a file
+                    found[f"{where}/{file}".removeprefix("./")] = match.groupdict()
     own_there = {path[: -len(own)] for path in found if path.lower().endswith(own)}
     return {p: f for p, f in found.items() if p.lower().endswith(own) or p.rpartition(".")[0] not in own_there}
 

@@ -1,9 +1,10 @@
 """Augmentation: picture and label stay together, nothing outside the picture is learnt from."""
 
+import numpy as np
 import pytest
 import torch
 
-from setlib.data.augment import augment, choose_crop, distort, fit
+from setlib.data.augment import augment, choose_crop, distort, fit, to_image, to_tensor
 from setlib.experiment import Data
 
 DATA = Data(height=32, width=64, long_edge=64, photometric=0)
@@ -64,3 +65,10 @@ def test_distortion_stays_in_range_and_can_be_off():
 @pytest.mark.parametrize(("size", "expected"), [((100, 200), (32, 64)), ((200, 100), (64, 32)), ((1, 1000), (1, 64))])
 def test_fit_keeps_the_aspect(size, expected):
     assert fit(torch.zeros(3, *size), 64) == expected
+
+
+def test_images_become_tensors_and_come_back():
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    tensor = to_tensor(image)
+    assert tensor.shape == (1, 3, 5, 7) and tensor.dtype == torch.float32 and tensor.max() <= 1
+    assert np.array_equal(to_image(tensor), image) and to_image(2 * tensor + 1).min() == 255

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features
 from datasets import Image as HubImage
 from PIL import Image
 from scipy.io import savemat
@@ -269,6 +269,10 @@ def test_a_copy_is_not_made_inside_the_set_nor_over_another(tmp_path):
     (tmp_path / "set/labels/1.png").write_bytes((tmp_path / "set/labels/0.png").read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"labels.1.png cannot be decoded .*: download or export it again"):
         prepare.prepare(f"folder@{tmp_path / 'set'}", tmp_path / "again", 6, Data())
+    make(tmp_path / "gtav", *SETS["gtav"])
+    picture = tmp_path / "gtav/images/00001.png"
+    picture.write_bytes(picture.read_bytes()[:-40])
+    assert prepare.prepare(f"gtav@{tmp_path / 'gtav'}", tmp_path / "most", 6, Data(on_error="skip")) == 2
 
 
 @pytest.mark.parametrize(
@@ -307,41 +311,6 @@ def test_conventions_score_fewer_classes(tmp_path):
         assert (domain.ids.to_train[train] != 255).sum() == 19  # training keeps all
     with pytest.raises(ValueError, match="Unknown class set 'synthia-15' .nearest: synthia-1"):
         domains.load(f"cityscapes:val@{tmp_path}", Data(class_set="synthia-15"))
-
-
-def test_a_data_set_of_the_hub_is_streamed_and_mapped(monkeypatch):
-    rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 256, (*SIZE, 3), np.uint8)) for _ in range(4)]
-    labels = [Image.fromarray(rng.choice([7, 26, 255], SIZE).astype(np.uint8)) for _ in range(4)]
-    features = Features({"pixel_values": HubImage(), "label": HubImage(), "other": Value("int64")})
-    columns = {"pixel_values": pictures, "label": labels, "other": list(range(4))}
-    rows = Dataset.from_dict(columns, features=features)
-    asked = []
-
-    def load_dataset(name, data_files, split, streaming):
-        asked.append((name, split, streaming))
-        found = rows.to_iterable_dataset() if streaming else rows
-        return found if split else {"train": found}
-
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(domains, "hub_answers", lambda endpoint: False)
-    with pytest.raises(ValueError, match="does not answer; HF_HUB_OFFLINE=1 takes a copy from the cache"):
-        domains.load("hub:owner/streets", Data())
-    monkeypatch.setattr(domains, "hub_answers", lambda endpoint: True)
-    monkeypatch.setattr(domains.datasets, "load_dataset", load_dataset)
-    domain = domains.load("hub:owner/streets:validation@labelids", Data(eval_images=3))
-    assert asked == [("owner/streets", "validation", True)] and len(domain) == 3 and domain.has_labels
-    sample = domain.sample(2)
-    assert np.array_equal(sample.image, np.asarray(pictures[2])) and np.array_equal(sample.label, np.asarray(labels[2]))
-    assert len(domains.load("hub:owner/streets@labelids", Data(eval_images=0))) == 4
-    assert asked[-1] == ("owner/streets", None, False)
-    (found,) = check.check("hub:owner/streets@labelids", Data(eval_images=0))
-    assert found.class_pixels["road"] == sum((np.asarray(label) == 7).sum() for label in labels)
-    with pytest.raises(ValueError, match="Unknown id map 'labelid' .nearest: labelids"):
-        domains.load("hub:owner/streets@labelid", Data())
-    monkeypatch.setattr(domains.datasets, "load_dataset", lambda *_, **__: {"train": rows.select_columns(["other"])})
-    with pytest.raises(ValueError, match="has the picture columns none: expected one of pictures"):
-        domains.load("hub:owner/streets", Data(eval_images=0))
 
 
 def convert(root: Path, labels: list[np.ndarray], label: str, ids: str, suffix: str, keep: bool) -> None:
@@ -428,6 +397,10 @@ def test_labels_and_pictures_in_formats_that_lose_or_are_not_read(tmp_path):
     make(tmp_path, "images/{}.jpg", "labels/{}.jpg", "cityscapes", "ids")
     with pytest.raises(ValueError, match="3 labels like .*jpg are in a lossy format, ids are lost: export them as PNG"):
         domains.load(f"folder@{tmp_path}", Data())
+    (tmp_path / "labels/0.jpg").unlink()
+    write_label(tmp_path / "labels/0.png", np.zeros(SIZE, np.uint8), "cityscapes", "ids")
+    with pytest.raises(ValueError, match="2 labels like .*jpg are in a lossy format"):
+        domains.load(f"folder@{tmp_path}", Data(on_error="skip"))
     make(tmp_path, "images/{}.jpg", "labels/{}.bmp", "cityscapes", "ids")
     (tmp_path / "images/7.HEIC").write_bytes(b"no matter")
     (found,) = check.check(f"folder@{tmp_path}", Data())
@@ -439,15 +412,44 @@ def test_labels_and_pictures_in_formats_that_lose_or_are_not_read(tmp_path):
 
 
 def hub_rows(count: int, damaged: int = -1, bare: int = -1) -> Dataset:
-    """Rows of pictures with labels of road."""
+    """Rows of pictures with labels of id 7."""
     rows = {"image": [], "label": []}
     for i in range(count):
-        for column, picture in (("image", Image.new("RGB", (9, 6), (i, 0, 0))), ("label", Image.new("L", (9, 6)))):
+        for column, picture in (("image", Image.new("RGB", (9, 6), (i, 0, 0))), ("label", Image.new("L", (9, 6), 7))):
             picture.save(file := io.BytesIO(), "PNG")
             cut = -30 if i == damaged and column == "image" else None
             content = {"bytes": file.getvalue()[:cut], "path": None}
             rows[column].append(None if i == bare and column == "label" else content)
     return Dataset.from_dict(rows, features=Features({"image": HubImage(), "label": HubImage()}))
+
+
+def test_a_data_set_of_the_hub_is_streamed_and_mapped(monkeypatch):
+    rows, asked = hub_rows(4).rename_column("image", "pixel_values").add_column("other", [*range(4)]), []
+
+    def load_dataset(name, data_files, split, streaming):
+        asked.append((name, split, streaming))
+        found = rows.to_iterable_dataset() if streaming else rows
+        return found if split else {"train": found}
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(domains, "hub_answers", lambda endpoint: False)
+    with pytest.raises(ValueError, match="does not answer; HF_HUB_OFFLINE=1 takes a copy from the cache"):
+        domains.load("hub:owner/streets", Data())
+    monkeypatch.setattr(domains, "hub_answers", lambda endpoint: True)
+    monkeypatch.setattr(domains.datasets, "load_dataset", load_dataset)
+    domain = domains.load("hub:owner/streets:validation@labelids", Data(eval_images=3))
+    assert asked == [("owner/streets", "validation", True)] and len(domain) == 3 and domain.has_labels
+    sample = domain.sample(2)
+    assert (sample.image == (2, 0, 0)).all() and (sample.label == 7).all() and sample.label.shape == (6, 9)
+    assert len(domains.load("hub:owner/streets@labelids", Data(eval_images=0))) == 4
+    assert asked[-1] == ("owner/streets", None, False)
+    (found,) = check.check("hub:owner/streets@labelids", Data(eval_images=0))
+    assert (found.class_pixels["road"], found.pairs, found.sizes) == (4 * 9 * 6, 4, {(9, 6): 4})
+    with pytest.raises(ValueError, match="Unknown id map 'labelid' .nearest: labelids"):
+        domains.load("hub:owner/streets@labelid", Data())
+    monkeypatch.setattr(domains.datasets, "load_dataset", lambda *_, **__: {"train": rows.select_columns(["other"])})
+    with pytest.raises(ValueError, match="has the picture columns none: expected one of pictures"):
+        domains.load("hub:owner/streets", Data(eval_images=0))
 
 
 @pytest.mark.parametrize("limit", [0, 3])
@@ -466,6 +468,10 @@ def test_a_hub_set_in_a_folder_its_splits_and_its_damaged_rows(tmp_path, limit, 
     assert [*target.dataset["name"]] == ["validation 0", "validation 1"]
     with pytest.raises(ValueError, match=f"hub:{folder}: 'validation 1' cannot be decoded"):
         target.sample(1)
+    assert (
+        "'validation 1' cannot be decoded"
+        in check.check(text, dataclasses.replace(data, on_error="skip"))[0].problems[0]
+    )
     assert domains.shared(text, f"{text}:train", data) == 3 and not domains.shared(text, "hub:owner/other", data)
     rows.select_columns("image").to_parquet(tmp_path / "bare.parquet")
     with pytest.raises(ValueError, match="has no labels: a source needs a column called label or"):
