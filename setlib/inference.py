@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from setlib.data.augment import fit, resize
+from setlib.data.augment import fit, resize, to_tensor
 from setlib.data.decode import read_picture
 from setlib.features import FrozenFeatures
 from setlib.segmenter import Segmenter
@@ -101,7 +101,7 @@ def cut_picture(model: Segmenter, image: np.ndarray, long_edge: int = 0) -> list
     long_edge: of the picture at scale 1, pixels; 0 = data.long_edge.
     """
     data, settings = model.experiment.data, model.experiment.inference
-    pixels = torch.as_tensor(np.array(image)).permute(2, 0, 1)[None].float().div_(255)
+    pixels = to_tensor(image)
     found = []
     for scale in settings.scales:
         size = fit(pixels, long_edge or data.long_edge, scale)

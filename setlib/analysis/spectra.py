@@ -21,16 +21,6 @@ from setlib.backbone import FrozenBackbone
 PARTS = ("amplitude", "phase")
 
 
-def as_tensor(image: np.ndarray) -> Tensor:
-    """A picture (h, w, 3) uint8 as (1, 3, h, w) float in [0, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-
-
-def as_picture(images: Tensor) -> np.ndarray:
-    """The first of (B, 3, h, w) in [0, 1] as (h, w, 3) uint8; what lies outside is cut."""
-    return (images[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-
-
 def spectrum_pictures(x: Tensor) -> dict[str, np.ndarray]:
     """What `plots.spectra` draws of pictures (B, 3, h, w) in [0, 1]: {name: (B, h, w)}, 0 frequency in the middle.
 

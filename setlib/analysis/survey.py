@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from setlib.analysis import spectra
-from setlib.analysis.spectra import as_tensor
 from setlib.data import domains
-from setlib.data.augment import fit, resize
-from setlib.data.domains import Domain
+from setlib.data.augment import fit, resize, to_tensor
+from setlib.data.domains import Domain, short_name
 from setlib.data.labels import ClassSet
 from setlib.experiment import Data
 from setlib.inference import predict
-from setlib.plots import coloured, short_name
+from setlib.plots import coloured
 from setlib.scenes import STYLES
 from setlib.segmenter import Segmenter
 
@@ -97,12 +96,12 @@ def predictions(
 def styled_scenes(data: Data, layouts: int, styles: Sequence[str] = STYLES) -> dict[str, Tensor]:
     """The same rendered streets in several styles: {style: (layouts, 3, h, w)} in [0, 1]; rendered when missing."""
     loaded = {style: domains.load(f"scenes:{style}", replace(data, eval_images=layouts)) for style in styles}
-    return {s: torch.cat([as_tensor(d.sample(i).image) for i in range(layouts)]) for s, d in loaded.items()}
+    return {s: torch.cat([to_tensor(d.sample(i).image) for i in range(layouts)]) for s, d in loaded.items()}
 
 
 def domain_profile(domain: Domain, long_edge: int, limit: int = 8) -> tuple[np.ndarray, np.ndarray]:
     """`spectra.radial_profile` averaged over pictures of one long edge (grey values 0 to 255): radii, profile."""
-    images = [as_tensor(sample.image) for _, sample in domain.samples(_evenly(len(domain), limit))]
+    images = [to_tensor(sample.image) for _, sample in domain.samples(_evenly(len(domain), limit))]
     found = [spectra.radial_profile(255 * resize(image, fit(image, long_edge))) for image in images]
     return found[0][0].numpy(), torch.cat([profile for _, profile in found]).mean(0).numpy()
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from setlib import _kernels, spectral
-from setlib.analysis.spectra import PARTS, as_picture, compare
+from setlib.analysis.spectra import PARTS, compare
+from setlib.data.augment import to_image
 from setlib.data.domains import Domain
 from setlib.inference import cut_picture
 from setlib.refiners import build_refiner
@@ -102,7 +103,7 @@ def read_tokens(model: Segmenter, image: np.ndarray | Tensor) -> Reading:
             hooks.enter_context(branch.register_forward_pre_hook(catch))
         hooks.enter_context(model.refiner.register_forward_hook(read))
         model.backbone(image.to(model.device), model.refiner)
-    return Reading(as_picture(image), attention, changes)
+    return Reading(to_image(image), attention, changes)
 
 
 def _attention(branch: TokenBranch, name: str, index: int, layer: int, x: Tensor, features: Tensor) -> Attention:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from setlib.data import domains
-from setlib.data.augment import augment
+from setlib.data.augment import augment, to_tensor
 from setlib.data.domains import Domain, Sample
 from setlib.experiment import Experiment
 
@@ -59,7 +59,7 @@ class RandomCrops:
         sample, skipped = self._sample(int(order[(place + i) % len(order)]) for i in range(len(order)))
         seed = np.random.SeedSequence([seed, 1, index]).generate_state(1, np.uint64)[0] >> 1
         generator = Generator().manual_seed(int(seed))
-        image = torch.from_numpy(sample.image.copy()).permute(2, 0, 1).float() / 255
+        image = to_tensor(sample.image)[0]
         label = torch.from_numpy(self.domain.ids.to_train[sample.label]).long()
         image, label = augment(image, label, data, generator)
         return Crop((image * 255).round().byte(), label.byte(), skipped)

@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from setlib import spectral
-from setlib.analysis.spectra import as_tensor, compare
+from setlib.analysis.spectra import compare
 from setlib.analysis.tokens import Intervened, Reading, read_tokens
 from setlib.backbone import FrozenBackbone
 from setlib.checkpoint import FILES, load_segmenter
 from setlib.data import domains
-from setlib.data.augment import fit, resize
+from setlib.data.augment import fit, resize, to_tensor
 from setlib.data.decode import read_picture
 from setlib.data.labels import IGNORE
 from setlib.distributed import default_device
@@ -89,7 +89,7 @@ class Material:
 
         Raises ValueError if there is no such picture, or it is too narrow.
         """
-        image = as_tensor(self.sample(name, index).image)
+        image = to_tensor(self.sample(name, index).image)
         h, w = image.shape[-2:]
         if max(h, w) > NARROWEST * min(h, w):
             raise ValueError(f"Picture {index} of {name} is {w} x {h}: it is too narrow to be compared.")

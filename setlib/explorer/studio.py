@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from setlib import plots, spectral
-from setlib.analysis.spectra import PARTS, as_picture, feature_pictures, log_amplitude_picture, phase_picture
+from setlib.analysis.spectra import PARTS, feature_pictures, log_amplitude_picture, phase_picture
 from setlib.analysis.tokens import Attention, Intervened
+from setlib.data.augment import to_image
+from setlib.data.domains import short_name
 from setlib.data.labels import IGNORE, ClassSet
 from setlib.explorer.material import Material, Segmented, find_folder
-from setlib.plots import Board, Panel, short_name
+from setlib.plots import Board, Panel
 from setlib.run import Run
 
 HIGHEST = 1.5  # of a band; the corner of the spectrum lies at sqrt(2)
@@ -72,14 +74,14 @@ class Studio(Material):
         share = f"{100 * weight:.0f} % of the style's {part}"
         band = None if low <= 0 and high >= math.sqrt(2) else (low, high)
         top = [
-            Panel(as_picture(here), f"content: {short_name(content)} {content_index}"),
-            Panel(as_picture(there), f"style: {short_name(style)} {style_index}"),
+            Panel(to_image(here), f"content: {short_name(content)} {content_index}"),
+            Panel(to_image(there), f"style: {short_name(style)} {style_index}"),
         ]
         rows, names = [top], ("content", "style", "mixture")
         if layer:
             rows.append(_features((x, y, mixed), [f"features after {space}, {name}" for name in names]))
         else:
-            top.append(Panel(as_picture(mixed), f"mixture: {share}"))
+            top.append(Panel(to_image(mixed), f"mixture: {share}"))
         rows += [_amplitudes((x, y, mixed), axes, names, band), _phases((x, y, mixed), axes, names, band)]
         kept = "phase" if part == "amplitude" else "amplitude"
         where = f"at frequencies from {low:.2f} to {high:.2f}" if band else "at all frequencies"
@@ -91,7 +93,7 @@ class Studio(Material):
             mixture, after = here, self.segment(run, content, content_index, refiner=refiner)
         else:
             mixture, after = mixed, self.segment(run, content, content_index, mixed.clamp(0, 1))
-        pictures = {" of the content": top[0].picture, " of the mixture": as_picture(mixture)}
+        pictures = {" of the content": top[0].picture, " of the mixture": to_image(mixture)}
         compared = self._compared(run, content, content_index, after, pictures)
         if layer:
             top += compared.rows.pop()
@@ -110,7 +112,7 @@ class Studio(Material):
         table = self.distances(run, first, first_index, second, second_index)
         images, (x, y), axes = self.pair(run, layer, (first, first_index), (second, second_index))
         titles = [f"{short_name(first)} {first_index}", f"{short_name(second)} {second_index}"]
-        top = [Panel(as_picture(image), title) for image, title in zip(images, titles, strict=True)]
+        top = [Panel(to_image(image), title) for image, title in zip(images, titles, strict=True)]
         if layer:
             top += _features((x, y), [f"features after {space}, {title}" for title in titles])
         chart = plots.distances(table, chosen=space).figure.pixels()
@@ -171,7 +173,7 @@ class Studio(Material):
         token, count = ranking[0][0] if token is None else token, len(one.influence)
         if not 0 <= token < count:
             raise ValueError(f"The tokens of {branch} after layer {layer} are 0 to {count - 1}, not {token}.")
-        scene, patch = as_picture(self.image(domain, index)), self.backbone(run).patch_size
+        scene, patch = to_image(self.image(domain, index)), self.backbone(run).patch_size
         change, after = self._without(run, domain, index, layer, branch, token)
         pictures = {", all tokens": scene, ", without the token": scene}
         compared = self._compared(run, domain, index, after, pictures)
@@ -218,7 +220,7 @@ class Studio(Material):
         """A picture and its label in the colours of the classes. opacity: 0 to 1; only: the one class to colour."""
         if not 0 <= opacity <= 1:
             raise ValueError(f"Expected an opacity from 0 to 1, got {opacity}.")
-        image, label = as_picture(self.image(domain, index)), self.label(domain, index)
+        image, label = to_image(self.image(domain, index)), self.label(domain, index)
         count, classes = len(self.domain(domain)), self.domain(domain).class_set
         words = f"{domain}: picture {index} of 0 to {count - 1}, '{self.sample(domain, index).name}'."
         panel = Panel(image, f"{short_name(domain)} {index}")

@@ -10,7 +10,6 @@ import html
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import PurePath
 from typing import Any
 
 import matplotlib
@@ -20,6 +19,7 @@ from matplotlib import figure
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from setlib.data.domains import short_name
 from setlib.data.labels import ClassSet
 from setlib.plots.board import WIDTH
 
@@ -44,12 +44,6 @@ class Figure(figure.Figure):
         """The figure as it is, (h, w, 3) uint8."""
         FigureCanvasAgg(self).draw()
         return np.array(self.canvas.buffer_rgba())[..., :3]
-
-
-def short_name(domain: str) -> str:
-    """A domain's name without its folder: `camvid:dusk@/data/camvid` is camvid:dusk, `folder@photos` folder:photos."""
-    head, _, folder = domain.partition("@")
-    return head if ":" in head or not folder else f"{head}:{PurePath(folder).name}"
 
 
 def _axes(ax: Axes | None, height: float) -> Axes:

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from setlib.analysis import survey
-from setlib.analysis.spectra import as_picture
 from setlib.data import domains
+from setlib.data.augment import to_image
 from setlib.data.labels import CAMVID, CITYSCAPES
 from setlib.experiment import Experiment
 
@@ -73,4 +73,4 @@ def test_styled_scenes_are_the_targets_streets():
     assert {style: tuple(images.shape) for style, images in styled.items()} == dict.fromkeys(
         ("game", "night"), (2, 3, 32, 64)
     )
-    assert (as_picture(styled["night"]) == domains.load("scenes:night", data).sample(0).image).all()
+    assert (to_image(styled["night"]) == domains.load("scenes:night", data).sample(0).image).all()

@@ -14,6 +14,7 @@ from setlib import plots, spectral
 from setlib.analysis import spectra as analysis
 from setlib.analysis.tokens import Intervened
 from setlib.checkpoint import build_segmenter, save_segmenter
+from setlib.data.augment import to_image
 from setlib.experiment import Experiment
 from setlib.explorer import material
 from setlib.explorer.studio import ALL, Studio, swap
@@ -93,7 +94,7 @@ def test_the_mixture_is_the_swap_of_pixels(studio, part):
     board = studio.swap(**BASE | {"part": part})
     content, style = studio.image(GAME, 0), studio.image(NIGHT, 0)
     mix = spectral.mix_amplitude if part == "amplitude" else spectral.mix_phase
-    expected = analysis.as_picture(mix(content, style, 0.7, 0.0, 0.8, spectral.PIXELS))
+    expected = to_image(mix(content, style, 0.7, 0.0, 0.8, spectral.PIXELS))
     np.testing.assert_array_equal(board.panel("mixture"), expected)
     assert "70 % of the style's " + part in board.words and "from 0.00 to 0.80" in board.words
 
@@ -186,7 +187,7 @@ def test_distances_are_those_of_the_analysis(studio):
         assert f"{row['amplitude']:.2f} apart in amplitude and {row['phase']:.2f} in phase" in board.words
         assert equal(board, studio.layers(first=GAME, second=NIGHT, space=row["layer"]))
     moved = [(swap(x, y, part, 0, 1.5, 1, spectral.GRID) - x).norm(dim=-1)[0].numpy() for part in analysis.PARTS]
-    high, grey = max(m.max() for m in moved), analysis.as_picture(studio.image(GAME, 0))
+    high, grey = max(m.max() for m in moved), to_image(studio.image(GAME, 0))
     for part, m in zip(analysis.PARTS, moved, strict=True):
         expected = plots.over_grey(grey, m, 0, high, studio.backbone().patch_size)
         drawn = board.panel(f"where the other's {part}").astype(int)
@@ -213,7 +214,7 @@ def test_tokens_are_sorted_by_influence_and_attend_where_the_analysis_says(studi
     assert "change by 0.0 % on average" in nothing.words and " 0.0 % of the pixels change" in nothing.words
     assert "change by 0.0 % on average" not in board.words
     attention = next(a for a in studio.reading(trained, NIGHT, 0).attention if (a.layer, a.branch) == (layer, "phase"))
-    share, grey = attention.picture[..., strongest], analysis.as_picture(studio.image(NIGHT, 0))
+    share, grey = attention.picture[..., strongest], to_image(studio.image(NIGHT, 0))
     expected = plots.over_grey(grey, share, share.min(), share.max(), studio.backbone().patch_size)
     np.testing.assert_array_equal(board.panel("over the picture"), expected)
     half, full = attention.spectrum[..., strongest], board.panel("over the spectrum")
@@ -246,7 +247,7 @@ def test_a_silenced_token_is_missing_in_all_that_follows(studio, trained):
 
 
 def test_browse_covers_by_opacity_and_class(studio):
-    image, label = analysis.as_picture(studio.image(GAME, 1)), studio.label(GAME, 1)
+    image, label = to_image(studio.image(GAME, 1)), studio.label(GAME, 1)
     classes, labelled = studio.domain(GAME).class_set, label != 255
     np.testing.assert_array_equal(studio.browse(GAME, 1, 0.0).panel("label"), image)
     whole, road = studio.browse(GAME, 1, 1.0), studio.browse(GAME, 1, 1.0, "road")
