@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +63,6 @@ class Run:
         """A run of its own inside this one, with some options changed: the baseline, an ablation's variant."""
         return Run.open(self.path / name, self.experiment.override(*overrides))
 
-    def file(self, name: str) -> Path:
-        """A path inside the folder; its parent is made."""
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
     def write_json(self, name: str, values: Any) -> Path:
         """Writes JSON into the folder, whole or not at all; NaN as null, numpy's numbers as plain ones."""
         return write_atomic(self.path / name, json.dumps(plain(values), indent=1, allow_nan=False) + "\n")
@@ -89,13 +82,12 @@ class Run:
         return values
 
     def save_figure(self, figure: Any, name: str) -> Any:
-        """Saves a matplotlib figure as figures/name.png and returns it, for showing; None is left out."""
+        """Saves a figure or a board as figures/name.png and returns it, for showing; None is left out."""
+        path = self.path / "figures" / f"{name}.png"
         if figure is None:
-            return (self.path / "figures" / f"{name}.png").unlink(missing_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.file("figures/x").parent) as folder:
-            made = Path(folder) / "figure.png"
-            figure.savefig(made, dpi=100, bbox_inches="tight")
-            os.replace(made, self.path / "figures" / f"{name}.png")
+            path.unlink(missing_ok=True)
+        else:
+            write_atomic(path, figure.png())
         return figure
 
 

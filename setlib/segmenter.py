@@ -53,18 +53,14 @@ class Segmenter(nn.Module):
     def forward(
         self, images: Tensor, frozen: FrozenFeatures | None = None, refiner: Refiner | None = None
     ) -> Tensor | Masks:
-        """What the head says of images.
+        """What the head says of images: logits (B, 19, H, W) over the patch grid, or the `Masks` of a mask head.
 
         Parameters
         ----------
         images : (B, 3, h, w) in [0, 1], of any size.
-        frozen : features of the same images, to skip layers that nothing trainable touches; left aside if they go
-            further than that.
+        frozen : features of the same images, to skip layers that nothing trainable touches; left aside where they
+            go further.
         refiner : in place of the model's own, where something is done to the features on their way.
-
-        Returns
-        -------
-        Logits (B, 19, H, W) of a per-pixel head over the patch grid, or the `Masks` of a mask head.
         """
         if frozen and frozen.stop > self.frozen_until:
             frozen = None

@@ -108,8 +108,8 @@ class Board:
         self.image().save(content, "PNG", pnginfo=notes)
         return content.getvalue()
 
-    def savefig(self, path: str | Path, dpi: float = 100, bbox_inches: str = "tight") -> None:
-        """Writes the PNG, called as a figure of matplotlib is; a board has a size of its own."""
+    def savefig(self, path: str | Path) -> None:
+        """Writes the PNG."""
         Path(path).write_bytes(self.png())
 
     def _repr_html_(self) -> str:

@@ -96,7 +96,7 @@ def run_notebooks(run: Run, only: Sequence[str] = ()) -> None:
         for number, notebook in enumerate(notebooks, start=1):
             print(f"[{number}/{len(notebooks)}] {notebook.stem}", file=sys.stderr, flush=True)
             try:
-                _execute(notebook, run.file(f"notebooks/{notebook.name}"), values)
+                _execute(notebook, run.path / "notebooks" / notebook.name, values)
             except BaseException:
                 print(file=sys.stderr)  # ends the line of a progress bar that was cut short
                 raise
@@ -117,6 +117,7 @@ def _execute(notebook: Path, copy: Path, values: dict[str, Any]) -> None:
     unfinished = copy.with_name(f".{copy.name}")
     options = {"kernel_name": "python3", "cwd": os.getcwd(), "progress_bar": False, "stderr_file": sys.stderr}
     try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
         # coalesce_streams keeps the last state of a progress bar, not its thousands of lines
         papermill.execute_notebook(_literal(notebook), _literal(unfinished), values, coalesce_streams=True, **options)
         os.replace(unfinished, copy)

@@ -34,7 +34,7 @@ def test_a_board_is_one_picture_with_its_words_and_line(tmp_path):
     assert 'alt="Some words."' in board._repr_html_()
     with Image.open(io.BytesIO(board.jpeg())) as opened:
         assert opened.size == bare.shape[1::-1]
-    board.savefig(tmp_path / "x.png", dpi=100, bbox_inches="tight")  # as a figure is saved
+    board.savefig(tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes() == board.png()
     with pytest.raises(KeyError):
         board.panel("none")
