@@ -31,7 +31,7 @@ PLACES = {  # public name -> where it is, below setlib
     "make_optimiser": "training.make_optimiser",
     "set_learning_rate": "training.set_learning_rate",
     "train": "training.train",
-    "train_together": "training.train_together",
+    "train_together": "analysis.ablation.train_together",
     "MeanIoU": "metric.MeanIoU",
     "evaluate": "evaluation.evaluate",
     "evaluate_run": "evaluation.evaluate_run",

@@ -1,8 +1,9 @@
-"""Private: what differs between families of vision transformers, so that `backbone.py` need not know."""
+"""Private: what differs between families of vision transformers, so that `backbone.py` need not know; their hash."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -123,3 +124,12 @@ def _more_prefix_tokens(layer: nn.Module, count: int) -> Iterator[None]:
     finally:
         for module in rotating:
             module.num_prefix_tokens -= count
+
+
+def hash_weights(model: nn.Module) -> str:
+    """The first 16 hex digits of the SHA-256 over the names and bytes of all weights, in the order of names."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

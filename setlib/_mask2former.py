@@ -3,7 +3,8 @@ test; and the initial values of the released heads."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -106,3 +107,15 @@ class InitialParts(Mask2FormerPreTrainedModel):
                 init(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers of the device come from a seed, and go on afterwards as if none had been drawn."""
+    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(before)

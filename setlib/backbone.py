@@ -8,7 +8,6 @@ Where the weights come from is said in `weights/`, what a refiner computes in `t
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from setlib._families import Arguments, Grid, find_layers, first_input, patch_convolution, run_layer
+from setlib._families import Arguments, Grid, find_layers, first_input, hash_weights, patch_convolution, run_layer
 from setlib.features import FrozenFeatures
 
 if TYPE_CHECKING:  # transformers takes 3 s to import
@@ -49,11 +48,7 @@ class FrozenBackbone(nn.Module):
     std: Tensor
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        name: str = "",
-        mean: Colour = IMAGENET[0],
-        std: Colour = IMAGENET[1],
+        self, model: PreTrainedModel, name: str = "", mean: Colour = IMAGENET[0], std: Colour = IMAGENET[1]
     ) -> None:
         super().__init__()
         self.name = name
@@ -78,15 +73,8 @@ class FrozenBackbone(nn.Module):
 
     @cached_property
     def fingerprint(self) -> str:
-        """The first 16 hex digits of the SHA-256 over the names and bytes of the frozen weights, in the order of names.
-
-        An adapted copy keeps that of its original.
-        """
-        digest = hashlib.sha256()
-        for key, value in sorted(self.model.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """Hash of the frozen weights; an adapted copy keeps that of its original."""
+        return hash_weights(self.model)
 
     def adapted(self, adapt: Callable[[nn.Module, Sequence[nn.Module]], object] | None) -> FrozenBackbone:
         """A copy whose model `adapt(model, layers)` has changed, layers in order; the backbone itself without one."""
@@ -128,9 +116,7 @@ class FrozenBackbone(nn.Module):
         start, maps = (frozen.stop, dict(frozen.maps)) if frozen else (0, {})
         refined = self._known(refiner.layers) if refiner is not None else ()
         if refiner is not None and start > refiner.frozen_until(self.num_layers):
-            raise ValueError(
-                f"Frozen features end with layer {start}, but the refiner refines {refined}: end them before."
-            )
+            raise ValueError(f"Frozen features end with layer {start}, but the refiner refines {refined}: end before.")
         if absent := [layer for layer in wanted if layer < start and layer not in maps]:
             raise ValueError(f"The frozen features hold no maps of layers {absent}: name them when they are made.")
         if not refined and set(wanted) <= set(maps):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
+from setlib._memory import keep_freed_memory
 from setlib.backbone import FrozenBackbone
 from setlib.data.labels import CITYSCAPES
 from setlib.distributed import default_device
@@ -47,8 +48,8 @@ def build_segmenter(
     ------
     ValueError : a layer that the backbone has not, or a backbone or refiner that cannot be had here.
     """
-    config = experiment.model
-    device = device or default_device()
+    keep_freed_memory()
+    config, device = experiment.model, device or default_device()
     backbone = backbone or load_backbone(config.backbone, patch_size=config.patch_size)
     depth = backbone.num_layers
     read = config.feature_layers or even_layers(depth)

@@ -8,13 +8,15 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, reduce
 from torch import Tensor
 
-from setlib.experiment import Train
+if TYPE_CHECKING:
+    from setlib.segmenter import Segmenter
 
 WITHOUT_GPU = not torch.cuda.is_available()
 
@@ -35,8 +37,8 @@ def default_device() -> torch.device:
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
-def accelerator(settings: Train, some_unused: bool = False) -> Accelerator:
-    """The engine of a training. some_unused: whether some weights that learn may have no gradient in a step.
+def accelerator(model: Segmenter) -> Accelerator:
+    """The engine of a training.
 
     Raises ValueError for what the launcher was asked for and the configuration decides, and for a batch that does not
     divide among processes and parts.
@@ -45,7 +47,9 @@ def accelerator(settings: Train, some_unused: bool = False) -> Accelerator:
         raise ValueError("Give -o train.precision=bfloat16 instead of accelerate's --mixed_precision.")
     if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
         raise ValueError("Only the frozen weights are large here: start without accelerate's FSDP and DeepSpeed.")
-    options = DistributedDataParallelKwargs(find_unused_parameters=some_unused)
+    settings, refiner = model.experiment.train, model.refiner
+    unread = max(refiner.layers, default=0) > max(model.feature_layers)  # what learns there has no gradient
+    options = DistributedDataParallelKwargs(find_unused_parameters=unread or refiner.adapt is not None)
     engine = Accelerator(cpu=WITHOUT_GPU, mixed_precision="no", kwargs_handlers=[options])  # the model casts itself
     parts = engine.num_processes * settings.accumulate
     if settings.batch_size % parts:
@@ -59,6 +63,12 @@ def accelerator(settings: Train, some_unused: bool = False) -> Accelerator:
 def shard_indices(count: int) -> range:
     """This process's places of `count`: every n-th of n processes."""
     return range(state().process_index, count, state().num_processes)
+
+
+def own_part(indices: list[int]) -> list[int]:
+    """This process's crops of a step."""
+    length = len(indices) // state().num_processes
+    return indices[state().process_index * length :][:length]
 
 
 def all_reduce(value: Tensor) -> Tensor:

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from setlib._memory import keep_freed_memory
+from setlib._memory import label_map
 from setlib.data import domains
 from setlib.data.domains import Domain
 from setlib.data.labels import ClassSet
 from setlib.distributed import all_gather, all_reduce, shard_indices, state
 from setlib.features import SharedFeatures
-from setlib.inference import class_probabilities, cut_picture, label_map
+from setlib.inference import class_probabilities, cut_picture
 from setlib.metric import MeanIoU, iou_per_class, mean_iou
 from setlib.run import Run
 from setlib.segmenter import Segmenter
@@ -44,19 +44,6 @@ class Score:
         """Percent."""
         return mean_iou(self.iou)
 
-    def to_dict(self) -> dict:
-        """The entry of metrics.json."""
-        iou = [None if np.isnan(v) else round(float(v), 4) for v in self.iou]
-        return {
-            "domain": self.domain,
-            "miou": None if np.isnan(self.miou) else round(self.miou, 4),
-            "per_class": dict(zip(self.class_set.classes, iou, strict=True)),
-            "images": len(self.pictures),
-            "pixels": int(self.counts.sum()),
-            "class_set": self.class_set.name,
-            "precision": self.precision,
-        }
-
 
 def evaluate(models: dict[str, Segmenter], domain: Domain, progress: bool = True) -> dict[str, Score]:
     """Scores models that share one backbone on a domain; the first layers, which they leave as they are, run once.
@@ -70,7 +57,6 @@ def evaluate(models: dict[str, Segmenter], domain: Domain, progress: bool = True
     """
     if not domain.has_labels:
         raise ValueError(f"Domain '{domain.spec.text}' has no labels: it can be predicted and looked at, not scored.")
-    keep_freed_memory()
     shared, any_model, classes = SharedFeatures(models.values()), next(iter(models.values())), domain.class_set
     metrics = {name: MeanIoU(len(classes)) for name in models}
     scores = {name: Score(domain.spec.text, classes, precision=model.precision) for name, model in models.items()}
@@ -85,9 +71,8 @@ def evaluate(models: dict[str, Segmenter], domain: Domain, progress: bool = True
                 merged = classes.merge(class_probabilities(model, passes, frozen))
                 counts = metrics[name].add(prediction=label_map(merged, reference.shape), reference=reference)
                 scores[name].pictures.append((index, sample.name, mean_iou(iou_per_class(counts))))
-            bar.set_postfix(
-                {name: f"{m.compute()['miou']:.1f}" for name, m in list(metrics.items())[:3]}, refresh=False
-            )
+            latest = {name: f"{metric.compute()['miou']:.1f}" for name, metric in list(metrics.items())[:3]}
+            bar.set_postfix(latest, refresh=False)
     for name, score in scores.items():
         score.counts = all_reduce(torch.from_numpy(metrics[name].counts).to(any_model.device)).cpu().numpy()
         score.pictures = sorted(all_gather(score.pictures))

@@ -18,11 +18,10 @@ from pydantic.dataclasses import dataclass
 
 from setlib.files import nearest
 
-LARGEST = 2**63 - 1  # what a seed or a count can hold
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-Count = Annotated[int, Field(ge=0, le=LARGEST)]  # 0 says all, none or off
-Positive = Annotated[int, Field(gt=0, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]  # 0 says all, none or off
+Positive = Annotated[int, Field(gt=0, lt=2**63)]
 Width = Annotated[int, Field(gt=0, le=2**16)]  # of a part of the model
 Layers = tuple[Positive, ...]
 AboveZero = Annotated[float, Field(gt=0)]
@@ -188,7 +187,6 @@ class Experiment:
 
         Parameters
         ----------
-        profile : "smoke", "quick", "paper" or "paper-1024".
         source, targets : domains, name[:split][@folder][~corruption]; None or empty: the profile's.
         overrides : dotted `key=value` options such as "model.refiner=rein"; one text is a list of one.
 

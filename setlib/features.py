@@ -1,5 +1,4 @@
-"""Features of the frozen first layers, computed once: for the crops of a training, and for a picture that several
-models score."""
+"""Features of the frozen first layers, computed once: for a training's crops, for pictures that several models score."""
 
 from __future__ import annotations
 
@@ -37,9 +36,8 @@ class FrozenFeatures:
 
     def to(self, device: torch.device | str) -> FrozenFeatures:
         """The same on a device."""
-        return replace(
-            self, hidden=self.hidden.to(device), maps={layer: m.to(device) for layer, m in self.maps.items()}
-        )
+        maps = {layer: m.to(device) for layer, m in self.maps.items()}
+        return replace(self, hidden=self.hidden.to(device), maps=maps)
 
     @staticmethod
     def cat(parts: Sequence[FrozenFeatures]) -> FrozenFeatures:

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from setlib._memory import label_map
 from setlib.data.augment import fit, resize, to_tensor
 from setlib.data.decode import read_picture
 from setlib.features import FrozenFeatures
 from setlib.segmenter import Segmenter
-
-STRIP_PIXELS = 2**21  # rows of the output are scored in strips of at most so many pixels, to bound memory
 
 
 class Windows(NamedTuple):
@@ -60,36 +59,11 @@ def blend(scores: Tensor, windows: Windows) -> Tensor:
     return blended.flip(-1) if windows.flipped else blended
 
 
-def label_map(scores: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """Class of the highest score at every pixel of `size`, (h, w) uint8; scores: (K, h', w'), bilinearly resized.
-
-    Rows are done in strips, so that a picture of 100 megapixels needs no K x 100 megapixels of memory.
-    """
-    h, w = size
-    if size == scores.shape[1:]:
-        return scores.max(0).indices.byte().numpy()
-    rows = ((torch.arange(h) + 0.5) * scores.shape[1] / h - 0.5).clamp(0, scores.shape[1] - 1)
-    above = rows.long()
-    below = (above + 1).clamp(max=scores.shape[1] - 1)
-    share = (rows - above)[None, :, None]
-    labels = np.empty(size, np.uint8)
-    for strip in torch.arange(h).split(max(1, STRIP_PIXELS // w)):
-        mixed = torch.lerp(scores[:, above[strip]], scores[:, below[strip]], share[:, strip])
-        wide = F.interpolate(mixed[None], size=(len(strip), w), mode="bilinear", align_corners=False)[0]
-        labels[strip.numpy()] = wide.max(0).indices.numpy()
-    return labels
-
-
 def predict(model: Segmenter, image: Any) -> np.ndarray:
     """Train ids (h, w) uint8 of one picture, at the picture's own size.
 
-    Parameters
-    ----------
-    image : a path, a PIL picture of any mode, or an (h, w, 3) uint8 array. EXIF rotation is applied.
-
-    Raises
-    ------
-    ValueError : it is no picture.
+    image: a path, a PIL picture of any mode, or an (h, w, 3) uint8 array. EXIF rotation is applied.
+    Raises ValueError if it is no picture.
     """
     pixels = read_picture(image)
     return label_map(class_probabilities(model, cut_picture(model, pixels)), pixels.shape[:2])

@@ -7,9 +7,8 @@ What a head is called with and answers stands in `heads.py`.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerLoss,
 )
 
-from setlib._mask2former import DeformableAttention, InitialParts
+from setlib._mask2former import DeformableAttention, InitialParts, seeded
 from setlib.data.labels import IGNORE
 
 CELLS = (4, 2, 1, 0.5)  # of the four maps, per patch and side: strides 4, 8, 16, 32 at patches of 16 pixels
@@ -178,7 +177,7 @@ class Mask2FormerHead(nn.Module):
             wanted = (label == present[:, None, None]).float()  # (n, h, w)
             matched = min(len(present), num_queries)
             class_share = (matched + NO_OBJECT * (num_queries - matched)) / class_total
-            with _seeded(seed, labels.device):
+            with seeded(seed, labels.device):
                 for classes, masks in zip(output.classes, output.masks, strict=True):
                     terms = self.criterion(masks[i, None], classes[i, None], [wanted], [present])
                     total = total + CLASS_WEIGHT * class_share * terms["loss_cross_entropy"]
@@ -196,18 +195,6 @@ def _classes(label: Tensor) -> Tensor:
     """The classes of a label (h, w), 255 left out."""
     found = label.unique()
     return found[found != IGNORE]
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers of the device come from a seed, and go on afterwards as if none had been drawn."""
-    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
-    before = generator.get_state()
-    generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        generator.set_state(before)
 
 
 class _SummedLoss(Mask2FormerLoss):

@@ -21,8 +21,7 @@ class Run:
     """A run folder: configuration, history, weights, metrics, figures, executed notebooks, report."""
 
     def __init__(self, path: Path, experiment: Experiment) -> None:
-        self.path = Path(path)
-        self.experiment = experiment
+        self.path, self.experiment = Path(path), experiment
 
     @classmethod
     def open(cls, path: str | Path | None, experiment: Experiment) -> Run:
@@ -50,7 +49,7 @@ class Run:
         stored = Path(path) / "experiment.json"
         if not stored.is_file():
             raise ValueError(
-                f"{path} is no run folder (no experiment.json): make one with python -m setlib run --run {path}."
+                f"{path} is no run folder (no {stored.name}): make one with python -m setlib run --run {path}."
             )
         content = dict(load_json(stored))
         made_by = content.pop("setlib", "0.1.0")  # the first versions did not say

@@ -72,13 +72,10 @@ class Segmenter(nn.Module):
     def loss(
         self, output: Tensor | Masks, labels: Tensor, counts: Tensor | None = None, seeds: Sequence[int] = ()
     ) -> Tensor:
-        """The head's loss of its output, a scalar.
+        """The head's loss of its output, a scalar; labels: (B, h, w) int64 train ids, 255 ignored.
 
-        Parameters
-        ----------
-        labels : (B, h, w) int64 train ids, 255 ignored.
-        counts : `head.counts` of all labels of the step, where these are a part of them.
-        seeds : of what a mask head draws, one per image.
+        counts: `head.counts` of all labels of the step, where these are a part of them. seeds: of what a mask head
+        draws, one per image.
         """
         counts = self.head.counts(labels) if counts is None else counts
         h, w = self.padded_size(labels.shape[1:])

@@ -91,12 +91,6 @@ def mirror_rows(half: Tensor) -> Tensor:
     return half.flip(1).roll(1, 1)
 
 
-def full_spectrum(half: Tensor, width: int) -> Tensor:
-    """The full complex spectrum (B, H, W, C) of a half one (B, H, W // 2 + 1, C), by Hermitian symmetry."""
-    rest = half[:, :, 1 : (width + 1) // 2].conj().resolve_conj()
-    return torch.cat([half, mirror_rows(rest).flip(2)], dim=2)
-
-
 def per_bin(values: Tensor, axes: Axes) -> Tensor:
     """One value for each bin, (H, W // 2 + 1), shaped to go with a 4-D half spectrum over `axes`."""
     return values[:, :, None] if axes == GRID else values

@@ -16,19 +16,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from setlib._memory import keep_freed_memory
 from setlib.backbone import FrozenBackbone
 from setlib.checkpoint import Training, build_segmenter, is_finished, load_segmenter, read_history, save_segmenter
 from setlib.data import domains
 from setlib.data.crops import RandomCrops, batch_indices, held_out
 from setlib.data.domains import Domain
-from setlib.distributed import accelerator, all_reduce, state
+from setlib.distributed import accelerator, all_reduce, own_part, state
 from setlib.evaluation import evaluate
 from setlib.experiment import Experiment, Train
 from setlib.features import KeptCrops, keep_crops
 from setlib.run import Run
 from setlib.segmenter import Segmenter
-from setlib.weights.load import load_backbone
 
 
 def train(
@@ -39,14 +37,13 @@ def train(
     crops: KeptCrops | RandomCrops | None = None,
     progress: bool = True,
 ) -> tuple[Segmenter, list[dict]]:
-    """Trains the run's segmenter on its source.
+    """Trains the run's segmenter on its source; the model ends in RUN/model.
 
-    A finished run is loaded as it is, an interrupted one goes on from its checkpoint; the model ends in RUN/model.
+    A finished run is loaded as it is, an interrupted one goes on from its checkpoint.
 
     Parameters
     ----------
-    source, backbone : loaded already, where several runs share them.
-    crops : of runs that differ only in refiner and seed, to share them.
+    source, backbone, crops : made already, where runs that differ only in refiner and seed share them.
 
     Returns
     -------
@@ -63,9 +60,7 @@ def train(
         model = build_segmenter(experiment, backbone)
         source = source or domains.load(experiment.data.source, experiment.data, role="source")
         validation = held_out(experiment, source) if settings.validate_every else None
-    keep_freed_memory()
-    unread = max(model.refiner.layers, default=0) > max(model.feature_layers)
-    engine = accelerator(settings, some_unused=unread or model.refiner.adapt is not None)
+    engine = accelerator(model)
     progress = progress and state().is_main_process
     network = engine.prepare_model(model, device_placement=False)
     optimiser = make_optimiser(model)
@@ -128,12 +123,6 @@ def point_seeds(experiment: Experiment, step: int) -> list[int]:
     return [int(np.random.SeedSequence([experiment.seed, 3, i]).generate_state(1)[0]) for i in numbers]
 
 
-def own_part(indices: list[int]) -> list[int]:
-    """This process's crops of a step."""
-    length = len(indices) // state().num_processes
-    return indices[state().process_index * length :][:length]
-
-
 def make_optimiser(model: Segmenter) -> torch.optim.AdamW:
     """AdamW over all that learns, no decay on tokens, norms, biases and scales; `share`: of the step's learning rate.
 
@@ -167,18 +156,3 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, settings: Train, step: i
     for group in optimiser.param_groups:
         group["lr"] = rate * group["share"]
     return rate
-
-
-def train_together(
-    runs: dict[str, Run], crops: KeptCrops | RandomCrops | None = None, progress: bool = True
-) -> dict[str, tuple[Segmenter, list[dict]]]:
-    """Trains runs that share source, crops and backbone one after the other: the frozen layers are computed once."""
-    first = next(iter(runs.values())).experiment
-    backbone = load_backbone(first.model.backbone, patch_size=first.model.patch_size)
-    source = domains.load(first.data.source, first.data, role="source")
-    if crops is None and not all(is_finished(run) for run in runs.values()):
-        models = [build_segmenter(run.experiment, backbone) for run in runs.values()]
-        crops = keep_crops(models, RandomCrops(source, first), progress)
-    return {
-        name: train(run, source=source, backbone=backbone, crops=crops, progress=progress) for name, run in runs.items()
-    }

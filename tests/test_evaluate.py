@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 
 from setlib import evaluation as evaluate
+from setlib._memory import label_map
 from setlib.analysis import scores as shown
 from setlib.checkpoint import build_segmenter
 from setlib.data import domains
 from setlib.data.labels import CAMVID, CITYSCAPES
 from setlib.experiment import Data, Experiment
-from setlib.inference import label_map, predict
+from setlib.inference import predict
 from setlib.metric import MeanIoU
 from setlib.run import Run
 from setlib.weights.load import load_backbone

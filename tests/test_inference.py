@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from setlib import inference
+from setlib import _memory
+from setlib._memory import label_map
 from setlib.checkpoint import build_segmenter
 from setlib.experiment import Experiment
-from setlib.inference import blend, class_probabilities, cut, cut_picture, label_map, predict
+from setlib.inference import blend, class_probabilities, cut, cut_picture, predict
 
 SIDES = st.integers(1, 40)
 
@@ -40,7 +41,7 @@ def test_any_size_is_predicted_at_its_own_size(model, size):
 
 def test_strips_equal_plain_interpolation(monkeypatch):
     scores = torch.randn(5, 9, 13, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(inference, "STRIP_PIXELS", 200)
+    monkeypatch.setattr(_memory, "STRIP_PIXELS", 200)
     for size in [(9, 13), (50, 41), (4, 5), (1, 1), (100, 3)]:
         expected = F.interpolate(scores[None], size=size, mode="bilinear", align_corners=False)[0].argmax(0)
         assert np.array_equal(label_map(scores, size), expected.numpy())

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from setlib import spectral
+from setlib.analysis.spectra import full_spectrum
 from setlib.refiners import REFINERS, build_refiner
 from setlib.tokens import LowRankTokens, TokenBranch
 
@@ -86,7 +87,7 @@ def test_refined_spectrum_is_that_of_a_real_signal(name, size):
     refiner, x = build(name, scramble=True).double(), features(*size).double()
     amplitude, phase = refiner.refine_spectrum(x, 5)
     assert amplitude.min() >= 0
-    full = spectral.full_spectrum(torch.polar(amplitude, phase), size[2])
+    full = full_spectrum(torch.polar(amplitude, phase), size[2])
     signal = torch.fft.ifft2(full, dim=(1, 2), norm="ortho")
     assert signal.imag.abs().max() < 1e-6 * signal.real.abs().max()
     torch.testing.assert_close(signal.real, refiner(x, 5))

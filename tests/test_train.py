@@ -10,6 +10,7 @@ import torch
 
 from setlib import training as train
 from setlib.analysis import scores as shown
+from setlib.analysis.ablation import train_together
 from setlib.checkpoint import build_segmenter
 from setlib.data import crops
 from setlib.data.crops import RandomCrops, batch_indices
@@ -126,7 +127,7 @@ def test_runs_trained_together_share_crops_and_nothing_that_learns(source, tmp_p
         alone[name], _ = train.train(Run.open(tmp_path / f"{name} alone", settings), progress=False)
     frozen = build_segmenter(experiment(source)).backbone
     weights = frozen.state_dict()
-    for name, (model, _) in train.train_together(runs, progress=False).items():
+    for name, (model, _) in train_together(runs, progress=False).items():
         for key, value in model.state_dict().items():
             torch.testing.assert_close(value, alone[name].state_dict()[key], rtol=1e-4, atol=1e-6)
         changed = any(not torch.equal(value, weights[key]) for key, value in model.backbone.state_dict().items())

@@ -5,11 +5,32 @@ from __future__ import annotations
 import pandas
 
 from setlib.analysis.scores import target_means
+from setlib.checkpoint import build_segmenter, is_finished
+from setlib.data import domains
+from setlib.data.crops import RandomCrops
 from setlib.evaluation import evaluate_run
+from setlib.features import KeptCrops, keep_crops
 from setlib.run import Run
-from setlib.training import train_together
+from setlib.segmenter import Segmenter
+from setlib.training import train
+from setlib.weights.load import load_backbone
 
 MEAN = "mean of targets"  # with the class set's name behind it where the targets have several
+
+
+def train_together(
+    runs: dict[str, Run], crops: KeptCrops | RandomCrops | None = None, progress: bool = True
+) -> dict[str, tuple[Segmenter, list[dict]]]:
+    """Trains runs that share source, crops and backbone one after the other: the frozen layers are computed once."""
+    first = next(iter(runs.values())).experiment
+    backbone = load_backbone(first.model.backbone, patch_size=first.model.patch_size)
+    source = domains.load(first.data.source, first.data, role="source")
+    if crops is None and not all(is_finished(run) for run in runs.values()):
+        models = [build_segmenter(run.experiment, backbone) for run in runs.values()]
+        crops = keep_crops(models, RandomCrops(source, first), progress)
+    return {
+        name: train(run, source=source, backbone=backbone, crops=crops, progress=progress) for name, run in runs.items()
+    }
 
 
 def run_ablation(run: Run, progress: bool = True) -> list[dict]:

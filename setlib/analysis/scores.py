@@ -147,6 +147,20 @@ def in_words(inference: Inference) -> str:
     return " + ".join(words + ["flip"] * inference.flip)
 
 
+def metrics_entry(score: Score) -> dict:
+    """The entry of metrics.json."""
+    iou = [None if np.isnan(v) else round(float(v), 4) for v in score.iou]
+    return {
+        "domain": score.domain,
+        "miou": None if np.isnan(score.miou) else round(score.miou, 4),
+        "per_class": dict(zip(score.class_set.classes, iou, strict=True)),
+        "images": len(score.pictures),
+        "pixels": int(score.counts.sum()),
+        "class_set": score.class_set.name,
+        "precision": score.precision,
+    }
+
+
 def write_metrics(run: Run, scores: Sequence[Score], used: Experiment | None = None) -> dict:
     """RUN/metrics.json: what was scored now, and what was scored on other domains before. Returns its content.
 
@@ -157,7 +171,7 @@ def write_metrics(run: Run, scores: Sequence[Score], used: Experiment | None = N
     used = used or experiment
     how = {"inference": in_words(used.inference), "content_seed": used.data.content_seed}
     how["eval_edges"] = list(used.data.eval_edges)
-    results |= {score.domain: score.to_dict() | how for score in scores}
+    results |= {score.domain: metrics_entry(score) | how for score in scores}
     content = {
         "profile": experiment.profile,
         "seed": experiment.seed,

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from setlib._memory import keep_freed_memory
 from setlib.backbone import FrozenBackbone
 from setlib.bench.measure import DEVICE, Step, timings
 from setlib.checkpoint import build_segmenter
@@ -74,7 +73,6 @@ def random_batch(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
 
 def training_step(model: Segmenter, images: Tensor, labels: Tensor, frozen: FrozenFeatures | None = None) -> Step:
     """Forward, loss, backward, optimiser."""
-    keep_freed_memory()
     settings, optimiser = model.experiment.train, make_optimiser(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
