@@ -1,4 +1,4 @@
-"""Features of the frozen first layers, computed once: for a training's crops, for pictures that several models score."""
+"""Features of the frozen first layers, computed once: for a training's crops, for pictures scored by several."""
 
 from __future__ import annotations
 
