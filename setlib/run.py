@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -86,7 +87,8 @@ class Run:
         if figure is None:
             path.unlink(missing_ok=True)
         else:
-            write_atomic(path, figure.png())
+            figure.savefig(drawn := io.BytesIO(), dpi=100, bbox_inches="tight")
+            write_atomic(path, drawn.getvalue())
         return figure
 
 

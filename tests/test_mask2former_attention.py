@@ -31,5 +31,5 @@ def test_it_is_that_of_the_library(sizes):
         sum(part.square().sum() for part in parts).backward()
         gradients = {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
         answers.append((parts, [one.grad for one in maps], gradients))
-    torch.testing.assert_close(answers[1], answers[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(answers[1], answers[0], rtol=1e-3, atol=1e-3)
     assert answers[0][2].keys() == answers[1][2].keys()

@@ -11,7 +11,7 @@ import torch
 from setlib import checkpoint, spectral
 from setlib import evaluation as evaluate
 from setlib import training as train
-from setlib.analysis import spectra, survey, tokens
+from setlib.analysis import ablation, spectra, survey, tokens
 from setlib.data import domains
 from setlib.experiment import Experiment
 from setlib.explorer import material
@@ -37,7 +37,7 @@ def another_processor():
 
     own_load, own_check = checkpoint.load_backbone, spectral._checked
     with pytest.MonkeyPatch.context() as patch:
-        for module in (checkpoint, train, material):
+        for module in (checkpoint, ablation, material):
             patch.setattr(module, "load_backbone", lambda *args, **options: own_load(*args, **options).adapted(hook))
         patch.setattr(spectral, "_checked", lambda x: rounded(own_check(x)))
         yield

@@ -108,9 +108,12 @@ class Board:
         self.image().save(content, "PNG", pnginfo=notes)
         return content.getvalue()
 
-    def savefig(self, path: str | Path) -> None:
-        """Writes the PNG."""
-        Path(path).write_bytes(self.png())
+    def savefig(self, target: str | Path | io.BytesIO, dpi: float = 100, bbox_inches: str = "tight") -> None:
+        """Writes the PNG to a path or a buffer, called as a figure of matplotlib is; a board has a size of its own."""
+        if isinstance(target, io.BytesIO):
+            target.write(self.png())
+        else:
+            Path(target).write_bytes(self.png())
 
     def _repr_html_(self) -> str:
         told = self.words or "; ".join(panel.title for panel in self.panels if panel.title)

@@ -35,13 +35,10 @@ ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1)}  # of a legend
 class Figure(figure.Figure):
     """A matplotlib figure that shows itself in a notebook, whatever backend is set."""
 
-    def png(self) -> bytes:
-        """The figure, cut to what is drawn."""
+    def _repr_png_(self) -> bytes:
         content = io.BytesIO()
         self.savefig(content, format="png", dpi=100, bbox_inches="tight")
         return content.getvalue()
-
-    _repr_png_ = png
 
     def pixels(self) -> np.ndarray:
         """The figure as it is, (h, w, 3) uint8."""

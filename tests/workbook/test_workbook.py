@@ -185,7 +185,8 @@ def test_a_killed_kernel_is_one_sentence(run, own_notebooks):
 
 def test_a_full_disk_is_one_sentence_and_keeps_the_earlier_copy(run, own_notebooks, monkeypatch):
     write_notebook("01_a")
-    run.file("notebooks/01_a.ipynb").write_text("earlier")
+    (run.path / "notebooks").mkdir()
+    (run.path / "notebooks" / "01_a.ipynb").write_text("earlier")
 
     def fill(self, content, path):
         Path(path).write_text(content[:10])
@@ -217,7 +218,8 @@ def write_results(run: Run) -> None:
     rows = [{"variant": v, "seed": s, "domain": "scenes:fog", "miou": m} for v, s, m in SEEDS]
     run.write_json("results/05_ablations.json", {"rows": rows, "spread": ablation.spread(rows)})
     copy.metadata["papermill"] = {"duration": 12.345, "exception": None}
-    nbformat.write(copy, run.file("notebooks/04_cross_domain.ipynb"))
+    (run.path / "notebooks").mkdir(exist_ok=True)
+    nbformat.write(copy, run.path / "notebooks" / "04_cross_domain.ipynb")
     for name in ("04_best", "04_all_others", "04_worst", "04_domains", "02_by_hand"):
         run.save_figure(Figure(), name)
 
