@@ -39,7 +39,7 @@ help:  ## this list
 workbook: $(READY)  ## the five notebooks in the quick profile; ARGS goes to `python -m setlib run`
 	$(VENV_PYTHON) -m setlib run --profile quick $(ARGS)
 
-test: lint  ## lint and all tests, the notebooks in the smoke profile among them
+test: lint  ## lint, types and all tests, the notebooks in the smoke profile among them
 	$(PYTEST)
 
 coverage: $(READY)  ## all tests, more slowly, with the lines of setlib that they run
@@ -57,9 +57,10 @@ lab: $(READY)  ## JupyterLab on the notebooks and their explorers, this machine 
 	  --LabApp.default_url=/lab/tree/notebooks/02_frequency.ipynb --LabApp.news_url=None \
 	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(ARGS)
 
-lint: $(READY)  ## check format, style and notebooks; changes nothing
+lint: $(READY)  ## check format, style, types of the hall and notebooks; changes nothing
 	$(VENV_PYTHON) -m ruff format --check .
 	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m mypy
 	$(if $(NOTEBOOKS),$(STRIP) --verify $(NOTEBOOKS))
 
 format: $(READY)  ## format code and notebooks, mend what can be mended, strip outputs
@@ -68,7 +69,7 @@ format: $(READY)  ## format code and notebooks, mend what can be mended, strip o
 	$(if $(NOTEBOOKS),$(STRIP) $(NOTEBOOKS))
 
 clean:  ## remove .venv and caches; never runs/ or data/
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .coverage build dist setlib.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage build dist setlib.egg-info
 	find setlib tests notebooks -name __pycache__ -o -name .ipynb_checkpoints 2>/dev/null | xargs rm -rf
 
 # A set-up that was cut short leaves .venv/.unfinished and is begun anew; an environment of the

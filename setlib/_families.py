@@ -95,8 +95,11 @@ def find_layers(model: nn.Module) -> tuple[nn.Module, ...]:
 
 @contextlib.contextmanager
 def _fitted(model: nn.Module, grid: Grid, size: tuple[int, int]) -> Iterator[dict[str, Tensor]]:
-    """Parameters to run the model with at another size than its own: SAM keeps a map of positions (1, H, W, C), which
-    is resized as Rein's released conversion does, and refuses other sizes unless its patch embedding is told."""
+    """Parameters to run the model with at another size than its own.
+
+    SAM keeps a map of positions (1, H, W, C), which is resized as Rein's released conversion does, and refuses other
+    sizes unless its patch embedding is told.
+    """
     maps = {name: p for name, p in model.named_parameters() if name.endswith("pos_embed") and p.dim() == 4}
     checks: list[Any] = [module for module in model.modules() if maps and hasattr(module, "image_size")]
     before = [module.image_size for module in checks]

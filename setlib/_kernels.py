@@ -150,8 +150,9 @@ def _dft_matrices(height: int, width: int, dtype: torch.dtype, device: torch.dev
     back = (rows * counts.repeat(2)[:, None]).T
     cos, sin = _waves(height, height)
     columns = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)])  # (part, u, h, part)
-    matrices = (rows, back, columns.reshape(2 * height, 2 * height))
-    return tuple(m.to(device, dtype).contiguous() for m in matrices)
+    columns = columns.reshape(2 * height, 2 * height)
+    rows, back, columns = (matrix.to(device, dtype).contiguous() for matrix in (rows, back, columns))
+    return rows, back, columns
 
 
 def _waves(length: int, count: int) -> tuple[Tensor, Tensor]:

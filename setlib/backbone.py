@@ -132,11 +132,11 @@ class FrozenBackbone(nn.Module):
 
         def step(number: int, hidden: Tensor) -> Tensor:
             """One frozen layer, and the refiner behind it."""
-            is_refined = refiner is not None and number in refined
-            prompts = refiner.prompts(number) if is_refined and refiner.prompts else None
+            own = refiner if number in refined else None
+            prompts = own.prompts(number) if own is not None and own.prompts else None
             if number > start:
                 hidden = run_layer(self._layers[number - 1], hidden, arguments, prompts)
-            return _refine(hidden, refiner, number, grid) if is_refined else hidden
+            return _refine(hidden, own, number, grid) if own is not None else hidden
 
         for number in range(max(start, 1), max(wanted) + 1):
             learns = torch.is_grad_enabled() and (hidden.requires_grad or number in refined)

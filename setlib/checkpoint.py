@@ -203,7 +203,7 @@ def load_state(model: Segmenter, tensors: dict[str, Tensor]) -> None:
 
 
 def use(model: Segmenter, experiment: Experiment) -> None:
-    """Takes over how a trained model is used: data.eval_edges, model.any_batch, inference.*"""
+    """Takes over how a trained model is used: data.eval_edges, model.any_batch and inference."""
     model.experiment = experiment
     model.refiner.any_batch = experiment.model.any_batch
 
@@ -256,7 +256,7 @@ class Training:
         try:
             with safe_open(path, "pt") as saved:
                 self.step = int(saved.metadata()["step"])
-                tensors = {name: saved.get_tensor(name) for name in saved.keys()}
+                tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
             with torch.no_grad():
                 for name, value in self.model.trainable_state().items():  # buffers too
                     value.copy_(tensors[f"model.{name}"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class Mask2FormerHead(nn.Module):
         """num_queries: of learned queries; 0 = they are handed over. The widths are those of the feed-forward parts."""
         super().__init__()
         self.channels, self.attention_heads = channels, attention_heads
-        config = Mask2FormerConfig(
+        config = Mask2FormerConfig(  # type: ignore[call-arg]
             feature_size=hidden,
             mask_feature_size=hidden,
             hidden_dim=hidden,
@@ -80,16 +80,16 @@ class Mask2FormerHead(nn.Module):
         parts = InitialParts(config, channels, len(CELLS))
         self.pixel_decoder, self.decoder = parts.pixel_decoder, parts.decoder
         for layer in self.pixel_decoder.encoder.layers:
-            layer.self_attn = DeformableAttention(layer.self_attn)
+            layer.self_attn = DeformableAttention(layer.self_attn)  # type: ignore[arg-type]
         self.criterion = _SummedLoss(config, {})
-        self.criterion.register_buffer("empty_weight", self.criterion.empty_weight, persistent=False)
+        self.criterion.register_buffer("empty_weight", self.criterion.empty_weight, persistent=False)  # not saved
         self.level_embed = nn.Embedding(3, hidden)
         self.classify = nn.Linear(hidden, num_classes + 1)
         self.query_embed = nn.Embedding(num_queries, hidden) if num_queries else None
         self.query_features = nn.Embedding(num_queries, hidden) if num_queries else nn.Linear(hidden, hidden)
 
     def forward(self, features: Sequence[Tensor], queries: Tensor | None = None) -> Masks:
-        """Feature maps, each (B, H, W, C), and queries (Q, hidden), to masks; without gradient of the last stage."""
+        """Feature maps, each (B, H, W, C), and queries (Q, hidden), to masks; no gradients: of the last stage alone."""
         maps = []
         for feature, cells in zip(features, CELLS, strict=True):
             size = [math.ceil(side * cells) for side in feature.shape[1:3]]
@@ -102,25 +102,21 @@ class Mask2FormerHead(nn.Module):
 
         every: whether all stages answer, as the loss wants it, or the last alone.
         """
+        positions: Any
         if self.query_embed is None:
             positions, contents = queries, self.query_features(queries)
         else:
             positions, contents = self.query_embed.weight, self.query_features.weight
         batch = len(maps[0])
-        positions, hidden = (
-            queries[:, None].expand(-1, batch, -1) for queries in (positions, contents)
-        )  # (Q, B, hidden)
+        positions = positions[:, None].expand(-1, batch, -1)  # (Q, B, hidden)
+        hidden = contents[:, None].expand(-1, batch, -1)
         pixels = self.pixel_decoder(maps)
-        levels, places, previews = (
-            [],
-            [],
-            [],
-        )  # at strides 32, 16, 8: what is attended to, where that is, masks' features
-        for level, own in zip(pixels.multi_scale_features, self.level_embed.weight, strict=True):
+        levels, places, previews = [], [], []  # at strides 32, 16, 8: what is looked at, where it lies, where masks lie
+        for level, embedding in zip(pixels.multi_scale_features, self.level_embed.weight, strict=True):
             place = self.pixel_decoder.position_embedding(level.shape, level.device, torch.float32)
-            places.append(place.flatten(2).permute(2, 0, 1))  # (h w, B, hidden)
-            levels.append((level.flatten(2) + own[:, None]).permute(2, 0, 1))
             preview = pixels.mask_features.detach()
+            levels.append((level.flatten(2) + embedding[:, None]).permute(2, 0, 1))  # (h w, B, hidden)
+            places.append(place.flatten(2).permute(2, 0, 1))
             previews.append(F.interpolate(preview, level.shape[2:], mode="bilinear", align_corners=False))
         stages = [self._read(hidden)]
         for i, layer in enumerate(self.decoder.layers):
@@ -200,5 +196,5 @@ def _classes(label: Tensor) -> Tensor:
 class _SummedLoss(Mask2FormerLoss):
     """transformers' loss, whose terms of masks are sums: what they are divided by is counted over the whole step."""
 
-    def get_num_masks(self, class_labels: Sequence[Tensor], device: torch.device) -> int:
+    def get_num_masks(self, class_labels: Any, device: torch.device) -> Any:
         return 1

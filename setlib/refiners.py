@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -102,9 +102,10 @@ class Adapters(Refiner):
 
     def __init__(self, layers: Sequence[int], channels: int, adapter_width: int) -> None:
         super().__init__(layers)
-        self.down = nn.ModuleList(nn.Linear(channels, adapter_width) for _ in self.layers)
-        self.up = nn.ModuleList(nn.Linear(adapter_width, channels) for _ in self.layers)
-        for down, up in zip(self.down, self.up, strict=True):
+        downs = [nn.Linear(channels, adapter_width) for _ in self.layers]
+        ups = [nn.Linear(adapter_width, channels) for _ in self.layers]
+        self.down, self.up = nn.ModuleList(downs), nn.ModuleList(ups)
+        for down, up in zip(downs, ups, strict=True):
             nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
             for zeros in (down.bias, up.weight, up.bias):
                 nn.init.zeros_(zeros)
@@ -157,7 +158,7 @@ REFINERS: dict[str, Callable[[Sequence[int], int, Options], Refiner]] = {
 }
 
 
-def build_refiner(name: str, layers: Sequence[int], channels: int, *options: int, **named: int) -> Refiner:
+def build_refiner(name: str, layers: Sequence[int], channels: int, *options: Any, **named: Any) -> Refiner:
     """The refiner called `name` for features of C channels; layers: that it refines, from 1; options: of `Options`.
 
     Raises ValueError for an unknown name (the nearest are listed) and for lora without peft.

@@ -93,7 +93,7 @@ class TokenBranch(nn.Module):
     Source: Rein, Sec. 3.3; SET, Sec. 3.2, normalised Sec. 3.3 (the paper does not name the axis).
     """
 
-    def __init__(self, tokens: nn.Module, channels: int, normalise: str = "", zero: bool = False) -> None:
+    def __init__(self, tokens: LowRankTokens, channels: int, normalise: str = "", zero: bool = False) -> None:
         super().__init__()
         self.tokens, self.normalise = tokens, normalise
         self.token_map = nn.Linear(channels, channels)
@@ -199,4 +199,6 @@ class SpectralTokens(Refiner):
 
     def forward(self, features: Tensor, layer: int) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        return join_spectrum(self.refine_spectrum(features, layer), features.shape[1:3]).to(features.dtype)
+        return join_spectrum(self.refine_spectrum(features, layer), (features.shape[1], features.shape[2])).to(
+            features.dtype
+        )

@@ -34,7 +34,9 @@ class WaveletTokens(Refiner):
         bands, index = split_haar(features), self.layers.index(layer)  # (4, B, H', W', C)
         low = self.low(bands[0].flatten(1, 2), index)  # (B, H'W', C)
         high = self.high(bands[1:].flatten(0, 1).flatten(1, 2), index)  # (3 B, H'W', C)
-        change = join_haar(torch.cat([low, high]).view_as(bands).to(bands.dtype), features.shape[1:3])
+        change = join_haar(
+            torch.cat([low, high]).view_as(bands).to(bands.dtype), (features.shape[1], features.shape[2])
+        )
         return features + (self.scale * change).to(features.dtype)
 
 

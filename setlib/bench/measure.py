@@ -94,8 +94,10 @@ def refiner_step(name: str, size: Size) -> Step:
 
 
 def part_step(part: str, size: Size) -> Step:
-    """One part of what SET's refiner does in a layer, forward and backward: "spectrum" (split and join), of it
-    "Fourier" (both ways, twice), "attention" of both branches, their "linear maps"."""
+    """One part of what SET's refiner does in a layer, forward and backward.
+
+    "spectrum": split and join; "Fourier": of it, both ways, twice; "attention" of both branches; their "linear maps".
+    """
     torch.manual_seed(0)
     x, grid = torch.randn(size, device=DEVICE), size[1:3]
     if part == "spectrum":

@@ -50,7 +50,6 @@ class ClassSet:
 
     def merge(self, probabilities: Tensor) -> Tensor:
         """Probabilities of the 19 classes, (19, h, w), summed to those of this set, (K, h, w)."""
-
         return torch.einsum("khw,kc->chw", probabilities, probabilities.new_tensor(self.merge_matrix()))
 
 
@@ -83,7 +82,7 @@ def read_rows(name: str) -> tuple[dict, ...]:
     if not path.is_file():
         raise ValueError(f"Unknown id map '{name}' ({nearest(name, [p.stem for p in LABELS.glob('*.csv')])}).")
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8", newline="") as file:
             rows = [{"name": row["name"], **{key: int(row[key]) for key in NUMBERS}} for row in csv.DictReader(file)]
         if not rows or not all(row["name"] and 0 <= row[key] <= 255 for row in rows for key in NUMBERS):
             raise ValueError("a row lacks its name, or holds another number")

@@ -223,6 +223,7 @@ class SwapExplorer(Explorer):
     view = "swap"
 
     def build(self) -> None:
+        """Makes the controls."""
         self.add_picture("content")
         self.add_picture("style", value=self.studio.names[-1])
         self.add("part", buttons(PARTS, "100px"), title="what moves")
@@ -246,6 +247,7 @@ class LayerExplorer(Explorer):
     view, unsaid = "layers", "layer "
 
     def build(self) -> None:
+        """Makes the controls."""
         self.add_picture("first")
         self.add_picture("second", value=self.studio.names[-1])
         self.add_run(note="features")
@@ -260,6 +262,7 @@ class TokenExplorer(Explorer):
     place: tuple | None = None  # run, layer and branch whose tokens are shown
 
     def build(self) -> None:
+        """Makes the controls."""
         self.add_picture("domain")
         self.add_run(self.studio.own())
         self.add("layer", ipywidgets.Dropdown(description="after layer", **WIDE), "place")
@@ -287,6 +290,7 @@ class DomainBrowser(Explorer):
     view = "browse"
 
     def build(self) -> None:
+        """Makes the controls."""
         self.add_picture("domain")
         self.add("opacity", ipywidgets.FloatSlider(0.6, min=0, max=1, step=0.05, description="opacity", **WIDE))
         self.add("only", ipywidgets.Dropdown(options=[ALL], description="class", **WIDE))

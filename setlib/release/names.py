@@ -11,7 +11,7 @@ from torch import Tensor
 from setlib.weights.convert import rename, split_three
 
 BRANCHES = {"rein": "patches", "set-released": "phase"}  # refiner -> its branch of low-rank tokens
-with open(Path(__file__).with_suffix(".csv"), encoding="utf-8", newline="") as file:
+with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
     ROWS = list(csv.DictReader(file))  # part, release, ours; # is a number, {branch} one of BRANCHES
 TOKENS, HEAD = ({row["release"]: row["ours"] for row in ROWS if row["part"] == part} for part in ("tokens", "head"))
 PACKED = "self_attn.attn.in_proj_"  # query, key and value, one below the other

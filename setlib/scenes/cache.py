@@ -87,7 +87,7 @@ def _run_workers(parts: list[list], bar: tqdm):
     workers = [subprocess.Popen([sys.executable, "-c", WORKER, json.dumps(part)], **streams, **place) for part in parts]
     os.close(writing)
     try:
-        with open(reading) as lines:
+        with os.fdopen(reading) as lines:
             for _ in lines:
                 bar.update()
     finally:

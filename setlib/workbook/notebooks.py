@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import logging
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -115,14 +114,14 @@ def _execute(notebook: Path, copy: Path, values: dict[str, Any]) -> None:
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of what check_parameters has checked
     unfinished = copy.with_name(f".{copy.name}")
-    options = {"kernel_name": "python3", "cwd": os.getcwd(), "progress_bar": False, "stderr_file": sys.stderr}
+    options = {"kernel_name": "python3", "cwd": str(Path.cwd()), "progress_bar": False, "stderr_file": sys.stderr}
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         # coalesce_streams keeps the last state of a progress bar, not its thousands of lines
         papermill.execute_notebook(_literal(notebook), _literal(unfinished), values, coalesce_streams=True, **options)
-        os.replace(unfinished, copy)
+        unfinished.replace(copy)
     except papermill.PapermillExecutionError as error:
-        os.replace(unfinished, copy)
+        unfinished.replace(copy)
         reason = error.evalue if error.ename == "ValueError" else f"{error.ename}: {error.evalue}"
         raise NotebookStopped(f"Notebook {shown(copy)} stopped in cell [{error.exec_count}]: {reason}") from error
     except DeadKernelError as error:

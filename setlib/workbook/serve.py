@@ -94,7 +94,7 @@ def write_explorer(run: Run, domains: Sequence[str] = (), code: str = EXPLORER) 
     import nbformat
 
     names = ", ".join(map(repr, [str(run.path.absolute()), *domains]))
-    cell = nbformat.v4.new_code_cell(code.format(names=names, here=os.getcwd()), id="explorer")
+    cell = nbformat.v4.new_code_cell(code.format(names=names, here=str(Path.cwd())), id="explorer")
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel})
     return write_atomic(run.path / "explore.ipynb", nbformat.writes(notebook) + "\n")
