@@ -34,7 +34,7 @@ class FrozenBackbone(nn.Module):
 
     Layers are numbered from 1. A refiner (`tokens.Refiner`) is called with the patch features behind a layer; class and
     register tokens pass by it untouched, and prompts, if it has them, do not leave their layer. One that changes
-    weights gets a copy of the model (`adapted`). Nothing else in here ever learns, and nothing leaves eval mode,
+    weights gets a copy of the model (`adapted`); otherwise nothing in here learns. The model stays in eval mode,
     whatever `train` is called on.
 
     Parameters
@@ -101,7 +101,7 @@ class FrozenBackbone(nn.Module):
         images : (B, 3, h, w) in [0, 1]; below and to the right the last pixels are repeated up to multiples of the
             patch size, so that H and W are h and w in patches, rounded up.
         layers : numbers from 1 to `num_layers`; by default the last one. Layers behind the last requested do not run.
-        frozen : features of the same images; their layers do not run again.
+        frozen : features of the same images; their layers do not run again (what comes before the first layer does).
         gradient_checkpointing : layers keep only their input for the gradient and run again for it, refiner included.
 
         Returns
@@ -113,11 +113,11 @@ class FrozenBackbone(nn.Module):
         ValueError : unknown layers, a refiner that this backbone cannot take, or frozen features that do not fit.
         """
         wanted = self._known(layers or (self.num_layers,))
-        start, maps = (frozen.stop, dict(frozen.maps)) if frozen else (0, {})
+        done, maps = (frozen.stop, dict(frozen.maps)) if frozen else (0, {})
         refined = self._known(refiner.layers) if refiner is not None else ()
-        if refiner is not None and start > refiner.frozen_until(self.num_layers):
-            raise ValueError(f"Frozen features end with layer {start}, but the refiner refines {refined}: end before.")
-        if absent := [layer for layer in wanted if layer < start and layer not in maps]:
+        if refiner is not None and done > refiner.frozen_until(self.num_layers):
+            raise ValueError(f"Frozen features end with layer {done}, but the refiner refines {refined}: end before.")
+        if absent := [layer for layer in wanted if layer < done and layer not in maps]:
             raise ValueError(f"The frozen features hold no maps of layers {absent}: name them when they are made.")
         if not refined and set(wanted) <= set(maps):
             return {layer: maps[layer] for layer in wanted}
@@ -131,14 +131,14 @@ class FrozenBackbone(nn.Module):
             hidden = frozen.hidden
 
         def step(number: int, hidden: Tensor) -> Tensor:
-            """One frozen layer, and the refiner behind it."""
+            """One frozen layer, unless it is done, and the refiner behind it."""
             own = refiner if number in refined else None
             prompts = own.prompts(number) if own is not None and own.prompts else None
-            if number > start:
+            if number > done:
                 hidden = run_layer(self._layers[number - 1], hidden, arguments, prompts)
             return _refine(hidden, own, number, grid) if own is not None else hidden
 
-        for number in range(max(start, 1), max(wanted) + 1):
+        for number in range(max(done, 1), max(wanted) + 1):  # layer `done` has run, its refiner has not
             learns = torch.is_grad_enabled() and (hidden.requires_grad or number in refined)
             if gradient_checkpointing and learns:
                 hidden = checkpoint(step, number, hidden, use_reentrant=False)
@@ -176,10 +176,14 @@ class FrozenBackbone(nn.Module):
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             found = f"{tuple(images.shape)} of {images.dtype}"
             raise ValueError(f"Expected images of shape (B, 3, h, w), floats in [0, 1], got {found}.")
-        (height, width), size = images.shape[2:], self.patch_size
-        grid = (-(-height // size), -(-width // size))
-        below, right = grid[0] * size - height, grid[1] * size - width
+        grid = self.grid(images.shape[2:])
+        below, right = (n * self.patch_size - side for n, side in zip(grid, images.shape[2:], strict=True))
         return (F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images), grid
+
+    def grid(self, size: Sequence[int]) -> Grid:
+        """(H, W), the patches that cover images of size (h, w) in pixels, rounded up."""
+        height, width = size
+        return -(-height // self.patch_size), -(-width // self.patch_size)
 
     def _known(self, layers: Sequence[int]) -> tuple[int, ...]:
         if wrong := [layer for layer in layers if not 1 <= layer <= self.num_layers]:
@@ -205,7 +209,7 @@ def _refine(hidden: Tensor, refiner: Refiner, layer: int, grid: Grid) -> Tensor:
         return hidden
     if refined.shape != features.shape:
         expected, found = tuple(features.shape), tuple(refined.shape)
-        raise ValueError(f"The refiner of layer {layer} answered with shape {found}, expected {expected}.")
+        raise ValueError(f"The refiner of layer {layer} returned shape {found}, expected {expected}.")
     refined = refined.to(hidden.dtype)
     if hidden.dim() == 4:
         return refined

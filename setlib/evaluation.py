@@ -41,7 +41,7 @@ class Score:
 
     @property
     def miou(self) -> float:
-        """Percent."""
+        """Mean over the classes present, percent."""
         return mean_iou(self.iou)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class FrozenFeatures:
     """What the first `stop` layers made of some images, kept so that they need not run again.
 
-    hidden: all tokens that layer `stop` itself answered with, before any refiner: (B, N, C) with class and register
+    hidden: all tokens that layer `stop` itself put out, before any refiner: (B, N, C) with class and register
     tokens first, or (B, H, W, C). maps: patch features (B, H, W, C) of layers that a head reads, as they are without a
     refiner; with those behind `stop`, a model that refines nothing need not run at all.
     """
@@ -51,7 +51,8 @@ class FrozenFeatures:
 class SharedFeatures:
     """The frozen first layers of models that share one backbone, run once for all of them.
 
-    Those of the model that leaves most layers as they are; the models go on behind the last layer that all leave.
+    Layers 1 to `stop` are shared, the fewest that any of the models leaves frozen (one that leaves none is passed
+    over); maps that a head reads are kept as far as the model goes that leaves most.
     """
 
     def __init__(self, models: Iterable[Segmenter]) -> None:
@@ -78,7 +79,7 @@ class SharedFeatures:
 class KeptCrops:
     """A fixed set of crops, as many as train.views, with their frozen features, made once; shared by models and seeds.
 
-    Each crop is kept on the CPU, as uint8.
+    Kept on the CPU: crops as uint8, features in the model's precision.
     """
 
     def __init__(self, models: Iterable[Segmenter], crops: RandomCrops, progress: bool = True) -> None:

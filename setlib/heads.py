@@ -1,6 +1,6 @@
 """The per-pixel head, and what a head is: feature maps of several layers, and queries, -> classes.
 
-A head is called as `head(features, queries)`, features a list of (B, H, W, C), one per layer, and answers with an
+A head is called as `head(features, queries)`, features a list of (B, H, W, C), one per layer, and returns an
 output of its own. `head.probabilities(output, size)` turns it into class probabilities at pixels, (B, K, h, w).
 `head.loss(output, labels, counts, seeds)` is a sum over its images, divided by `counts`, what `head.counts(labels)`
 gave, added up over all images of a step: the losses of the parts of a batch add up to that of the batch.

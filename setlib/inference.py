@@ -79,8 +79,8 @@ def cut_picture(model: Segmenter, image: np.ndarray, long_edge: int = 0) -> list
     found = []
     for scale in settings.scales:
         size = fit(pixels, long_edge or data.long_edge, scale)
-        resized, patches = resize(pixels, size)[0], model.padded_size(size)
-        window = patches if settings.whole else (min(data.height, patches[0]), min(data.width, patches[1]))
+        resized, padded = resize(pixels, size)[0], model.padded_size(size)
+        window = padded if settings.whole else (min(data.height, padded[0]), min(data.width, padded[1]))
         stride = (max(1, round(window[0] * settings.stride)), max(1, round(window[1] * settings.stride)))
         found.append(cut(resized, window, stride))
         if settings.flip:

@@ -1,8 +1,8 @@
 """Mask2Former: queries that each name a class and paint its mask, on transformers' own parts.
 
 Features of the backbone -> four maps at strides 4, 8, 16 and 32 -> pixel decoder -> masked-attention decoder, which
-asks where each query may look next -> classes and masks after every layer -> loss, by Hungarian matching.
-What a head is called with and answers stands in `heads.py`.
+limits where each query may look next -> classes and masks after every layer -> loss, by Hungarian matching.
+What a head is called with and returns is said in `heads.py`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Mask2FormerConfig
-from transformers.models.mask2former.modeling_mask2former import (
-    Mask2FormerLoss,
-)
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from setlib._mask2former import DeformableAttention, InitialParts, seeded
 from setlib.data.labels import IGNORE
@@ -28,9 +26,9 @@ NO_OBJECT = 0.1  # weight of a query without an object in the loss of classes
 
 
 class Masks(NamedTuple):
-    """What a mask head says, for every stage of its decoder (before the first layer, and after each) or for the last.
+    """A mask head's output, for every stage of its decoder (before the first layer, and after each) or for the last.
 
-    classes: (B, Q, K + 1) logits, the last one "no object". masks: (B, Q, 4 H, 4 W) logits.
+    classes: (B, M, K + 1) logits, the last one "no object". masks: (B, M, 4 H, 4 W) logits.
     """
 
     classes: list[Tensor]
@@ -70,7 +68,7 @@ class Mask2FormerHead(nn.Module):
             num_attention_heads=attention_heads,
             encoder_layers=pixel_layers,
             encoder_feedforward_dim=pixel_width,
-            decoder_layers=decoder_layers + 1,
+            decoder_layers=decoder_layers + 1,  # transformers counts the prediction before the first
             dim_feedforward=decoder_width,
             class_weight=CLASS_WEIGHT,
             mask_weight=MASK_WEIGHT,
@@ -83,13 +81,13 @@ class Mask2FormerHead(nn.Module):
             layer.self_attn = DeformableAttention(layer.self_attn)  # type: ignore[arg-type]
         self.criterion = _SummedLoss(config, {})
         self.criterion.register_buffer("empty_weight", self.criterion.empty_weight, persistent=False)  # not saved
-        self.level_embed = nn.Embedding(3, hidden)
+        self.level_embed = nn.Embedding(len(CELLS) - 1, hidden)  # the decoder reads all maps but the finest
         self.classify = nn.Linear(hidden, num_classes + 1)
         self.query_embed = nn.Embedding(num_queries, hidden) if num_queries else None
         self.query_features = nn.Embedding(num_queries, hidden) if num_queries else nn.Linear(hidden, hidden)
 
     def forward(self, features: Sequence[Tensor], queries: Tensor | None = None) -> Masks:
-        """Feature maps, each (B, H, W, C), and queries (Q, hidden), to masks; no gradients: of the last stage alone."""
+        """Feature maps, each (B, H, W, C), and queries (M, hidden), to masks; no gradients: of the last stage alone."""
         maps = []
         for feature, cells in zip(features, CELLS, strict=True):
             size = [math.ceil(side * cells) for side in feature.shape[1:3]]
@@ -98,9 +96,9 @@ class Mask2FormerHead(nn.Module):
         return self.decode(maps, queries, every=torch.is_grad_enabled())
 
     def decode(self, maps: Sequence[Tensor], queries: Tensor | None = None, every: bool = True) -> Masks:
-        """Maps (B, C, h, w) at strides 4, 8, 16 and 32 and queries (Q, hidden), to masks.
+        """Maps (B, C, h, w) at strides 4, 8, 16 and 32 and queries (M, hidden), to masks.
 
-        every: whether all stages answer, as the loss wants it, or the last alone.
+        every: whether all stages are returned, as the loss wants it, or the last alone.
         """
         positions: Any
         if self.query_embed is None:
@@ -108,7 +106,7 @@ class Mask2FormerHead(nn.Module):
         else:
             positions, contents = self.query_embed.weight, self.query_features.weight
         batch = len(maps[0])
-        positions = positions[:, None].expand(-1, batch, -1)  # (Q, B, hidden)
+        positions = positions[:, None].expand(-1, batch, -1)  # (M, B, hidden)
         hidden = contents[:, None].expand(-1, batch, -1)
         pixels = self.pixel_decoder(maps)
         levels, places, previews = [], [], []  # at strides 32, 16, 8: what is looked at, where it lies, where masks lie
@@ -137,19 +135,19 @@ class Mask2FormerHead(nn.Module):
         )
 
     def _read(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits (B, Q, K + 1) and mask embeddings (B, Q, hidden) of queries (Q, B, hidden)."""
+        """Class logits (B, M, K + 1) and mask embeddings (B, M, hidden) of queries (M, B, hidden)."""
         hidden = self.decoder.layernorm(hidden).transpose(0, 1)
         return self.classify(hidden), self.decoder.mask_predictor.mask_embedder(hidden)
 
     @torch.no_grad()
     def _closed(self, embeddings: Tensor, features: Tensor) -> Tensor:
-        """Where queries may not look: outside their masks, (B heads, Q, h w); a query with no mask looks everywhere."""
+        """Where queries may not look: outside their masks, (B heads, M, h w); a query with no mask looks everywhere."""
         closed = paint(embeddings, features).flatten(2).sigmoid() < 0.5
         closed &= ~closed.all(-1, keepdim=True)
         return closed.repeat_interleave(self.attention_heads, 0)
 
     def probabilities(self, output: Masks, size: tuple[int, int]) -> Tensor:
-        """(B, K, h, w): for each class the sum over the queries of its probability times their mask; not above Q."""
+        """Scores (B, K, h, w), not above M: of each class, its probability times the mask, summed over the queries."""
         masks = F.interpolate(output.masks[-1], size, mode="bilinear", align_corners=False).sigmoid()
         return torch.einsum("bqk,bqhw->bkhw", output.classes[-1].softmax(-1)[..., :-1], masks)
 
@@ -182,7 +180,7 @@ class Mask2FormerHead(nn.Module):
 
 
 def paint(embeddings: Tensor, features: Tensor) -> Tensor:
-    """Mask logits (B, Q, h, w), float32, of embeddings (B, Q, C) and features of pixels (B, C, h, w)."""
+    """Mask logits (B, M, h, w), float32, of embeddings (B, M, C) and features of pixels (B, C, h, w)."""
     with torch.autocast(features.device.type, enabled=False):
         return torch.einsum("bqc,bchw->bqhw", embeddings.float(), features.float())
 
@@ -197,4 +195,5 @@ class _SummedLoss(Mask2FormerLoss):
     """transformers' loss, whose terms of masks are sums: what they are divided by is counted over the whole step."""
 
     def get_num_masks(self, class_labels: Any, device: torch.device) -> Any:
+        """What transformers divides by."""
         return 1

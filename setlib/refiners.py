@@ -121,7 +121,7 @@ class Options(NamedTuple):
 
     num_tokens: int = 100  # M, per layer
     rank: int = 16
-    query_channels: int = 0  # Q of the queries for a mask head; 0 = none
+    query_channels: int = 0  # width D of the queries for a mask head; 0 = none
     any_batch: bool = False  # lets set-released be evaluated at another batch size than it was trained with
     num_prompts: int = 150
     adapter_width: int = 64

@@ -1,4 +1,4 @@
-"""A run folder: configuration, history, weights, metrics, figures, executed notebooks, report."""
+"""Run folders: opened, read and written, whole files or none."""
 
 from __future__ import annotations
 

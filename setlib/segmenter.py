@@ -1,4 +1,4 @@
-"""The network: frozen backbone + refiner + head. Images in, what the head says out; only refiner and head learn.
+"""The network: frozen backbone + refiner + head. Images in, the head's output out; only refiner and head learn.
 
 How whole pictures are predicted is in `inference.py`; building one from an experiment, saving and loading in
 `checkpoint.py`.
@@ -53,14 +53,14 @@ class Segmenter(nn.Module):
     def forward(
         self, images: Tensor, frozen: FrozenFeatures | None = None, refiner: Refiner | None = None
     ) -> Tensor | Masks:
-        """What the head says of images: logits (B, 19, H, W) over the patch grid, or the `Masks` of a mask head.
+        """The head's output: logits (B, 19, H, W) over the patch grid, or the `Masks` of a mask head.
 
         Parameters
         ----------
         images : (B, 3, h, w) in [0, 1], of any size.
         frozen : features of the same images, to skip layers that nothing trainable touches; left aside where they
             go further.
-        refiner : in place of the model's own, where something is done to the features on their way.
+        refiner : in place of the model's own, to read or change the features on their way; queries stay the model's.
         """
         if frozen and frozen.stop > self.frozen_until:
             frozen = None
@@ -91,9 +91,8 @@ class Segmenter(nn.Module):
 
     def padded_size(self, size: Sequence[int]) -> tuple[int, int]:
         """Image size (h, w) in pixels, rounded up to whole patches."""
-        patch = self.backbone.patch_size
-        h, w = (-(-side // patch) * patch for side in size)
-        return h, w
+        rows, columns = self.backbone.grid(size)
+        return rows * self.backbone.patch_size, columns * self.backbone.patch_size
 
     @property
     def device(self) -> torch.device:
@@ -106,7 +105,7 @@ class Segmenter(nn.Module):
 
     @property
     def frozen_until(self) -> int:
-        """Number of first layers whose own answer nothing trainable can change: it can be computed once."""
+        """Number of first layers whose own output nothing trainable can change: it can be computed once."""
         return min(self.refiner.frozen_until(self.backbone.num_layers), max(self.feature_layers))
 
     def trainable_state(self) -> dict[str, Tensor]:

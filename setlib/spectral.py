@@ -1,7 +1,8 @@
 """The Fourier mathematics: amplitude and phase of patch features and of images. Pure functions, no state.
 
 Patch features (B, H, W, C) are transformed over the patch grid, axes (1, 2); images (B, 3, h, w) over their pixels,
-axes (2, 3). Transforms are orthonormal: the energy, the sum of squares, is kept. The spectrum F(u, v) of a real signal
+axes (2, 3). These are the definitions; SET's layers call equal, faster forms of three of them (`_kernels.py`).
+Transforms are orthonormal: the energy, the sum of squares, is kept. The spectrum F(u, v) of a real signal
 is Hermitian, F(-u, -v) = conj F(u, v), so that half of it says all: v runs over 0 ... W // 2, and features (B, H, W, C)
 have the half spectrum (B, H, W // 2 + 1, C), one bin for each (u, v).
 
@@ -125,8 +126,8 @@ def mix_amplitude(
 ) -> Tensor:
     """Content with its amplitude moved towards the style's by `weight` within a band; its phase is kept.
 
-    Weight 1 over all frequencies is the full swap, over a low band FDA, weight < 1 AmpMix; with content and style
-    exchanged it swaps the phase (APR). content, style: 4-D of one shape. Returns content's shape and type.
+    Weight 1 over all frequencies is the full swap, over a low band FDA, weight < 1 AmpMix.
+    content, style: 4-D of one shape. Returns content's shape and type.
     Raises ValueError if the shapes differ. Source: FDA (Yang, CVPR 2020), FACT/AmpMix (Xu, CVPR 2021).
     """
     one, other, share, size = _pair(content, style, weight, low, high, axes)

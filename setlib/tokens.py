@@ -14,37 +14,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# The fast forms of the three functions: `from setlib.spectral import ...` gives their definitions, and the same numbers
+# Fast forms of three functions of `spectral.py`, equal to their definitions there to 1e-6
 from setlib._kernels import change_phase, join_spectrum, split_spectrum
 from setlib.spectral import Spectrum
 
 
 class Refiner(nn.Module):
-    """No refiner: the frozen features as they are. Base of all refiners.
+    """Base of all refiners; by itself it refines nothing and returns the frozen features as they are."""
 
-    layers: that it refines, from 1. channels, query_channels: C of the features, Q of the queries that its tokens make
-    for a mask head, 0 = none. linked: the branch whose tokens these are.
-    inside: whether it works inside its layers (on what they read, or on their weights) instead of behind them.
-    adapt: `adapt(model, layers)`, for a refiner that changes weights in a copy of the backbone's model; None = it does
-    not. rate: learning rate of all that it has learn, here and there, in units of the head's (`train.refiner_rates`
-    sets others).
-    prompts: `prompts(layer) -> (P, C)`, tokens that a layer reads beside its own; None = it has none.
-    """
-
-    inside = False
-    rate = 1.0  # source: the releases of Rein and SET
-    any_batch = False
-    adapt: Callable[[nn.Module, Sequence[nn.Module]], object] | None = None
-    prompts: Callable[[int], Tensor] | None = None
-    linked = ""
+    inside = False  # works inside its layers (on what they read, or on their weights) instead of behind them
+    rate = 1.0  # learning rate in units of the head's; `train.refiner_rates` sets others. Source: Rein's and SET's code
+    adapt: Callable[[nn.Module, Sequence[nn.Module]], object] | None = None  # changes weights in a copy of the backbone
+    prompts: Callable[[int], Tensor] | None = None  # (P, C) tokens that layer number i reads beside its own
+    linked = ""  # the branch whose tokens make the queries of a mask head
+    any_batch = False  # `set-released`: see there
 
     def __init__(self, layers: Sequence[int] = (), channels: int = 0, query_channels: int = 0) -> None:
+        """layers: numbers, from 1, of those that are refined. query_channels: width D of the queries; 0 = none."""
         super().__init__()
         self.layers = tuple(layers)
         self.query_map = TokenQueries(channels, query_channels) if query_channels else None
 
     def frozen_until(self, depth: int) -> int:
-        """Number of first layers, of `depth`, whose own answer nothing trainable can change."""
+        """Number of first layers, of `depth`, whose own output nothing trainable can change."""
         if not self.layers:
             return depth
         return min(self.layers) - 1 if self.inside else min(self.layers)
@@ -58,7 +50,7 @@ class Refiner(nn.Module):
         return {name: child for name, child in self.named_children() if isinstance(child, TokenBranch)}
 
     def queries(self) -> Tensor | None:
-        """Queries (M, Q) for a mask head, made from the linked tokens of all layers; None where there are none."""
+        """Queries (M, D) for a mask head, made from the linked tokens of all layers; None where there are none."""
         return None if self.query_map is None else self.query_map(self.branches()[self.linked].tokens())
 
 
@@ -89,7 +81,7 @@ class TokenBranch(nn.Module):
     each, shared by all layers. Token 0 only absorbs attention: a position may attend to nothing.
     normalise = "positions": the similarities are instance normalised in place of the division by sqrt(C), per image and
     token over all positions, so that the style-dependent level of an image's amplitudes does not drive the attention;
-    "tokens": as released, over the tokens of a position and then divided, which leaves the attention all but uniform.
+    "tokens" (of `set-released` alone): over the tokens of a position and then divided: all but uniform attention.
     Source: Rein, Sec. 3.3; SET, Sec. 3.2, normalised Sec. 3.3 (the paper does not name the axis).
     """
 
@@ -137,9 +129,9 @@ class TokenQueries(nn.Module):
         self.merge = nn.Linear(3 * query_channels, query_channels)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(L, M, C) -> (M, Q)."""
-        tokens = self.transform(tokens)  # (L, M, Q)
-        pooled = torch.stack([tokens.amax(0), tokens.mean(0), tokens[-1]], dim=-1)  # (M, Q, 3)
+        """(L, M, C) -> (M, D)."""
+        tokens = self.transform(tokens)  # (L, M, D)
+        pooled = torch.stack([tokens.amax(0), tokens.mean(0), tokens[-1]], dim=-1)  # (M, D, 3)
         return self.merge(pooled.flatten(1))
 
 
@@ -162,10 +154,10 @@ class Rein(Refiner):
 class SpectralTokens(Refiner):
     """SET: tokens refine amplitude and phase of the features over the patch grid, each beta(x) + x.
 
-    The refined amplitude is kept >= 0 and the change of phase odd, so that the spectrum stays that of a real signal.
-    At step 0 both betas are 0 and the features pass unchanged. `amplitude=False` or `phase=False` leaves one part as
-    it is, `normalise=""` leaves the attention optimisation out: SET's parts, for ablation.
-    Source: SET, Sec. 3.1-3.3. Departure: the output map starts at zero instead of at random.
+    Each part has tokens and maps of its own; the attention of the amplitude alone is normalised. For ablation
+    `amplitude=False` or `phase=False` leaves a part as it is, `normalise=""` leaves the normalisation out.
+    Source: SET, Sec. 3.1-3.3. Departures: the output maps start at zero, so that at step 0 the features pass unchanged;
+    the refined amplitude is kept >= 0 and the change of phase odd, so that the spectrum stays that of a real signal.
     """
 
     def __init__(

@@ -69,7 +69,7 @@ def train(
     crops = crops or keep_crops([model], RandomCrops(source, experiment), progress)
     model.train()
 
-    label, done = f"train {experiment.model.refiner}, seed {experiment.seed}", training.step
+    done, label = training.step, f"train {experiment.model.refiner}, seed {experiment.seed}"
     chosen = [own_part(batch_indices(experiment, step)) for step in range(done, settings.steps)]
     with tqdm(total=settings.steps, initial=done, desc=label, unit="step", smoothing=0, disable=not progress) as bar:
         for step, batch in enumerate(crops.batches(chosen), start=done):
@@ -80,12 +80,12 @@ def train(
             total = torch.zeros((), device=model.device)
             counts, seeds = all_reduce(model.head.counts(labels)), own_part(point_seeds(experiment, step))
             for part in np.array_split(np.arange(len(images)), settings.accumulate):
-                is_last = part[-1] == len(images) - 1
-                with contextlib.nullcontext() if is_last else engine.no_sync(network):
+                last_part = part[-1] == len(images) - 1
+                with contextlib.nullcontext() if last_part else engine.no_sync(network):
                     output = network(images[part], frozen and frozen[part])
-                    share = model.loss(output, labels[part], counts, [seeds[i] for i in part])
-                    (share * engine.num_processes).backward()  # the engine takes the processes' mean
-                total += share.detach()
+                    part_loss = model.loss(output, labels[part], counts, [seeds[i] for i in part])
+                    (part_loss * engine.num_processes).backward()  # the engine takes the processes' mean
+                total += part_loss.detach()
             loss = all_reduce(total).item()
             norm = nn.utils.clip_grad_norm_(training.parameters.values(), settings.clip_norm or math.inf).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -96,17 +96,17 @@ def train(
             optimiser.step()
             training.update_average()
 
-            is_last = step + 1 == settings.steps
+            last_step = step + 1 == settings.steps
             seconds = round(time.perf_counter() - began, 4)
             entry = {"step": step + 1, "loss": loss, "lr": rate, "grad_norm": norm, "seconds": seconds}
-            if validation and ((step + 1) % settings.validate_every == 0 or is_last):
+            if validation and ((step + 1) % settings.validate_every == 0 or last_step):
                 entry["source_miou"] = evaluate({"": model.eval()}, validation, progress=False)[""].miou
                 model.train()
             training.history.append(entry)
             training.step = step + 1
             bar.set_postfix(training.latest(), refresh=False)
             bar.update()
-            if ((step + 1) % settings.checkpoint_every == 0 or is_last) and engine.is_main_process:
+            if ((step + 1) % settings.checkpoint_every == 0 or last_step) and state().is_main_process:
                 training.save()
     training.use_average()
     if state().is_main_process:
@@ -117,14 +117,16 @@ def train(
 
 
 def point_seeds(experiment: Experiment, step: int) -> list[int]:
-    """Of what a mask head draws in a step, one for each crop, whatever process it is on."""
+    """Seeds of the points that a mask head draws in a step, one for each crop, whatever process it is on."""
     size = experiment.train.batch_size
     numbers = range(step * size, (step + 1) * size)
     return [int(np.random.SeedSequence([experiment.seed, 3, i]).generate_state(1)[0]) for i in numbers]
 
 
 def make_optimiser(model: Segmenter) -> torch.optim.AdamW:
-    """AdamW over all that learns, no decay on tokens, norms, biases and scales; `share`: of the step's learning rate.
+    """AdamW over all that learns; tokens, norms, biases and scales do not decay.
+
+    Each group's `share` multiplies the learning rate: 1 for the head, the refiner's rate for all else.
 
     Source: Rein's released settings. Departure: there biases outside of norms decay too.
     """
@@ -143,7 +145,7 @@ def make_optimiser(model: Segmenter) -> torch.optim.AdamW:
 
 
 def learning_rate(settings: Train, step: int) -> float:
-    """Of a step, from 0: even rise over settings.warmup steps, then polynomial decay to 0 at the last."""
+    """Learning rate of a step, from 0: even rise over settings.warmup steps, then polynomial decay towards 0."""
     if step < settings.warmup:
         return settings.learning_rate * (step + 1) / settings.warmup
     left = 1 - (step - settings.warmup) / (settings.steps - settings.warmup)
@@ -151,7 +153,7 @@ def learning_rate(settings: Train, step: int) -> float:
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, settings: Train, step: int) -> float:
-    """Gives each group of an optimiser its share of a step's learning rate, which is returned."""
+    """Sets the learning rate of a step, times `share` in each group, and returns it."""
     rate = learning_rate(settings, step)
     for group in optimiser.param_groups:
         group["lr"] = rate * group["share"]
