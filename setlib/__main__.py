@@ -97,11 +97,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     argument("run", metavar="RUN", nargs="?", help="run folder; default: runs/<profile>")
     argument("--port", metavar="N", type=int, default=0, help="default: a free one")
     argument("--no-browser", action="store_true", help="print the address only")
-    add(
-        "backbones",
-        backbones_command,
-        "List the backbones that are known by name, and whether their weights are on this machine.",
-    )
+    text = "List the backbones that are known by name, and whether their weights are on this machine."
+    add("backbones", backbones_command, text)
     argument = add("import", import_command, "Read a checkpoint of Rein's or SET's release (.pth) into a run folder.")
     argument("checkpoint", metavar="CHECKPOINT", type=Path, help=".pth, as released")
     argument("--out", metavar="RUN", type=Path, required=True, help="a new run folder")
@@ -464,9 +461,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(argv)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.command not in SHARED:
-            raise ValueError(
-                f"{args.command} works in one process: start only train and evaluate with accelerate launch."
-            )
+            raise ValueError(f"{args.command} works in one process: accelerate launch is for train and evaluate.")
         if missing := [name for name in PACKAGES if find_spec(name) is None]:
             raise ModuleNotFoundError(name=missing[0])
         return args.call(args)

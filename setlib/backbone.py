@@ -119,6 +119,8 @@ class FrozenBackbone(nn.Module):
             raise ValueError(f"Frozen features end with layer {done}, but the refiner refines {refined}: end before.")
         if absent := [layer for layer in wanted if layer < done and layer not in maps]:
             raise ValueError(f"The frozen features hold no maps of layers {absent}: name them when they are made.")
+        if frozen and not refined:
+            maps[done] = _patches(frozen.hidden, self.grid(images.shape[2:]))
         if not refined and set(wanted) <= set(maps):
             return {layer: maps[layer] for layer in wanted}
 

@@ -60,11 +60,6 @@ def accelerator(model: Segmenter) -> Accelerator:
     return engine
 
 
-def shard_indices(count: int) -> range:
-    """This process's places of `count`: every n-th of n processes."""
-    return range(state().process_index, count, state().num_processes)
-
-
 def own_part(indices: list[int]) -> list[int]:
     """This process's crops of a step."""
     length = len(indices) // state().num_processes

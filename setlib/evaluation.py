@@ -13,7 +13,7 @@ from setlib._memory import label_map
 from setlib.data import domains
 from setlib.data.domains import Domain
 from setlib.data.labels import ClassSet
-from setlib.distributed import all_gather, all_reduce, shard_indices, state
+from setlib.distributed import all_gather, all_reduce, state
 from setlib.features import SharedFeatures
 from setlib.inference import class_probabilities, cut_picture
 from setlib.metric import MeanIoU, iou_per_class, mean_iou
@@ -61,7 +61,8 @@ def evaluate(models: dict[str, Segmenter], domain: Domain, progress: bool = True
     metrics = {name: MeanIoU(len(classes)) for name in models}
     scores = {name: Score(domain.spec.text, classes, precision=model.precision) for name, model in models.items()}
     shown = progress and state().is_main_process
-    with tqdm(shard_indices(len(domain)), desc=f"evaluate {domain.spec.text}", unit="img", disable=not shown) as bar:
+    own = range(state().process_index, len(domain), state().num_processes)  # of several processes
+    with tqdm(own, desc=f"evaluate {domain.spec.text}", unit="img", disable=not shown) as bar:
         for index, sample in domain.samples(bar):
             reference = np.asarray(domain.to_score(sample.label))
             edge = any_model.experiment.data.edge(domain.spec.name, max(sample.image.shape[:2]))

@@ -60,20 +60,17 @@ class SharedFeatures:
         self.model = max(models, key=lambda model: model.frozen_until)
         self.stop = min((model.frozen_until for model in models if model.frozen_until), default=0)
         read = {layer for model in models for layer in model.feature_layers}
-        self.layers = sorted(layer for layer in read if layer <= self.model.frozen_until)
+        self.layers = sorted(layer for layer in read if layer <= self.model.frozen_until and layer != self.stop)
 
     def __call__(self, images: Tensor) -> FrozenFeatures | None:
         """Features of images (B, 3, h, w) in [0, 1], on the model's device; None if no layer is frozen."""
         if not self.stop:
             return None
+        backbone, device = self.model.backbone, self.model.device
         parts = images.split(self.model.experiment.inference.windows)
         with self.model.autocast():
-            return FrozenFeatures.cat(
-                [
-                    self.model.backbone.frozen_features(part.to(self.model.device), self.stop, self.layers)
-                    for part in parts
-                ]
-            )
+            kept = [backbone.frozen_features(part.to(device), self.stop, self.layers) for part in parts]
+        return FrozenFeatures.cat(kept)
 
 
 class KeptCrops:

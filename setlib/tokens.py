@@ -191,6 +191,5 @@ class SpectralTokens(Refiner):
 
     def forward(self, features: Tensor, layer: int) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        return join_spectrum(self.refine_spectrum(features, layer), (features.shape[1], features.shape[2])).to(
-            features.dtype
-        )
+        size = (features.shape[1], features.shape[2])
+        return join_spectrum(self.refine_spectrum(features, layer), size).to(features.dtype)

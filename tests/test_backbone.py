@@ -321,7 +321,7 @@ def two(backbone: FrozenBackbone) -> FrozenFeatures:
         (r"layers from 1 to 4 \(dinov2\), got \[0\]", lambda b: b.frozen_features(images(), 0)),
         (r"\(B, 3, h, w\), floats in \[0, 1\], got \(3, 32, 32\)", lambda b: b(images()[0])),
         (r"got \(2, 3, 32, 32\) of torch.uint8", lambda b: b(images().to(torch.uint8))),
-        (r"refiner of layer 1 answered .*\(2, 4, 4, 15\), expected \(2, 4, 4, 16\)",
+        (r"refiner of layer 1 returned .*\(2, 4, 4, 15\), expected \(2, 4, 4, 16\)",
          lambda b: b(images(), Narrower([1]))),
         (r"end with layer 2, but the refiner refines \(1, 2, 3, 4\)", lambda b: b(images(), Steps(), frozen=two(b))),
         (r"end with layer 2, but the refiner refines \(2,\)",

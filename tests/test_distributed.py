@@ -85,8 +85,8 @@ def test_the_group_is_left_before_the_process_ends(monkeypatch):
 @pytest.mark.parametrize(
     ("variable", "value", "command", "words"),
     [
-        ("WORLD_SIZE", "2", "run --profile smoke", "start only train and evaluate with accelerate launch"),
-        ("WORLD_SIZE", "2", "backbones", "start only train and evaluate with accelerate launch"),
+        ("WORLD_SIZE", "2", "run --profile smoke", "accelerate launch is for train and evaluate"),
+        ("WORLD_SIZE", "2", "backbones", "accelerate launch is for train and evaluate"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "train --profile smoke --run {}", "train.precision=bfloat16"),
         ("ACCELERATE_USE_FSDP", "true", "train --profile smoke --run {}", "without accelerate's FSDP"),
     ],

@@ -26,7 +26,7 @@ def train_together(
     backbone = load_backbone(first.model.backbone, patch_size=first.model.patch_size)
     source = domains.load(first.data.source, first.data, role="source")
     if crops is None and not all(is_finished(run) for run in runs.values()):
-        models = [build_segmenter(run.experiment, backbone) for run in runs.values()]
+        models = (build_segmenter(run.experiment, backbone) for run in runs.values())  # not kept
         crops = keep_crops(models, RandomCrops(source, first), progress)
     return {
         name: train(run, source=source, backbone=backbone, crops=crops, progress=progress) for name, run in runs.items()

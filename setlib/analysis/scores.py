@@ -149,10 +149,10 @@ def in_words(inference: Inference) -> str:
 
 def metrics_entry(score: Score) -> dict:
     """The entry of metrics.json."""
-    iou = [None if np.isnan(v) else round(float(v), 4) for v in score.iou]
+    iou = [round(value, 4) for value in score.iou.tolist()]
     return {
         "domain": score.domain,
-        "miou": None if np.isnan(score.miou) else round(score.miou, 4),
+        "miou": round(score.miou, 4),
         "per_class": dict(zip(score.class_set.classes, iou, strict=True)),
         "images": len(score.pictures),
         "pixels": int(score.counts.sum()),

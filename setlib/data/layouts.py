@@ -59,10 +59,8 @@ def _both(stem: str) -> tuple[tuple[str, str], ...]:
 
 
 _PLAIN = "images/{name}.*", "labels/{name}.png"
-_MAPILLARY, _MAPILLARY_SPLITS = (
-    "{split}/images/{name}.jpg",
-    {"train": "training", "val": "validation", "test": "testing"},
-)
+_MAPILLARY = "{split}/images/{name}.jpg"
+_MAPILLARY_SPLITS = {"train": "training", "val": "validation", "test": "testing"}
 _MAPILLARY_12 = ("{split}/v1.2/labels/{name}.png", "mapillary12"), ("{split}/labels/{name}.png", "mapillary12")
 _IDD = "gtFine/{split}/{group}/{name}_gtFine_"
 _IDD_LABELS = (f"{_IDD}labelids.png", "idd"), (f"{_IDD}polygons.json", "idd")

@@ -28,14 +28,12 @@ class Preset(NamedTuple):
     licence: str
 
 
-def _presets() -> dict[str, Preset]:
-    with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file)
-        numbers = {"millions": float, "patch": int, "layers": int, "channels": int}
-        return {row.pop("name"): Preset(**row | {k: kind(row[k]) for k, kind in numbers.items()}) for row in rows}
-
-
-PRESETS = _presets()
+NUMBERS = {"millions": float, "patch": int, "layers": int, "channels": int}
+with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as _file:
+    PRESETS = {
+        row.pop("name"): Preset(**row | {key: kind(row[key]) for key, kind in NUMBERS.items()})
+        for row in csv.DictReader(_file)
+    }
 
 
 def check_name(name: str) -> None:

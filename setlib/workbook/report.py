@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from setlib.files import load_json, write_atomic
+from setlib.files import VERSION, load_json, write_atomic
 from setlib.run import Run
 from setlib.workbook.notebooks import differing, figures, notebook_parameters, options, shown
 
@@ -130,9 +130,8 @@ def write_report(run: Run) -> Path:
         if value is not None
     ]
     variants = _stored(run, "results/05_ablations.json").get("spread", ())
-    installed = {found.name.lower(): found.version for found in metadata.distributions()}
-    installed["python"] = sys.version.split()[0]
-    packages = ("setlib", "torch", "transformers", "python")
+    versions = {"setlib": VERSION} | {name: metadata.version(name) for name in ("torch", "transformers")}
+    versions["python"] = sys.version.split()[0]
     values = {
         "experiment": experiment,
         "command": command(run),
@@ -146,7 +145,7 @@ def write_report(run: Run) -> Path:
         "cost": cost_rows(run),
         "differing": [["option", "value"], *differing(experiment).items()],
         "options": [["option", "value"], *options(experiment).items()],
-        "versions": ", ".join(f"{name} {installed.get(name, 'not installed')}" for name in packages),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE.read_text("utf-8"))
     return write_atomic(run.path / "report.html", template.render(values) + "\n")
