@@ -30,7 +30,7 @@ FREE = (  # after training
 SHARED = ("train", "evaluate")  # by several processes
 LISTED = 10  # problems of a domain that are shown
 PACKAGES = ("pydantic", "torch", "transformers", "datasets", "papermill")  # without which no command works
-ENTER = "enter the environment first, with 'source {}/.venv/bin/activate' or 'conda activate setlib' (README.md, Start)"
+ENTER = "enter the environment first: 'source {}/.venv/bin/activate' or 'conda activate setlib' (README.md)"
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,6 +1,6 @@
 """Several processes that train or score together, as `accelerate launch` starts them; one process is the plain case.
 
-Each takes its shard of a step's crops, or of a domain's pictures, and sums are taken over all of them.
+Each takes its part of a step's crops, or of a domain's pictures, and sums are taken over all of them.
 """
 
 from __future__ import annotations

@@ -118,9 +118,7 @@ class Train:
     clip_norm: NotNegative = 1.0  # largest gradient norm; 0 = off
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the moving average of the weights; 0 = off
     checkpoint_every: Positive = 100  # steps
-    validate_every: Count = (
-        0  # steps between scores on other pictures of the source; 0 = never. Before ema; chooses nothing
-    )
+    validate_every: Count = 0  # steps between scores on other source pictures, before ema; 0 = never. Chooses nothing
     validate_on: str = ""  # a domain of the source's data set: gtav:val@folder; empty = what its name gives for scoring
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto = bfloat16 where it is faster
     checkpointing: bool = False  # keeps only the input of each layer for the gradient: less memory, more time

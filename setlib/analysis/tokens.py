@@ -175,10 +175,12 @@ def batch_leak(features: Tensor, names: Sequence[str] = ("rein", "set", "set-rel
     """
     rows = []
     for name in names:
-        torch.manual_seed(seed)
-        refiner = build_refiner(name, (1,), features.shape[-1], TOKENS, RANK).to(features.device)
-        for branch in refiner.branches().values():
-            nn.init.kaiming_uniform_(branch.delta_map.weight, a=math.sqrt(5))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            refiner = build_refiner(name, (1,), features.shape[-1], TOKENS, RANK)
+            for branch in refiner.branches().values():
+                nn.init.kaiming_uniform_(branch.delta_map.weight, a=math.sqrt(5))
+        refiner.to(features.device)
         in_company = _added(refiner, features, [0, 1])
         row = {"refiner": name}
         for title, order in {"another mate (%)": [0, 2], "another place (%)": [1, 0], "alone (%)": [0]}.items():
@@ -213,9 +215,9 @@ def normalisation_table(features: Tensor, seed: int = 0) -> list[dict]:
     }
     rows = []
     for normalise, (title, most) in cases.items():
-        torch.manual_seed(seed)
-        tokens = LowRankTokens(1, TOKENS, channels, RANK)
-        branch = TokenBranch(tokens, channels, normalise).to(features.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            branch = TokenBranch(LowRankTokens(1, TOKENS, channels, RANK), channels, normalise).to(features.device)
         share = branch.attention(amplitude, 0).cpu().numpy()
         row = {"similarities normalised": title, "entropy": entropy(share)}
         rows.append(row | {"largest share (%)": 100 * float(share.max()), "bound (%)": most})

@@ -94,7 +94,7 @@ def loss_curves(histories: Mapping[str, Sequence[Mapping]], ax: Axes | None = No
 
 @quiet
 def distances(table: Sequence[Mapping], ax: Axes | None = None, chosen: str | int | None = None) -> Axes:
-    """Distance in amplitude and phase by layer: rows of `analysis.compare` with a layer; chosen: is pointed out."""
+    """Distance in amplitude and phase by layer: rows of `spectra.compare` with a layer; chosen: is pointed out."""
     series = {part: [row[part] for row in table] for part in ("amplitude", "phase")}
     layers = [row["layer"] for row in table]
     ax = _bars(series, _layers(layers), _axes(ax, 2.2), upright=True, digits=3 if len(layers) < 8 else 2)
@@ -240,7 +240,7 @@ def intervals(table: Sequence[Mapping], ax: Axes | None = None) -> Axes:
 def movement(table: Sequence[Mapping], ax: Axes | None = None) -> Axes:
     """How much amplitude and phase move with style (solid) and with content (dashed), layer by layer.
 
-    table: rows with layer ("pixels" or a number), part, style and content (`analysis.movement`).
+    table: rows with layer ("pixels" or a number), part, style and content (`analysis.spectra.movement`).
     """
     ax = _axes(ax, 3.2)
     layers, parts = (list(dict.fromkeys(row[key] for row in table)) for key in ("layer", "part"))

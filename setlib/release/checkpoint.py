@@ -76,8 +76,7 @@ def import_checkpoint(path: Path, out: Path, backbone: str = "") -> Run:
     }
     options = [f"model.{key}={value}" for key, value in options.items()]
     experiment = PROFILES["paper"].override(*options, "inference.windows=1")  # as released: one window at a time
-    run = Run(out, experiment)
-    run.write_json("experiment.json", experiment.to_dict())
+    run = Run.open(out, experiment)
     write_model(out / "model", tensors, experiment, fingerprint="")
     return run
 

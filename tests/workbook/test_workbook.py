@@ -31,6 +31,7 @@ from traitlets.config import Config
 
 from setlib import __main__ as cli
 from setlib.analysis import ablation
+from setlib.checkpoint import read_history
 from setlib.experiment import Experiment
 from setlib.files import PROJECT, STATIC
 from setlib.run import Run
@@ -317,6 +318,8 @@ def test_the_workbook_runs_from_end_to_end(tmp_path, capsys, monkeypatch):
         assert json.loads((folder / "results" / f"{name}.json").read_text())["peak_bytes"] > 0
         assert re.search(rf"^{name} +[\d.]+ +[\d.]+ GB$", output, flags=re.M)
 
+    first = Run.load(folder).read_json("results/03_training.json")["first_losses"]  # of the loop as it is written out
+    assert first and first == [entry["loss"] for entry in read_history(Run.load(folder))[: len(first)]]
     metrics = json.loads((folder / "metrics.json").read_text())
     experiment = Experiment.build("smoke")
     assert (metrics["profile"], metrics["seed"], metrics["source"]) == ("smoke", 0, "scenes:game")
