@@ -50,3 +50,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'setlib' has no attribute '{name}'")
     module, _, inside = PLACES[name].rpartition(".")
     return getattr(import_module(f"setlib.{module}"), inside)
+
+
+def __dir__() -> list[str]:
+    """What completion offers."""
+    return sorted({*globals(), *__all__})

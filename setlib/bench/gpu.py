@@ -36,8 +36,7 @@ from setlib.weights.presets import is_here
 DINOV2 = {"tiny": (24, 6, 2), "S": (384, 12, 6), "L": (1024, 24, 16)}  # channels, layers, attention heads
 REFINERS = ("none", "rein", "set", "set-released")
 PROFILE = "quick"  # of the step on the offline backbone
-BACKBONE, CROPS = "L", (512, 1024)  # of the paper's model; pixels
-BATCHES = (4, 2, 1)  # images, of which the first that fit
+BACKBONE, CROPS, BATCHES = "L", (512, 1024), (4, 2, 1)  # of the paper's model; pixels; images, the first that fit
 PRECISIONS = ("bfloat16", "float32")
 WARM_UP, STEPS, SECONDS = 2, 3, 1.0  # steps before those that are measured, of which at least so many for so long
 LIMIT = 265.0  # seconds; what was not reached by then is left out

@@ -34,6 +34,7 @@ from setlib.refiners import build_refiner
 Step = Callable[[], object]
 Size = tuple[int, int, int, int]  # (B, H, W, C)
 NAMES = ("refiner", "parts", "grid", "step", "cache", "checkpointing", "paper", "gpu")
+FRESH = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"))  # a process of its own
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TURN = 0.2  # seconds that a turn lasts at least: a short step is taken several times
 SIZES: tuple[Size, ...] = ((4, 32, 32, 1024), (2, 16, 32, 384))
@@ -191,15 +192,10 @@ def timings(step: Step, count: int, seconds: float) -> list[float]:
     return taken
 
 
-def _process() -> ProcessPoolExecutor:
-    """A fresh process."""
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-
-
 def _measured(group: Sequence[Case], bar: tqdm) -> list[dict]:
     """Rows without ratios of cases that take their turns one after the other."""
     with contextlib.ExitStack() as stack:
-        processes = [stack.enter_context(_process()) for _ in group]
+        processes = [stack.enter_context(FRESH()) for _ in group]
         for process, case in zip(processes, group, strict=True):
             process.submit(_prepare, case.prepare).result()
             bar.update()
@@ -210,7 +206,7 @@ def _measured(group: Sequence[Case], bar: tqdm) -> list[dict]:
     rows = []
     for case, seconds in zip(group, zip(*turns, strict=True), strict=True):
         row = {"bench": case.bench, "variant": case.variant, "size": case.size, "seconds": statistics.median(seconds)}
-        with _process() as process:
+        with FRESH() as process:
             rows.append(row | {"peak_bytes": process.submit(_peak, case.prepare).result()})
         bar.update()
     return rows
