@@ -41,7 +41,7 @@ class Survey(NamedTuple):
 def survey(domain: Domain, class_set: ClassSet, limit: int = 100) -> Survey:
     """Reads at most `limit` pictures of a domain, evenly spaced; its labels are merged into class_set."""
     counts, greys, sizes = np.zeros(256, np.int64), [], []
-    for _, sample in domain.samples(_evenly(len(domain), limit)):
+    for _, sample in domain.samples(evenly(len(domain), limit)):
         sizes.append(f"{sample.image.shape[1]} x {sample.image.shape[0]}")
         grey = sample.image.mean(-1)
         greys.append((grey.mean(), grey.std()))
@@ -53,7 +53,8 @@ def survey(domain: Domain, class_set: ClassSet, limit: int = 100) -> Survey:
     return Survey(domain.spec.text, len(domain), statistics.mode(sizes), brightness, contrast, shares)
 
 
-def _evenly(length: int, limit: int) -> list[int]:
+def evenly(length: int, limit: int) -> list[int]:
+    """At most `limit` places of so many, evenly spaced."""
     return sorted({round(i) for i in np.linspace(0, length - 1, min(limit, length)).tolist()})
 
 
@@ -101,7 +102,7 @@ def styled_scenes(data: Data, layouts: int, styles: Sequence[str] = STYLES) -> d
 
 def domain_profile(domain: Domain, long_edge: int, limit: int = 8) -> tuple[np.ndarray, np.ndarray]:
     """`spectra.radial_profile` averaged over pictures of one long edge (grey values 0 to 255): radii, profile."""
-    images = [to_tensor(sample.image) for _, sample in domain.samples(_evenly(len(domain), limit))]
+    images = [to_tensor(sample.image) for _, sample in domain.samples(evenly(len(domain), limit))]
     found = [spectra.radial_profile(255 * resize(image, fit(image, long_edge))) for image in images]
     return found[0][0].numpy(), torch.cat([profile for _, profile in found]).mean(0).numpy()
 
