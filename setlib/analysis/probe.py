@@ -19,6 +19,7 @@ from setlib.backbone import FrozenBackbone
 from setlib.data.augment import fit, resize, to_tensor
 from setlib.data.domains import Domain
 from setlib.data.labels import CITYSCAPES, IGNORE
+from setlib.tokens import Refiner
 
 RIDGE = 1e-2  # in units of the features' variance
 PRESENT, OFTEN = 0.01, (0.1, 0.9)  # a class is in a picture with this share of its pixels; in how many pictures it is
@@ -55,11 +56,18 @@ def fit_lens(features: Tensor, labels: Tensor, num_classes: int = len(CITYSCAPES
 
 
 @torch.no_grad()
-def fit_lenses(backbone: FrozenBackbone, domain: Domain, layers: Sequence[int], pictures: int = 24) -> dict[int, Lens]:
-    """A lens for each layer, fitted to a labelled domain of the 19 train classes: {layer: Lens}."""
+def fit_lenses(
+    backbone: FrozenBackbone,
+    domain: Domain,
+    layers: Sequence[int],
+    pictures: int = 24,
+    refiner: Refiner | None = None,
+) -> dict[int, Lens]:
+    """A lens for each layer, fitted to a labelled domain of the 19 train classes: {layer: Lens}; behind a refiner."""
     maps, labels = [], []
     for _, sample in domain.samples(evenly(len(domain), pictures)):
-        maps.append(backbone(to_tensor(sample.image), layers=layers))
+        found = backbone(to_tensor(sample.image).to(backbone.mean.device), refiner, layers=layers)
+        maps.append({layer: features.cpu().float() for layer, features in found.items()})
         labels.append(at_patches(domain.ids.to_train[sample.label], backbone.patch_size))
     return {layer: fit_lens(torch.cat([one[layer] for one in maps]), torch.stack(labels)) for layer in layers}
 

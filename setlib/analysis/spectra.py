@@ -1,24 +1,23 @@
-"""What spectra look like in numbers and pictures: how amplitude and phase move with style and with content.
+"""What spectra and features look like in numbers and pictures: distances, components, what is similar to what.
 
 Everything here measures; drawing is in the room `plots`, the transforms are in `spectral.py`, what domains hold is in
-`survey.py`, what tokens do in `tokens.py`. The functions `say_...` put results into Markdown sentences, made from the
-numbers alone.
+`survey.py`, what tokens do in `tokens.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from itertools import combinations
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from setlib import spectral
-from setlib.backbone import FrozenBackbone
 
 PARTS = ("amplitude", "phase")
+COMPONENTS = 32  # in which patches are compared
 
 
 def spectrum_pictures(x: Tensor) -> dict[str, np.ndarray]:
@@ -104,51 +103,6 @@ def compare(x: Tensor, y: Tensor, axes: spectral.Axes = spectral.GRID) -> dict[s
     return {part: ((weights * value).sum() / total).item() for part, value in moved.items()}
 
 
-def movement(backbone: FrozenBackbone, pictures: Mapping[str, Tensor], layers: Sequence[int]) -> list[dict]:
-    """How much amplitude and phase move with style and with content, in the pixels and after frozen layers.
-
-    pictures: {style: (layouts, 3, h, w)} in [0, 1], the same layouts in every style, sides multiples of the patch size.
-    style: mean of `compare` over all pairs of styles of one layout; content: over all pairs of layouts of one style.
-    Returns rows with layer ("pixels" or the number), part, style, content and ratio = style / content.
-    Raises ValueError if there are not at least two styles and two layouts.
-    """
-    if len(pictures) < 2 or min(len(images) for images in pictures.values()) < 2:
-        raise ValueError("Movement needs at least two styles and two layouts of each.")
-    maps = {style: backbone(images, layers=layers) for style, images in pictures.items()}
-    spaces = {"pixels": (pictures, spectral.PIXELS)}
-    for layer in layers:
-        spaces[layer] = ({style: found[layer] for style, found in maps.items()}, spectral.GRID)
-    layouts = range(len(next(iter(pictures.values()))))
-    first, second = (list(side) for side in zip(*combinations(layouts, 2), strict=True))
-    rows = []
-    for layer, (features, axes) in spaces.items():
-        near = [compare(x, y, axes) for x, y in combinations(features.values(), 2)]
-        far = [compare(x[first], x[second], axes) for x in features.values()]
-        for part in PARTS:
-            style, content = (float(np.mean([one[part] for one in found])) for found in (near, far))
-            ratio = style / content if content else None
-            rows.append({"layer": layer, "part": part, "style": style, "content": content, "ratio": ratio})
-    return rows
-
-
-def say_movement(rows: Sequence[Mapping]) -> str:
-    """The rows of `movement` as Markdown sentences."""
-    lines, gaps = [], []
-    for a, p in zip(rows[::2], rows[1::2], strict=True):  # amplitude and phase of one place
-        place = "In the **pixels**" if a["layer"] == "pixels" else f"After **layer {a['layer']}**"
-        lines.append(
-            f"- {place} the log amplitude moved by {a['style']:.2f} between styles and {a['content']:.2f} between "
-            f"layouts, the phase by {p['style']:.2f} and {p['content']:.2f}."
-        )
-        gaps.append((a["ratio"] or 0) - (p["ratio"] or 0))
-    lines.append(
-        f"- In units of what another layout changes, style moved the amplitude more than the phase in "
-        f"{sum(gap > 0 for gap in gaps)} of {len(gaps)} places, and the phase more than the amplitude in "
-        f"{sum(gap < 0 for gap in gaps)}."
-    )
-    return "\n".join(lines)
-
-
 def swaps(content: Tensor, style: Tensor, low: float, axes: spectral.Axes = spectral.GRID) -> dict[str, Tensor]:
     """Content, style, and content with parts of the style's spectrum, by title; low: where the low band ends."""
     return {
@@ -169,11 +123,29 @@ def feature_pictures(features: Sequence[Tensor], fitted: int | None = None) -> l
     """
     sizes = [f.shape[1] * f.shape[2] for f in features]
     known = sum(sizes[:fitted])
-    flat = torch.cat([f.flatten(0, 2) for f in features]).double()  # (patches, C)
-    flat = flat - flat[:known].mean(0)
-    axes = torch.linalg.eigh(flat[:known].T @ flat[:known])[1][:, -3:].flip(1)  # (C, 3), the strongest first
-    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
-    values = flat @ axes
+    values = _components(features, known, 3)
     low, high = values[:known].quantile(0.01, dim=0), values[:known].quantile(0.99, dim=0)
     values = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float()
     return [v.view(*f.shape[1:3], 3).numpy() for v, f in zip(values.split(sizes), features, strict=True)]
+
+
+def similarities(features: Sequence[Tensor], patch: int) -> list[np.ndarray]:
+    """How similar every patch of feature maps (1, H, W, C) is to one of its own map, by its row-major number: (H, W).
+
+    Cosines, -1 to 1, of the strongest COMPONENTS principal components of all maps together: what all patches share is
+    their mean, which is taken off, and what few share is left out.
+    Raises ValueError if there is no such patch.
+    """
+    height, width = features[0].shape[1:3]
+    if not 0 <= patch < height * width:
+        raise ValueError(f"The patches are 0 to {height * width - 1}, row by row, not {patch}.")
+    values = _components(features, None, COMPONENTS).split(height * width)
+    return [F.cosine_similarity(v, v[patch], dim=1).view(height, width).float().numpy() for v in values]
+
+
+def _components(features: Sequence[Tensor], known: int | None, count: int) -> Tensor:
+    """Principal components of patches, (patches, count) float64, the strongest first; found on the first `known`."""
+    flat = torch.cat([f.flatten(0, 2) for f in features]).double()  # (patches, C)
+    flat = flat - flat[:known].mean(0)
+    axes = torch.linalg.eigh(flat[:known].T @ flat[:known])[1][:, -count:].flip(1)  # (C, count)
+    return flat @ (axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign())

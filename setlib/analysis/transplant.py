@@ -6,7 +6,6 @@ judged by one yardstick, the share of the distance from A to A* that it closes, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -29,15 +28,24 @@ OCTAVES = {
 Part = Callable[[Tensor, Tensor], Tensor]  # of A and B, both (B, H, W, C): A with a part of B's
 
 
-def swap_spectrum(x: Tensor, y: Tensor, part: str, low: float = 0.0, high: float = 2.0) -> Tensor:
+def swap_spectrum(
+    x: Tensor,
+    y: Tensor,
+    part: str,
+    low: float = 0.0,
+    high: float = 2.0,
+    weight: float = 1.0,
+    axes: spectral.Axes = spectral.GRID,
+) -> Tensor:
     """x (B, H, W, C) with y's amplitude or phase at the frequencies low < radius <= high; low 0: zero frequency too.
 
-    Raises ValueError for another part.
+    weight: how far towards y, 0 to 1; axes: those that are transformed. Raises ValueError for another part.
     """
     if part not in ("amplitude", "phase"):
         raise ValueError(f"Unknown part '{part}': expected amplitude or phase.")
     mix = spectral.mix_amplitude if part == "amplitude" else spectral.mix_phase
-    return mix(x, y, low=math.nextafter(low, 2) if low else 0.0, high=high)
+    above = float(np.nextafter(np.float32(low), np.float32(2))) if low else 0.0  # radii are float32
+    return mix(x, y, weight, above, high, axes)
 
 
 def swap_mean(x: Tensor, y: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""The four interactive views: pure functions first, widgets over them."""
+"""The interactive views: pure functions first, widgets over them."""

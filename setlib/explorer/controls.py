@@ -1,4 +1,4 @@
-"""The explorer's parts: what each control means, a file button, a box that keeps its keys, choices and sentences."""
+"""The explorer's parts: what each control means, a picture to click, a file button, a box that keeps its keys, a choice."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ NOTES = {  # what each control means
     "space": "Where the swap happens: in the pixels, or in the features, what the backbone (the frozen vision model) "
     "has made of each patch (a square of pixels) after one of its layers; with a trained run, after its tokens too. "
     "Features are shown by their three strongest components, as red, green and blue: equal colours, similar features.",
+    "patch": "A patch of the content by its number, row by row: click on it in a picture; -1 is none. All patches are "
+    "then coloured by how similar their features are to this one's, before and after the swap: by the cosine in the "
+    "32 strongest components of both together. A swap in the pixels is looked at after the last layer but one, one in "
+    "the features after its own layer.",
     "band": "Which waves move. 0 is the mean of the picture, 1 the finest stripes along an axis, 1.5 everything. The "
     "rings in the spectra show the band; zero frequency is in their middle. Spectra show log(1 + amplitude): "
     "each step in brightness is a factor.",
@@ -43,9 +47,25 @@ NOTES = {  # what each control means
     "opacity": "How strongly the label's colours cover the picture.",
     "only": "Colours one class alone; next, previous and random then stop at pictures that hold it.",
     "steps": "The picture before, the one behind, or one by chance (the same ones after every start).",
+    "measure": "How much of the way to the same street in the other style a swap closes on average, how much its "
+    "placebo closes (the same swap in a random basis, which knows nothing of waves), or how often the content stays.",
+    "cell": "The cell of the atlas that is framed; a click on a cell chooses it and opens its swap.",
+    "open": "Opens the framed cell as a swap of two pictures of yours, with the same part, place and frequencies.",
+    "state": "This line holds all controls: as a parameter of notebook 02 it opens the view as it is now.",
     "code": "This line makes the same picture without widgets: copy it into a script or a cell.",
 }
 WIDE = {"style": {"description_width": "92px"}, "layout": ipywidgets.Layout(width="410px")}
+
+
+class Picture(anywidget.AnyWidget):
+    """A picture, JPEG, that tells where it is clicked: `clicked(x, y)`, fractions from its upper left corner."""
+
+    _esm = Path(__file__).with_name("picture.js")
+    value = traitlets.Bytes().tag(sync=True)
+
+    def __init__(self, clicked: Callable[[float, float], None], width: int) -> None:
+        super().__init__(layout=ipywidgets.Layout(width=f"{width}px", max_width="100%"))
+        self.on_msg(lambda _, told, __: clicked(told["x"], told["y"]))
 
 
 class Upload(anywidget.AnyWidget):

@@ -9,9 +9,10 @@ import io
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from hashlib import sha256
-from itertools import chain, count
+from itertools import chain, count, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,23 +23,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from setlib import spectral
-from setlib.analysis.spectra import compare
-from setlib.analysis.tokens import Intervened, Reading, read_tokens
+from setlib.analysis import factorial
+from setlib.analysis.probe import Lens, fit_lenses
+from setlib.analysis.spectra import PARTS, compare
+from setlib.analysis.tokens import Attention, Intervened, Reading, read_tokens
 from setlib.backbone import FrozenBackbone
 from setlib.checkpoint import FILES, load_segmenter
 from setlib.data import domains
 from setlib.data.augment import fit, resize, to_tensor
 from setlib.data.decode import read_picture
-from setlib.data.labels import IGNORE
+from setlib.data.labels import IGNORE, ClassSet
 from setlib.distributed import default_device
-from setlib.files import PROJECT, write_atomic
+from setlib.files import PROJECT, load_json, write_atomic
 from setlib.metric import iou_per_class, mean_iou, pixel_counts
 from setlib.refiners import build_refiner
 from setlib.run import Run
+from setlib.tokens import Refiner
 from setlib.weights.load import load_backbone
 
 LONG_EDGE, KEPT_EDGE = 448, 1024  # pixels, at most: of a picture in the views, and of an uploaded file
 MOST_PIXELS, NARROWEST = 60_000_000, 16  # of a picture: decoded whole it needs 10 bytes a pixel; long by short side
+ALL = "all classes"  # no class alone
+FITTED = 24  # pictures of the source that a lens is fitted to
+ATLAS = "premise/atlas.json"  # in the run folder: the swaps of the premise's study
 UNNAMED = ("scenes:game", "scenes:night")  # where a run names no domains
 GREYS = {"1", "L", "I", "F", "A"}  # the bands of pictures without colour
 
@@ -64,6 +71,7 @@ class Material:
         self.names = list(dict.fromkeys(named)) or list(UNNAMED)
         self.choices = {name: name for name in self.names}  # of every view: as shown -> name
         self._written: dict[str, int] = {}  # when a run's model was
+        self._lenses: dict[str, dict[int, Lens]] = {}  # by run and layer
         # the answers that were asked for last are kept, so many of each
         self.domain = lru_cache(64)(lambda name: domains.load(name, data, role="target"))  # one number, one street
         self.sample = lru_cache(4)(self._sample)
@@ -72,6 +80,7 @@ class Material:
         self.model = lru_cache(3)(lambda run: load_segmenter(find_folder(run)))
         self.maps = lru_cache(6)(self._maps)
         self.distances = lru_cache(16)(self._distances)
+        self.shares = lru_cache(16)(self._shares)
         self.segmented = lru_cache(16)(self.segment)  # of pictures as they are
         self.reading = lru_cache(4)(self._reading)
 
@@ -179,7 +188,8 @@ class Material:
         written = max((file.stat().st_mtime_ns for file in files if run and file.is_file()), default=0)
         if self._written.setdefault(run, written) != written:
             self._written[run] = written
-            for kept in (self.model, self.maps, self.distances, self.segmented, self.reading):
+            self._lenses.pop(run, None)
+            for kept in (self.model, self.maps, self.distances, self.shares, self.segmented, self.reading):
                 kept.cache_clear()
 
     def runs(self) -> list[str]:
@@ -207,14 +217,37 @@ class Material:
             raise ValueError(f"Unknown space '{space}': expected pixels or layer 1 to layer {last}.")
         return int(space.removeprefix("layer "))
 
+    def refiner(self, run: str) -> Refiner:
+        """That of a run's model; without a run one that refines nothing."""
+        return self.model(run).refiner if run else Refiner()
+
     @torch.no_grad()
-    def _maps(self, run: str, name: str, index: int, size: tuple[int, int]) -> dict[int, Tensor]:
-        """Features (1, H, W, C) of a picture after every layer; of a run: as its refiner leaves them."""
+    def features(self, run: str, image: Tensor, refiner: Refiner | None = None) -> dict[int, Tensor]:
+        """Features (1, H, W, C) of (1, 3, h, w) after every layer, as the run's refiner or another one leaves them."""
         backbone = self.backbone(run).to(default_device())
-        image = self.image(name, index, size).to(default_device())
-        refiner = self.model(run).refiner if run else None
-        maps = backbone(image, refiner, layers=range(1, backbone.num_layers + 1))
+        layers = range(1, backbone.num_layers + 1)
+        maps = backbone(image.to(default_device()), refiner or self.refiner(run), layers=layers)
         return {layer: features.cpu().float() for layer, features in maps.items()}
+
+    def _maps(self, run: str, name: str, index: int, size: tuple[int, int]) -> dict[int, Tensor]:
+        """The features of a picture as it is."""
+        return self.features(run, self.image(name, index, size))
+
+    def grid(self, run: str, name: str, index: int) -> tuple[int, int]:
+        """Rows and columns of a picture's patches; (0, 0) where no backbone is."""
+        has_patches = run or not self.missing
+        return self.backbone(run).grid(self.image(name, index).shape[-2:]) if has_patches else (0, 0)
+
+    def lenses(self, run: str, layers: Sequence[int]) -> dict[int, Lens]:
+        """A linear head for each layer, fitted to pictures of the run's labelled source when it is first asked for."""
+        data, known = self.experiment.data, self._lenses.setdefault(run, {})
+        if not data.source:
+            raise ValueError("A lens is fitted to the run's labelled source, and this run names none.")
+        if missing := [layer for layer in layers if layer not in known]:
+            few = replace(data, train_images=min(data.train_images or FITTED, FITTED))
+            source, backbone = domains.load(data.source, few, role="source"), self.backbone(run).to(default_device())
+            known.update(fit_lenses(backbone, source, missing, FITTED, self.refiner(run)))
+        return known
 
     def pair(
         self, run: str, layer: int, first: tuple[str, int], second: tuple[str, int]
@@ -240,6 +273,34 @@ class Material:
         x, y = self.maps(run, first, first_index, size), self.maps(run, second, second_index, size)
         return table + [{"layer": f"layer {layer}", **compare(x[layer], y[layer])} for layer in x]
 
+    def has_styles(self, first: str, second: str) -> bool:
+        """Whether two domains are the same rendered streets in two styles."""
+        one, other = (domains.parse(name)._replace(text="", folder="") for name in (first, second))
+        return one.name == other.name == "scenes" and one != other
+
+    def _shares(self, run: str, styles: tuple[str, str], layouts: tuple[int, int]) -> list[dict]:
+        """Shares of style, content and interaction in two layouts x two styles, in the pixels and after every layer.
+
+        Rows with layer ("pixels" or "layer 9"), part, factor, share (1 = all of the variance).
+        """
+        cells = [(style, layout) for layout in layouts for style in styles]
+        spaces = {"pixels": torch.cat([self.image(*cell).permute(0, 2, 3, 1) for cell in cells])}
+        if run or not self.missing:
+            maps = [self.maps(run, *cell, tuple(spaces["pixels"].shape[1:3])) for cell in cells]
+            spaces |= {f"layer {layer}": torch.cat([one[layer] for one in maps]) for layer in maps[0]}
+        rows = []
+        for (layer, x), part in product(spaces.items(), PARTS):
+            found = factorial.shares(factorial.band_products(x, part)[factorial.ALL], len(layouts)).tolist()
+            for factor, share in zip(factorial.FACTORS, found, strict=True):
+                rows.append({"layer": layer, "part": part, "factor": factor, "share": share})
+        return rows
+
+    def atlas_rows(self) -> list[dict]:
+        """The rows of the premise's study. Raises ValueError where it has not been made."""
+        if not (path := self.run.path / ATLAS).is_file():
+            raise ValueError("There is no atlas yet: notebook 02 or `python -m setlib premise` makes it.")
+        return load_json(path)
+
     @torch.no_grad()
     def segment(
         self, run: str, name: str, index: int, image: Tensor | None = None, refiner: Intervened | None = None
@@ -250,7 +311,10 @@ class Material:
         """
         model, image = self.model(run), self.image(name, index) if image is None else image
         output = model(image.to(model.device), refiner=refiner)
-        scores = model.pixel_probabilities(output, tuple(image.shape[-2:]))[0].float().cpu()
+        return self.judge(model.pixel_probabilities(output, tuple(image.shape[-2:]))[0].float().cpu(), name, index)
+
+    def judge(self, scores: Tensor, name: str, index: int) -> Segmented:
+        """Scores of the 19 classes, (19, h, w), in the domain's classes, against the label of a picture."""
         classes, label = self.domain(name).class_set, self.label(name, index)
         places = classes.merge(scores).argmax(0).byte().numpy()
         if label is None or (label == IGNORE).all():
@@ -265,6 +329,51 @@ class Material:
         if not model.refiner.branches():
             raise ValueError(f"The refiner '{model.experiment.model.refiner}' of {run} has no tokens that attend.")
         return read_tokens(model, self.image(name, index))
+
+    def places(self, run: str, domain: str, index: int) -> dict[int, dict[str, Attention]]:
+        """The layers with tokens that attend, and what those of each branch attend to."""
+        self.renew(run)
+        found: dict[int, dict[str, Attention]] = {}
+        for one in self.reading(run, domain, index).attention:
+            found.setdefault(one.layer, {})[one.branch] = one
+        return found
+
+    def ranking(self, run: str, domain: str, index: int, layer: int, branch: str) -> list[tuple[int, float]]:
+        """The tokens of a branch after a layer with their influence, the strongest first; token 0 adds nothing."""
+        known = self.places(run, domain, index)
+        if branch not in known.get(layer, {}):
+            there = "; ".join(f"layer {n}: {', '.join(branches)}" for n, branches in known.items())
+            raise ValueError(f"There are no tokens{branch and f' of {branch}'} after layer {layer}: {there}.")
+        influence = known[layer][branch].influence
+        return [(int(m), float(influence[m])) for m in np.argsort(-influence[1:], kind="stable") + 1]
+
+    def find(self, domain: str, index: int, step: int = 1, only: str = ALL) -> int:
+        """The next picture (step 1) or the one before (step -1) that holds a class, round the end if need be.
+
+        Raises ValueError if no picture of the domain holds it.
+        """
+        count, classes = len(self.domain(domain)), self.domain(domain).class_set
+        if only == ALL:
+            return (index + step) % count
+        place, damaged = place_of(classes, only), 0
+        for away in range(1, count + 1):
+            found = (index + step * away) % count
+            try:
+                label = self.label(domain, found)
+            except ValueError:
+                damaged += 1
+                continue
+            if label is not None and (label == place).any():
+                return found
+        unread = f" ({damaged} cannot be read)" if damaged else ""
+        raise ValueError(f"No picture of {domain} holds the class {only}{unread}: choose another, or '{ALL}'.")
+
+
+def place_of(classes: ClassSet, name: str) -> int:
+    """Where a class is in a set. Raises ValueError for an unknown one."""
+    if name not in classes.classes:
+        raise ValueError(f"Unknown class '{name}': expected one of {', '.join(classes.classes)}.")
+    return classes.classes.index(name)
 
 
 def find_folder(folder: str | Path) -> Path:

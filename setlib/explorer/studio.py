@@ -1,35 +1,59 @@
-"""The four views of the explorer as pure functions: equal arguments give equal boards, in a script or behind a slider.
+"""The views of the explorer as pure functions: equal arguments give equal boards, in a script or behind a slider.
 
 swap: one part of a picture's spectrum towards another's; layers: how far two pictures lie apart, layer by layer;
-tokens: where a token attends and what it changes; browse: a domain with its labels. Widgets are in `widgets.py`.
+tokens: where a token attends and what it changes; browse: a domain with its labels; lens: what a linear head would say
+before and after a swap; atlas: the swaps of a whole study. Widgets are in `widgets.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from setlib import plots, spectral
-from setlib.analysis.spectra import PARTS, feature_pictures, log_amplitude_picture, phase_picture
-from setlib.analysis.tokens import Attention, Intervened
+from setlib.analysis.spectra import PARTS, feature_pictures, log_amplitude_picture, phase_picture, similarities
+from setlib.analysis.survey import evenly
+from setlib.analysis.tokens import Intervened
+from setlib.analysis.transplant import OCTAVES, closed, placebo, swap_spectrum
 from setlib.data.augment import to_image
 from setlib.data.domains import short_name
-from setlib.data.labels import IGNORE, ClassSet
-from setlib.explorer.material import Material, Segmented, find_folder
-from setlib.plots import Board, Panel
+from setlib.data.labels import IGNORE
+from setlib.explorer.material import ALL, ATLAS, Material, Segmented, find_folder, place_of
+from setlib.plots import Board, Cells, Panel, framed
 from setlib.run import Run
 
 HIGHEST = 1.5  # of a band; the corner of the spectrum lies at sqrt(2)
-ALL = "all classes"
+ALIKE, LENSES = 0.5, 6  # a cosine from which patches count as alike; layers that are read, at most
+MEASURES = {"closed": "way closed", "placebo": "way closed by the placebo", "content kept": "content kept"}
+CLICKABLE = ("content", "mixture", "features", "similarity", "segmentation", "ground truth", "pixels that flipped")
+Place = tuple[str, int]  # of a picture: a domain and its number
+
+
+class Swapped(NamedTuple):
+    """A swap as it was made: after a layer (0: in the pixels), on the content `here` (1, 3, h, w).
+
+    maps: content, style and mixture, transformed over axes; band: None for all; change: (x, y) -> mixture.
+    """
+
+    layer: int
+    here: Tensor
+    maps: tuple[Tensor, Tensor, Tensor]
+    axes: spectral.Axes
+    band: tuple[float, float] | None
+    change: Callable[[Tensor, Tensor], Tensor]
+    words: str
 
 
 class Studio(Material):
-    """The four views of a run's domains, backbone and trained models.
+    """The views of a run's domains, backbone and trained models.
 
     Every view takes names and numbers and returns a `Board`. A domain is named as everywhere; `run` is the folder of
     a trained run, "" for none: then there is no segmentation, and features are the frozen backbone's.
@@ -56,48 +80,174 @@ class Studio(Material):
         high: float = HIGHEST,
         weight: float = 1.0,
         run: str = "",
+        patch: int = -1,
     ) -> Board:
         """The content picture with one part of its spectrum moved towards the style's.
 
         part: "amplitude" or "phase"; space: "pixels", or "layer 9" for the features after a layer (after the refiner,
-        where the run has one there); low, high: the band of frequencies that moves, 1 = the highest along an axis;
-        weight: how far, 0 to 1. With a run: what its model says of content and mixture, at the views' size and in one
-        piece, against the label. Raises ValueError for what does not exist.
+        where the run has one there); low, high: the frequencies low < r <= high move, from 0 on with the mean, 1 = the
+        highest along an axis; weight: how far, 0 to 1; patch: one of the content's, row by row, whose similarity to all
+        others is shown before and after, -1 for none. With a run: what its model says of content and mixture, at the
+        views' size and in one piece, against the label. Raises ValueError for what does not exist.
         """
+        first, second = (content, content_index), (style, style_index)
+        done, top = self._swapped(first, second, part, space, low, high, weight, run)
+        layer, (x, y, mixed), axes, names = done.layer, done.maps, done.axes, ("content", "style", "mixture")
+        rows = [top]
+        if layer:
+            rows.append(_features((x, y, mixed), [f"features after {space}, {name}" for name in names]))
+        rows += [_amplitudes(done.maps, axes, names, done.band), _phases(done.maps, axes, names, done.band)]
+        words, legend = done.words + self._beside(done, first, style, run), {}
+        if patch >= 0:
+            similar, said = self._similar(done, first, patch, run)
+            rows.insert(2 if layer else 1, similar)
+            words += said
+        if run:
+            if layer:  # the mixture has no picture of its own
+                mixture, after = done.here, self.segment(run, *first, refiner=self._replaced(done, run))
+            else:
+                mixture, after = mixed, self.segment(run, *first, mixed.clamp(0, 1))
+            pictures = {" of the content": top[0].picture, " of the mixture": to_image(mixture)}
+            compared = self._compared(run, *first, after, pictures)
+            if layer:
+                top += compared.rows.pop()
+            rows, words, legend = rows + compared.rows, f"{words} {compared.words}", compared.legend
+        side = self.backbone(run).patch_size if run or not self.missing else 0
+        return Board([[_clickable(panel, side) for panel in row] for row in rows], 3, words, legend)
+
+    def _swapped(
+        self, first: Place, second: Place, part: str, space: str, low: float, high: float, weight: float, run: str
+    ) -> tuple[Swapped, list[Panel]]:
+        """A swap between two pictures, each a domain and an index, and the pictures that it has."""
         if not (0 <= weight <= 1 and 0 <= low <= high):
             got = f"{weight}, {low} to {high}"
             raise ValueError(f"Expected a weight from 0 to 1 and a band from low to high, got {got}.")
         self.renew(run)
         layer = self.layer_of(space, run)
-        (here, there), (x, y), axes = self.pair(run, layer, (content, content_index), (style, style_index))
-        mixed = swap(x, y, part, low, high, weight, axes)
+        (here, there), (x, y), axes = self.pair(run, layer, first, second)
+        change = partial(swap_spectrum, part=part, low=low, high=high, weight=weight)
+        mixed = change(x, y, axes=axes)
         share = f"{100 * weight:.0f} % of the style's {part}"
         band = None if low <= 0 and high >= math.sqrt(2) else (low, high)
-        top = [
-            Panel(to_image(here), f"content: {short_name(content)} {content_index}"),
-            Panel(to_image(there), f"style: {short_name(style)} {style_index}"),
-        ]
-        rows, names = [top], ("content", "style", "mixture")
-        if layer:
-            rows.append(_features((x, y, mixed), [f"features after {space}, {name}" for name in names]))
-        else:
+        top = [Panel(to_image(here), f"content: {_named(first)}"), Panel(to_image(there), f"style: {_named(second)}")]
+        if not layer:
             top.append(Panel(to_image(mixed), f"mixture: {share}"))
-        rows += [_amplitudes((x, y, mixed), axes, names, band), _phases((x, y, mixed), axes, names, band)]
         kept = "phase" if part == "amplitude" else "amplitude"
-        where = f"at frequencies from {low:.2f} to {high:.2f}" if band else "at all frequencies"
+        where = f"at frequencies from {low:.3f} to {high:.3f}" if band else "at all frequencies"
         words = f"The mixture keeps the content's {kept} and takes {share} {where}."
-        if not run:
-            return Board(rows, 3, words)
-        if layer:  # the mixture has no picture of its own
-            refiner = Intervened(self.model(run).refiner, layer, lambda features, _: mixed.to(features))
-            mixture, after = here, self.segment(run, content, content_index, refiner=refiner)
-        else:
-            mixture, after = mixed, self.segment(run, content, content_index, mixed.clamp(0, 1))
-        pictures = {" of the content": top[0].picture, " of the mixture": to_image(mixture)}
-        compared = self._compared(run, content, content_index, after, pictures)
-        if layer:
-            top += compared.rows.pop()
-        return Board(rows + compared.rows, 3, f"{words} {compared.words}", compared.legend)
+        return Swapped(layer, here, (x, y, mixed), axes, band, change, words), top
+
+    def _replaced(self, done: Swapped, run: str) -> Intervened:
+        """A refiner that leaves the mixture behind the layer of the swap."""
+        return Intervened(self.refiner(run), done.layer, lambda features, _: done.maps[2].to(features))
+
+    def _both(self, done: Swapped, first: Place, run: str) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """The features of the content after every layer, before and after the swap."""
+        before = self.maps(run, *first, tuple(done.here.shape[-2:]))
+        if done.layer:
+            return before, self.features(run, done.here, self._replaced(done, run))
+        return before, self.features(run, done.maps[2].clamp(0, 1))
+
+    def _similar(self, done: Swapped, first: Place, patch: int, run: str) -> tuple[list[Panel], str]:
+        """How similar every patch is to one of them, before and after the swap; and in a sentence."""
+        both = self._both(done, first, run)
+        layer, side = done.layer or max(1, len(both[0]) - 1), self.backbone(run).patch_size
+        found, (row, column) = similarities([one[layer] for one in both], patch), divmod(patch, both[0][layer].shape[2])
+        panels = []
+        for values, when in zip(found, ("before", "after"), strict=True):
+            picture = framed(plots.over_grey(to_image(done.here), values, 0, 1, side), row, column, side)
+            panels.append(Panel(picture, f"similarity to patch {patch} {when}, layer {layer} (bright: 1)"))
+        alike = [int((values > ALIKE).sum()) for values in found]
+        return panels, (
+            f" After layer {layer}, {alike[0]} of {found[0].size} patches are more similar to patch {patch} than "
+            f"{ALIKE} (1: equal) before the swap, {alike[1]} after it."
+        )
+
+    def _beside(self, done: Swapped, first: Place, style: str, run: str) -> str:
+        """How far the swap goes towards the same street in the style's style, beside its placebo and other streets."""
+        if not self.has_styles(first[0], style):
+            return ""
+        goal = self.pair(run, done.layer, first, (style, first[1]))[1][1]
+        x, y, mixed, goal = (z if done.layer else z.permute(0, 2, 3, 1) for z in (*done.maps, goal))
+        own, other = (closed(z, x, goal).item() for z in (mixed, placebo(done.change, "random basis", x, y)))
+        words = (
+            f" Of the way to this street in {short_name(style)} it closes {_whole(own)}, and the same swap in a random "
+            f"basis, which moves as far, {_whole(other)}."
+        )
+        part, low, high, weight = (done.change.keywords[name] for name in ("part", "low", "high", "weight"))
+        for row in self.atlas_rows() if (self.run.path / ATLAS).is_file() and weight == 1 and not run else ():
+            ends = OCTAVES.get(row["band"], (-1, -1))
+            if (row["part"], row["layer"], ends[0], min(ends[1], HIGHEST)) == (part, done.layer, low, high):
+                words += f" In notebook 02: {_measured(row)}."
+        return words
+
+    @torch.no_grad()
+    def lens(
+        self,
+        content: str,
+        style: str,
+        content_index: int = 0,
+        style_index: int = 0,
+        part: str = "amplitude",
+        space: str = "pixels",
+        low: float = 0.0,
+        high: float = HIGHEST,
+        weight: float = 1.0,
+        run: str = "",
+    ) -> Board:
+        """What a linear head would say of the content after the layers from the swap on, before and after it.
+
+        The arguments are those of `swap`. The head of each layer is a ridge regression on the features of the run's
+        labelled source. Raises ValueError as `swap` does, and where the run has no source.
+        """
+        first = (content, content_index)
+        done, top = self._swapped(first, (style, style_index), part, space, low, high, weight, run)
+        both, classes, label = self._both(done, first, run), self.domain(content).class_set, self.label(*first)
+        start, side = max(done.layer, 1), self.backbone(run).patch_size
+        layers = [start + place for place in evenly(len(both[0]) - start + 1, LENSES)]
+        lenses, (h, w), panels, places = self.lenses(run, layers), done.here.shape[-2:], [], set()
+        for layer in layers:
+            for features, when in zip(both, ("before", "after"), strict=True):
+                scores = F.interpolate(lenses[layer](features[layer]), scale_factor=side, mode="bilinear")[0, :, :h, :w]
+                seen = self.judge(scores, *first)
+                score = "" if math.isnan(seen.miou) else f": mIoU {seen.miou:.1f} %"
+                picture = plots.coloured(top[0].picture, seen.places, classes, 0.75)
+                panels.append(Panel(picture, f"layer {layer}, {when}{score}"))
+                places |= {*np.unique(seen.places).tolist()}
+        if label is not None:
+            top.append(Panel(plots.coloured(top[0].picture, label, classes, 0.75), "ground truth"))
+            places |= {*np.unique(label).tolist()}
+        words = (
+            f"{done.words} Below: what a linear head, fitted to {short_name(self.experiment.data.source)}, reads from "
+            f"the features after a layer, before and after the swap."
+        )
+        rows = [top, *(panels[place : place + 4] for place in range(0, len(panels), 4))]
+        return Board(rows, 4, words, plots.class_colours(classes, sorted(places)))
+
+    def atlas(self, measure: str = "closed", part: str = "", layer: int = 0, band: str = "") -> Board:
+        """The swaps of the premise's study (notebook 02) as heat maps, layers x bands, for amplitude and for phase.
+
+        measure: one of MEASURES. part, layer (0: the pixels), band (of `transplant.OCTAVES`): of the cell to frame and
+        put into words. Raises ValueError without a study, or without such a measure.
+        """
+        rows = self.atlas_rows()
+        if measure not in MEASURES:
+            raise ValueError(f"Unknown measure '{measure}': expected one of {', '.join(MEASURES)}.")
+        most, panels = 100 * max(abs(row[measure]) for row in rows), []
+        for one in PARTS:
+            own = [row for row in rows if row["part"] == one]
+            ax = plots.atlas(own, measure, most, chosen=(layer, band) if one == part else None)
+            picture, box = ax.figure.pixels(), ax.get_position()
+            cells = Cells(
+                len({r["layer"] for r in own}), len({r["band"] for r in own}), (box.x0, 1 - box.y1, *box.size)
+            )
+            panels.append(Panel(picture, f"{one}: {MEASURES[measure]}", cells=cells))
+        words = "Hatched: the swap closes no more than its placebo, the same swap in a random basis."
+        for row in rows:
+            if (row["part"], row["layer"], row["band"]) == (part, layer, band):
+                where = f"after layer {layer}" if layer else "in the pixels"
+                words += f" The {part} {where}, band '{band}': {_measured(row)}."
+        return Board([panels], 2, words)
 
     def layers(
         self, first: str, second: str, first_index: int = 0, second_index: int = 0, space: str = "pixels", run: str = ""
@@ -108,15 +258,21 @@ class Studio(Material):
         its refiner leaves them, in place of the frozen ones.
         """
         self.renew(run)
-        layer = self.layer_of(space, run)
+        layer, crossed, added = self.layer_of(space, run), self.has_styles(first, second), ""
         table = self.distances(run, first, first_index, second, second_index)
         images, (x, y), axes = self.pair(run, layer, (first, first_index), (second, second_index))
         titles = [f"{short_name(first)} {first_index}", f"{short_name(second)} {second_index}"]
         top = [Panel(to_image(image), title) for image, title in zip(images, titles, strict=True)]
         if layer:
             top += _features((x, y), [f"features after {space}, {title}" for title in titles])
-        chart = plots.distances(table, chosen=space).figure.pixels()
-        about = "distance by layer (0: equal; amplitude 0.69: a factor of two; phase 1: unrelated)"
+        if crossed:
+            following = (second_index + (second_index == first_index)) % len(self.domain(second))
+            shares = self.shares(run, (first, second), (first_index, following))
+            chart, added = plots.share_lines(shares, chosen=space), _explained(shares, space, (first_index, following))
+            about = "what style and content explain, by layer (what is left is their interaction)"
+        else:
+            chart = plots.distances(table, chosen=space)
+            about = "distance by layer (0: equal; amplitude 0.69: a factor of two; phase 1: unrelated)"
         moves = {part: _moved(x, y, part, axes) for part in PARTS}
         high, patch = max(float(move.max()) for move in moves.values()), self.backbone(run).patch_size if layer else 1
         bottom = [
@@ -132,24 +288,7 @@ class Studio(Material):
             f"{100 * moves['amplitude'].mean():.0f} % of a {what}'s mean length, taking its phase by "
             f"{100 * moves['phase'].mean():.0f} % (bright: more)."
         )
-        return Board([top, [Panel(chart, about, is_wide=True)], bottom], 4, words)
-
-    def places(self, run: str, domain: str, index: int) -> dict[int, dict[str, Attention]]:
-        """The layers with tokens that attend, and what those of each branch attend to."""
-        self.renew(run)
-        found: dict[int, dict[str, Attention]] = {}
-        for one in self.reading(run, domain, index).attention:
-            found.setdefault(one.layer, {})[one.branch] = one
-        return found
-
-    def ranking(self, run: str, domain: str, index: int, layer: int, branch: str) -> list[tuple[int, float]]:
-        """The tokens of a branch after a layer with their influence, the strongest first; token 0 adds nothing."""
-        known = self.places(run, domain, index)
-        if branch not in known.get(layer, {}):
-            there = "; ".join(f"layer {n}: {', '.join(branches)}" for n, branches in known.items())
-            raise ValueError(f"There are no tokens{branch and f' of {branch}'} after layer {layer}: {there}.")
-        influence = known[layer][branch].influence
-        return [(int(m), float(influence[m])) for m in np.argsort(-influence[1:], kind="stable") + 1]
+        return Board([top, [Panel(chart.figure.pixels(), about, is_wide=True)], bottom], 4, words + added)
 
     def tokens(
         self,
@@ -232,31 +371,10 @@ class Studio(Material):
         legend = {f"{classes.classes[place]} {percent[place]:.1f} %": classes.colours[place] for place in present}
         title = "label"
         if only != ALL:
-            place = _place(classes, only)
+            place = place_of(classes, only)
             label, title = np.where(label == place, label, np.uint8(IGNORE)), f"label: {only}"
             words += f" {only}: {percent[place]:.1f} % of the labelled pixels."
         return Board([[panel, Panel(plots.coloured(image, label, classes, opacity), title)]], 2, words, legend)
-
-    def find(self, domain: str, index: int, step: int = 1, only: str = ALL) -> int:
-        """The next picture (step 1) or the one before (step -1) that holds a class, round the end if need be.
-
-        Raises ValueError if no picture of the domain holds it.
-        """
-        count, classes = len(self.domain(domain)), self.domain(domain).class_set
-        if only == ALL:
-            return (index + step) % count
-        place, damaged = _place(classes, only), 0
-        for away in range(1, count + 1):
-            found = (index + step * away) % count
-            try:
-                label = self.label(domain, found)
-            except ValueError:
-                damaged += 1
-                continue
-            if label is not None and (label == place).any():
-                return found
-        unread = f" ({damaged} cannot be read)" if damaged else ""
-        raise ValueError(f"No picture of {domain} holds the class {only}{unread}: choose another, or '{ALL}'.")
 
     def _compared(self, run: str, domain: str, index: int, after: Segmented, pictures: dict[str, np.ndarray]) -> Board:
         """What is seen of a picture as it is and after a change, beside its label; below, where the two differ.
@@ -285,15 +403,33 @@ class Studio(Material):
         return Board([panels, [flips]], 3, f"{said} {share} of the pixels change their class.", legend)
 
 
-def swap(content: Tensor, style: Tensor, part: str, low: float, high: float, weight: float, axes: tuple) -> Tensor:
-    """Content with one part of its spectrum moved towards the style's, by `weight` within the band low ... high.
+def _named(one: Place) -> str:
+    return f"{short_name(one[0])} {one[1]}"
 
-    content, style: 4-D of one shape; part: "amplitude" or "phase". Raises ValueError for another part.
-    """
-    if part not in PARTS:
-        raise ValueError(f"Unknown part '{part}': expected one of {', '.join(PARTS)}.")
-    mix = spectral.mix_amplitude if part == "amplitude" else spectral.mix_phase
-    return mix(content, style, weight, low, high, axes)
+
+def _clickable(panel: Panel, side: int) -> Panel:
+    """A panel of the content's place, whose patches, of so many pixels, a click chooses; others as they are."""
+    if not side or not panel.title.startswith(CLICKABLE) or panel.title.endswith("style"):
+        return panel
+    unit = 1 if panel.title.startswith("features") else side
+    return panel._replace(cells=Cells(panel.picture.shape[0] / unit, panel.picture.shape[1] / unit))
+
+
+def _explained(rows: Sequence[Mapping], space: str, layouts: tuple[int, int]) -> str:
+    """The shares of one place in a sentence."""
+    said = []
+    for part in PARTS:
+        shares = [_whole(row["share"]) for row in rows if (row["layer"], row["part"]) == (space, part)]
+        said.append("of the {} style explains {}, content {}, their interaction {}".format(part, *shares))
+    return f" Streets {layouts[0]} and {layouts[1]} in both styles, {space}: {'; '.join(said)} (of its variance)."
+
+
+def _measured(row: Mapping) -> str:
+    """A row of the atlas in words."""
+    return (
+        f"over {row['streets']} streets {_whole(row['closed'])} [{_whole(row['low'])}, {_whole(row['high'])}] of the "
+        f"way, the placebo {_whole(row['placebo'])}; the content is kept in {_whole(row['content kept'])}"
+    )
 
 
 def _features(maps: Sequence[Tensor], titles: Sequence[str]) -> list[Panel]:
@@ -325,14 +461,12 @@ def _phases(
 def _moved(x: Tensor, y: Tensor, part: str, axes: tuple[int, int]) -> np.ndarray:
     """How far each place of x moves when it takes y's amplitude or phase, in units of the mean length of x."""
     channels = spectral.CHANNEL_AXIS[axes]
-    moved = (swap(x, y, part, 0.0, HIGHEST, 1.0, axes) - x).norm(dim=channels)[0]
+    moved = (swap_spectrum(x, y, part, axes=axes) - x).norm(dim=channels)[0]
     return (moved / x.norm(dim=channels).mean().clamp(min=1e-12)).numpy()
 
 
-def _place(classes: ClassSet, name: str) -> int:
-    if name not in classes.classes:
-        raise ValueError(f"Unknown class '{name}': expected one of {', '.join(classes.classes)}.")
-    return classes.classes.index(name)
+def _whole(share: float) -> str:
+    return f"{round(100 * share)} %"
 
 
 def _percent(share: float) -> str:

@@ -1,11 +1,12 @@
 """The explorer's widgets: thin, over the pure views of `studio.py`. What a widget shows, one line of Python shows too.
 
-Under papermill, where nobody moves a slider, the same cells show the chosen state as a picture.
+A second line holds its state, from which it opens again. Under papermill, where nobody moves a slider, the same cells show the chosen state as a picture.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -18,15 +19,18 @@ import traitlets
 from IPython.display import HTML, display
 
 from setlib.analysis.spectra import PARTS
-from setlib.explorer.controls import NOTES, WIDE, Upload, buttons, offer, sentence, titled, with_own_keys
+from setlib.analysis.transplant import OCTAVES
+from setlib.explorer.controls import NOTES, WIDE, Picture, Upload, buttons, offer, sentence, titled, with_own_keys
 from setlib.explorer.material import find_folder, shown
-from setlib.explorer.studio import ALL, HIGHEST, Studio
+from setlib.explorer.studio import ALL, HIGHEST, MEASURES, Studio
 from setlib.files import STATIC
-from setlib.plots import WIDTH, Board
+from setlib.plots import WIDTH, Board, Panel
+
+DOMAINS = ("content", "style", "first", "second", "domain")  # controls that name one
 
 
 class Explorer:
-    """Base of the four: controls whose values are the arguments of one view, and what the view shows.
+    """Base of all: controls whose values are the arguments of one view, and what the view shows.
 
     `show` displays the widgets, which draw again on every change. A front end sends a slider's next position once the
     last one is drawn, so positions in between are dropped, not queued. A problem is a sentence above the picture, which
@@ -38,10 +42,12 @@ class Explorer:
 
     def __init__(self, studio: Studio, **state: Any) -> None:
         self.studio, self.controls, self.rows = studio, {}, []
-        whole = ipywidgets.Layout(width=f"{WIDTH}px", max_width="100%")
-        self.picture, self.message = ipywidgets.Image(format="jpeg", layout=whole), ipywidgets.HTML()
-        self.words, self.note = ipywidgets.HTML(), ipywidgets.HTML()
-        self.code = ipywidgets.Text(description="as Python", style=WIDE["style"], layout={"width": "780px"})
+        self.picture, self.shown = Picture(partial(self._guarded, self._click), WIDTH), Board([], 1)
+        self.message, self.words, self.note = (ipywidgets.HTML() for _ in range(3))
+        self.code, self.kept = (
+            ipywidgets.Text(description=name, style=WIDE["style"], layout={"width": "780px"})
+            for name in ("as Python", "as parameter")
+        )
         self.save = ipywidgets.Button(description="save", tooltip="Saves the picture as PNG, and this line of Python")
         self.save.on_click(lambda _: self._guarded(self._save))
         self._is_busy = False
@@ -50,7 +56,8 @@ class Explorer:
             widget.observe(self.update, names="value")
         controls = ipywidgets.Box(self.rows, layout={"flex_flow": "row wrap"})
         code = ipywidgets.HBox([self.code, self._help("code"), self.save])
-        self.box = with_own_keys(controls, self.note, self.message, self.words, self.picture, code)
+        kept = ipywidgets.HBox([self.kept, self._help("state")])
+        self.box = with_own_keys(controls, self.note, self.message, self.words, self.picture, code, kept)
         self.box.layout.max_width = "980px"
         self.box.add_class(f"setlib-{self.view}")
         self.set(**state)
@@ -63,7 +70,7 @@ class Explorer:
 
     def follow(self) -> None:
         """Fits the controls' choices to each other's values and to what is known by now, before a drawing."""
-        for name in ("content", "style", "first", "second", "domain"):
+        for name in DOMAINS:
             if name in self.controls:
                 offer(self.controls[name], self.studio.choices)
                 self.controls[_index_of(name)].max = len(self.studio.domain(self.controls[name].value)) - 1
@@ -80,6 +87,9 @@ class Explorer:
             given["run"] = run and shown(find_folder(run))
         return given
 
+    def choose(self, panel: Panel, row: int, column: int) -> None:
+        """What a click on a cell of a panel does."""
+
     # What all share
 
     def board(self) -> Board:
@@ -87,17 +97,27 @@ class Explorer:
         return getattr(self.studio, self.view)(**self.arguments())
 
     def set(self, **state: Any) -> None:
-        """Sets controls by name, and draws. Raises ValueError for an unknown one, or a value that is no choice."""
+        """Sets controls by name, and draws. Raises ValueError for an unknown one, or a value that cannot be."""
         if unknown := set(state) - set(self.controls):
             raise ValueError(f"Unknown {unknown.pop()}: the controls are {', '.join(self.controls)}.")
         with self._quietly():
-            for name in (name for name in self.controls if name in state):
-                self._guarded(self.follow)
+            for name in sorted(state, key=["run", *self.controls].index):  # a run brings choices
+                value = tuple(state[name]) if isinstance(state[name], list) else state[name]
                 try:
-                    self.controls[name].value = state[name]
-                except traitlets.TraitError as error:
+                    if name in DOMAINS:
+                        self.studio.add_domain(value)
+                    self._guarded(self.follow)
+                    self.controls[name].value = value
+                except (traitlets.TraitError, ValueError) as error:
                     raise ValueError(f"The control {name} cannot be {state[name]!r} ({error}).") from None
         self.update()
+
+    def state(self) -> dict[str, Any]:
+        """What the controls say, for JSON: as keywords it makes the explorer again."""
+        said = {name: widget.value for name, widget in self.controls.items()} | self.arguments()
+        if "band" in said:
+            said["band"] = [said.pop("low"), said.pop("high")]
+        return said
 
     def line(self) -> str:
         """One line of Python that makes the picture shown."""
@@ -126,18 +146,27 @@ class Explorer:
     def _draw(self) -> None:
         with self._quietly():
             self.follow()
-        board, given = self.board(), self.arguments()
-        self.picture.value, self.words.value = board.jpeg(), sentence(board.words)
-        self.code.value = self.line()
+        self.shown, given = self.board(), self.arguments()
+        self.picture.value, self.words.value = self.shown.jpeg(), sentence(self.shown.words)
+        self.code.value, self.kept.value = self.line(), self._state_line()
         if "space" in given and not given["run"] and self.studio.missing:
             self.say(f"Only pixels can be looked at: {self.studio.missing}", is_problem=True)
+
+    def _state_line(self) -> str:
+        return f"{self.view.upper()} = {self.state()!r}"
+
+    def _click(self, x: float, y: float) -> None:
+        """A click into the picture, in fractions of it."""
+        found = self.shown.locate(x, y)
+        if found and found[0].cells and (cell := found[0].cells.at(*found[1:])):
+            self.choose(found[0], *cell)
 
     def _save(self) -> None:
         names = (f"saved/{self.view}-{number}" for number in count(1))
         name = next(name for name in names if not (self.studio.run.path / f"{name}.png").exists())
         path = self.studio.keep(f"{name}.png", self.board().png(self.line()))
-        self.studio.keep(f"{name}.py", f"{self.line()}.savefig({path.name!r})\n")
-        self.say(f"Saved {shown(path)}, and the line of Python that makes it beside it.")
+        self.studio.keep(f"{name}.py", f"{self.line()}.savefig({path.name!r})\n{self._state_line()}\n")
+        self.say(f"Saved {shown(path)}, and the lines of Python that make it beside it.")
 
     @contextlib.contextmanager
     def _quietly(self) -> Iterator[None]:
@@ -217,10 +246,10 @@ def _index_of(name: str) -> str:
     return "index" if name == "domain" else f"{name}_index"
 
 
-class SwapExplorer(Explorer):
-    """Moves amplitude or phase of one picture towards another's, in its pixels or after a layer (`Studio.swap`)."""
+class LensExplorer(Explorer):
+    """What a linear head says after each layer, before and after a swap (`Studio.lens`)."""
 
-    view = "swap"
+    view = "lens"
 
     def build(self) -> None:
         """Makes the controls."""
@@ -228,7 +257,7 @@ class SwapExplorer(Explorer):
         self.add_picture("style", value=self.studio.names[-1])
         self.add("part", buttons(PARTS, "100px"), title="what moves")
         self.add("space", ipywidgets.Dropdown(options=["pixels"], description="where", **WIDE))
-        ends = {"value": (0, HIGHEST), "min": 0, "max": HIGHEST, "step": 0.01}
+        ends = {"value": (0, HIGHEST), "min": 0, "max": HIGHEST, "step": 0.005, "readout_format": ".3f"}
         self.add("band", ipywidgets.FloatRangeSlider(description="frequencies", **ends, **WIDE))
         self.add("weight", ipywidgets.FloatSlider(1, min=0, max=1, step=0.05, description="weight", **WIDE))
         self.add_run()
@@ -238,7 +267,29 @@ class SwapExplorer(Explorer):
         """The band as its two ends."""
         given = super().arguments()
         low, high = given.pop("band")
-        return given | {"low": round(low, 2), "high": round(high, 2)}
+        return given | {"low": round(low, 3), "high": round(high, 3)}
+
+
+class SwapExplorer(LensExplorer):
+    """Moves amplitude or phase of one picture towards another's, in its pixels or after a layer (`Studio.swap`)."""
+
+    view = "swap"
+
+    def build(self) -> None:
+        """Makes the controls."""
+        super().build()
+        self.add("patch", ipywidgets.IntSlider(-1, -1, -1, description="patch", **WIDE))
+
+    def follow(self) -> None:
+        """The patches to choose from are the content's."""
+        super().follow()
+        given = self.arguments()
+        rows, columns = self.studio.grid(given["run"], given["content"], given["content_index"])
+        self.controls["patch"].max = rows * columns - 1
+
+    def choose(self, panel: Panel, row: int, column: int) -> None:
+        """The patch that is clicked."""
+        self.controls["patch"].value = row * math.ceil(panel.cells.columns) + column
 
 
 class LayerExplorer(Explorer):
@@ -325,11 +376,56 @@ class DomainBrowser(Explorer):
         self.controls["index"].value = self.studio.find(domain, index, -1 if step == "previous" else 1, only)
 
 
+class AtlasExplorer(Explorer):
+    """The swaps of the premise's study; a cell that is clicked opens as a swap of two pictures (`Studio.atlas`)."""
+
+    view = "atlas"
+    swap: SwapExplorer | None = None  # the one below
+
+    def build(self) -> None:
+        """Makes the controls."""
+        self.add("measure", buttons({name.split(",")[0]: name for name in MEASURES}, "110px"), title="shown")
+        self.add("part", buttons(PARTS, "100px"), "cell", "what moves")
+        self.add("layer", ipywidgets.Dropdown(options={"pixels": 0}, description="where", **WIDE), "cell")
+        self.add("band", ipywidgets.Dropdown(options=tuple(OCTAVES), description="frequencies", **WIDE), "cell")
+        button = ipywidgets.Button(description="open this swap")
+        button.on_click(lambda _: self._guarded(self._open))
+        self.add_row(titled(""), button, note="open")
+
+    def follow(self) -> None:
+        """The choices are what has been measured."""
+        rows = self.studio.atlas_rows()
+        layers = {f"layer {n}" if n else "pixels": n for n in sorted({row["layer"] for row in rows})}
+        offer(self.controls["layer"], layers)
+        offer(self.controls["band"], {row["band"]: row["band"] for row in rows})
+
+    def choose(self, panel: Panel, row: int, column: int) -> None:
+        """The cell that is clicked, opened."""
+        layer, band = (self.controls[name].options[n][1] for name, n in (("layer", row), ("band", column)))
+        self.set(part=panel.title.split(":")[0], layer=layer, band=band)
+        self._open()
+
+    def _open(self) -> None:
+        given = self.arguments()
+        low, high = OCTAVES[given["band"]]
+        space = f"layer {given['layer']}" if given["layer"] else "pixels"
+        band = (low, min(high, HIGHEST))
+        self.opened({"part": given["part"], "space": space, "band": band, "weight": 1.0, "run": ""})
+
+    def opened(self, state: dict[str, Any]) -> None:
+        """Shows a swap below; under the roof of `Tabs`, in its tab."""
+        if self.swap is None:
+            self.swap = SwapExplorer(self.studio)
+            self.box.children += (self.swap.box,)
+        self.swap.set(**state)
+
+
 VIEWS = {"Swap": SwapExplorer, "Layers": LayerExplorer, "Tokens": TokenExplorer, "Domains": DomainBrowser}
+VIEWS |= {"Lens": LensExplorer, "Atlas": AtlasExplorer}
 
 
 class Tabs:
-    """The four views under one roof; each is made when it is first looked at."""
+    """All views under one roof; each is made when it is first looked at."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio, self.made = studio, {}
@@ -342,7 +438,13 @@ class Tabs:
         place = self.tab.selected_index
         if place is not None and place not in self.made:
             self.made[place] = list(VIEWS.values())[place](self.studio)
+            self.made[place].opened = self._swap
             self.tab.children[place].children = (self.made[place].box,)
+
+    def _swap(self, state: dict[str, Any]) -> None:
+        """Shows a swap."""
+        self.tab.selected_index = list(VIEWS).index("Swap")
+        self.made[self.tab.selected_index].set(**state)
 
     def _ipython_display_(self) -> None:
         display(self.box)

@@ -39,11 +39,28 @@ class Scale(NamedTuple):
     ticks: dict[float, str]
 
 
+class Cells(NamedTuple):
+    """What a click into a picture chooses: so many rows and columns of a box (left, top, width, height) in it.
+
+    The box is in fractions of the picture; rows and columns need not be whole, where the last ones are cut.
+    """
+
+    rows: float
+    columns: float
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+
+    def at(self, x: float, y: float) -> tuple[int, int] | None:
+        """Row and column at a place of the picture, in fractions from its upper left corner; None beside the box."""
+        left, top, width, height = self.box
+        row, column = (y - top) / height * self.rows, (x - left) / width * self.columns
+        return (int(row), int(column)) if 0 <= row < self.rows and 0 <= column < self.columns else None
+
+
 class Panel(NamedTuple):
     """One picture, (h, w, 3) uint8, under its title.
 
     band: radii of rings around zero frequency, 1 = half the picture's side; scale: of the colours, drawn at the end of
-    the row; is_wide: takes the whole row.
+    the row; is_wide: takes the whole row; cells: what a click chooses.
     """
 
     picture: np.ndarray
@@ -51,6 +68,10 @@ class Panel(NamedTuple):
     band: tuple[float, float] | None = None
     scale: Scale | None = None
     is_wide: bool = False
+    cells: Cells | None = None
+
+
+Block = tuple[Image.Image, list[tuple[Panel, int, int, int, int]]]  # a row, and where its pictures lie: x, y, w, h
 
 
 @dataclass(repr=False, eq=False)
@@ -79,19 +100,34 @@ class Board:
 
     def image(self, with_words: bool = True) -> Image.Image:
         """The whole board as one picture, `WIDTH` pixels wide."""
-        right = SCALE if any(panel.scale for panel in self.panels) else 0
-        width = (WIDTH - right - GAP * (self.columns - 1)) // self.columns
-        blocks = [_row(row, width) for row in self.rows if any(row)]
-        if self.legend:
-            blocks.append(_legend(self.legend))
-        if with_words and self.words:
-            blocks.append(_text(self.words, WIDTH))
+        blocks, top = [block for block, _ in self._blocks(with_words)], 0
         whole = Image.new("RGB", (WIDTH, sum(b.height for b in blocks) + GAP * (len(blocks) - 1)), "white")
-        top = 0
         for block in blocks:
             whole.paste(block, (0, top))
             top += block.height + GAP
         return whole
+
+    def _blocks(self, with_words: bool) -> list[Block]:
+        """What the picture is made of, from top to bottom."""
+        right = SCALE if any(panel.scale for panel in self.panels) else 0
+        width = (WIDTH - right - GAP * (self.columns - 1)) // self.columns
+        blocks = [_row(row, width) for row in self.rows if any(row)]
+        blocks += [(_legend(self.legend), [])] if self.legend else []
+        return blocks + ([(_text(self.words, WIDTH), [])] if with_words and self.words else [])
+
+    def locate(self, x: float, y: float) -> tuple[Panel, float, float] | None:
+        """The panel at a place of the picture without words, and the place inside the panel's own picture.
+
+        Places are fractions from the upper left corner. None beside the pictures of the panels.
+        """
+        blocks = self._blocks(with_words=False)
+        x, y = x * WIDTH, y * (sum(block.height for block, _ in blocks) + GAP * (len(blocks) - 1))
+        for block, places in blocks:
+            for panel, left, top, width, height in places:
+                if left <= x < left + width and top <= y < top + height:
+                    return panel, (x - left) / width, (y - top) / height
+            y -= block.height + GAP
+        return None
 
     def jpeg(self) -> bytes:
         """The pictures alone, quickly, for a live view."""
@@ -148,22 +184,22 @@ def _text(text: str, width: int) -> Image.Image:
     return made
 
 
-def _row(row: Sequence[Panel | None], width: int) -> Image.Image:
+def _row(row: Sequence[Panel | None], width: int) -> Block:
     """Panels in columns of a width, their titles above them, a scale behind the last column."""
     blocks = []
     for place, panel in enumerate(row):
         if panel:
             own = WIDTH if panel.is_wide else width
-            blocks.append((place * (width + GAP), _text(panel.title, own), _drawn(panel, own)))
-    head = max(title.height for _, title, _ in blocks)
-    made = Image.new("RGB", (WIDTH, head + max(picture.height for _, _, picture in blocks)), "white")
-    for x, title, picture in blocks:
+            blocks.append((place * (width + GAP), _text(panel.title, own), _drawn(panel, own), panel))
+    head = max(title.height for _, title, *_ in blocks)
+    made = Image.new("RGB", (WIDTH, head + max(picture.height for _, _, picture, _ in blocks)), "white")
+    for x, title, picture, _ in blocks:
         made.paste(title, (x, head - title.height))
         made.paste(picture, (x, head))
     scale = next((panel.scale for panel in row if panel and panel.scale), None)
     if scale:
         made.paste(_bar(scale, made.height - head), (WIDTH - SCALE + GAP, head))
-    return made
+    return made, [(panel, x, head, *picture.size) for x, _, picture, panel in blocks]
 
 
 def _drawn(panel: Panel, width: int) -> Image.Image:
@@ -224,6 +260,16 @@ def over_grey(picture: np.ndarray, values: np.ndarray, low: float, high: float, 
     height, width = picture.shape[:2]
     colours = in_colour(values, "viridis", low, high).repeat(patch, 0).repeat(patch, 1)[:height, :width]
     return (0.4 * picture.mean(-1, keepdims=True) + 0.6 * colours).astype(np.uint8)
+
+
+def framed(picture: np.ndarray, row: int, column: int, patch: int) -> np.ndarray:
+    """The picture (h, w, 3) uint8 with a frame, white and black, around one square of `patch` pixels."""
+    made = Image.fromarray(picture)
+    left, top = column * patch, row * patch
+    for grow, ink in ((1, "black"), (0, "white")):
+        box = (left - grow, top - grow, left + patch - 1 + grow, top + patch - 1 + grow)
+        ImageDraw.Draw(made).rectangle(box, outline=ink)
+    return np.array(made)
 
 
 def marked(picture: np.ndarray, where: np.ndarray) -> np.ndarray:

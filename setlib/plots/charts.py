@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import html
 import io
-import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import matplotlib
@@ -18,6 +18,8 @@ import pandas
 from matplotlib import figure
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
 
 from setlib.data.domains import short_name
 from setlib.data.labels import ClassSet
@@ -52,7 +54,8 @@ def _axes(ax: Axes | None, height: float) -> Axes:
 
 
 def _layers(layers: Sequence[str | int]) -> list[str]:
-    return [layer if isinstance(layer, str) else f"layer {layer}" for layer in layers]
+    """Names of layers, which may be numbers: 0 for the pixels."""
+    return [layer if isinstance(layer, str) else f"layer {layer}" if layer else "pixels" for layer in layers]
 
 
 @quiet
@@ -163,15 +166,24 @@ def class_bars(scores: Mapping[str, np.ndarray], class_set: ClassSet, ax: Axes |
     return ax
 
 
-def _heatmap(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], ax: Axes | None, label: str) -> Axes:
-    """Percentages as colours, with the numbers from 1 on; NaN is grey and empty."""
-    ax = _axes(ax, 0.27 * len(rows) + 1.3)
-    colours = matplotlib.colormaps["viridis"].with_extremes(bad="#eeeeee")
-    shown = ax.imshow(values, cmap=colours, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
+def _heatmap(
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    ax: Axes | None,
+    label: str,
+    colours: str = "viridis",
+    low: float = 0,
+    high: float = 100,
+) -> Axes:
+    """Percentages as colours, with the numbers from 1 on, or all on a scale around 0; NaN is grey and empty."""
+    ax, palette = _axes(ax, 0.27 * len(rows) + 1.3), matplotlib.colormaps[colours].with_extremes(bad="#eeeeee")
+    shown = ax.imshow(values, cmap=palette, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     for (i, j), value in np.ndenumerate(values):
-        if value >= 0.5:
-            look = {"ha": "center", "va": "center", "fontsize": 7, "color": "white" if value < 60 else "black"}
-            ax.text(j, i, f"{value:.0f}", **look)
+        if value >= 0.5 or low < 0 and not np.isnan(value):
+            is_dark = value < 60 if low == 0 else abs(value) > 0.7 * high
+            look = {"ha": "center", "va": "center", "fontsize": 7, "color": "white" if is_dark else "black"}
+            ax.text(j, i, f"{round(value)}", **look)
     ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(rows)), rows)
     ax.spines[:].set_visible(False)
@@ -237,26 +249,53 @@ def intervals(table: Sequence[Mapping], ax: Axes | None = None) -> Axes:
 
 
 @quiet
-def movement(table: Sequence[Mapping], ax: Axes | None = None) -> Axes:
-    """How much amplitude and phase move with style (solid) and with content (dashed), layer by layer.
+def share_lines(rows: Sequence[Mapping], ax: Axes | None = None, chosen: str | int | None = None) -> Axes:
+    """Shares of style (solid) and content (dashed) in the variance of amplitude and of phase, layer by layer.
 
-    table: rows with layer ("pixels" or a number), part, style and content (`analysis.spectra.movement`).
+    rows: layer ("pixels" or 0, 9 or "layer 9"), part, factor, share (1 = all), and low and high, a band, where they are
+    known; `analysis.factorial` makes them. Estimates below 0 or above 1 are drawn at the border. chosen: pointed out.
     """
-    ax = _axes(ax, 3.2)
-    layers, parts = (list(dict.fromkeys(row[key] for row in table)) for key in ("layer", "part"))
-    ends = []
-    for i, part in enumerate(parts):
-        for kind, line in (("style", "-"), ("content", "--")):
-            heights = [row[kind] for layer in layers for row in table if (row["layer"], row["part"]) == (layer, part)]
-            ax.plot(heights, line, color=COLOURS[i], marker=MARKERS[i], markersize=4)
-            ends.append((heights[-1], f"   {part}, {kind}", COLOURS[i]))
-    below, step = -math.inf, max(row[kind] for row in table for kind in ("style", "content")) / 16
-    for height, text, colour in sorted(ends):
-        below = max(height, below + step)  # labels of lines that end close together are moved apart
-        ax.annotate(text, (len(layers) - 1, below), color=colour, fontsize=8, va="center")
+    ax, (layers, parts) = _axes(ax, 2.6), (list(dict.fromkeys(row[key] for row in rows)) for key in ("layer", "part"))
+    for (i, part), (factor, line) in product(enumerate(parts), (("style", "-"), ("content", "--"))):
+        own = [row for row in rows if (row["part"], row["factor"]) == (part, factor)]
+        look, places = {"color": COLOURS[i], "clip_on": False}, [layers.index(row["layer"]) for row in own]
+        heights = np.clip([row["share"] for row in own], 0, 1)
+        ax.plot(places, heights, line, marker=MARKERS[i], markersize=4, label=f"{part}, {factor}", **look)
+        if all(row.get("low") is not None for row in own):
+            ends = (np.clip([row[end] for row in own], 0, 1) for end in ("low", "high"))
+            ax.fill_between(places, *ends, alpha=0.15, linewidth=0, **look)
+    if chosen in layers:
+        ax.axvspan(layers.index(chosen) - 0.5, layers.index(chosen) + 0.5, color="#e4e4e4", zorder=0)
     ax.set_xticks(range(len(layers)), _layers(layers))
-    ax.set(xlim=(-0.2, (len(layers) - 1) * 1.2 + 0.4), ylim=(0, None), ylabel="movement (0 = none)")
+    ax.set(ylim=(0, 1), ylabel="share of the variance")
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.grid(True, axis="y")
+    ax.legend(**ABOVE, ncols=4, handlelength=3)
+    return ax
+
+
+@quiet
+def atlas(
+    rows: Sequence[Mapping], measure: str, most: float, ax: Axes | None = None, chosen: tuple[int, str] | None = None
+) -> Axes:
+    """Transplants of one part as a heat map, layers (the pixels on top) x bands, in percent, 0 in the scale's middle.
+
+    rows: layer, band, low, placebo and `measure` (1 = 100 %). Hatched: swaps whose interval does not lie above
+    their placebo. most: the end of the scale, in percent; chosen: a layer and a band, framed.
+    """
+    layers, bands = sorted({row["layer"] for row in rows}), list(dict.fromkeys(row["band"] for row in rows))
+    if ax is None:
+        ax = Figure((WIDTH / 200, 0.25 * len(layers) + 1), layout="constrained").add_subplot()
+    values = np.full((len(layers), len(bands)), np.nan)
+    for row in rows:
+        i, j = layers.index(row["layer"]), bands.index(row["band"])
+        values[i, j] = 100 * row[measure]
+        if row["low"] <= row["placebo"]:
+            ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="////", ec="#bbbbbb", linewidth=0))
+        if chosen == (row["layer"], row["band"]):
+            ax.add_patch(Rectangle((j - 0.46, i - 0.44), 0.92, 0.88, fill=False, ec="black", linewidth=2))
+    ax = _heatmap(values, _layers(layers), bands, ax, "%", "RdBu_r", -most, most)
+    ax.set_xlabel("frequencies (1 = highest along an axis)")
     return ax
 
 

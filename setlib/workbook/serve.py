@@ -90,7 +90,7 @@ def lab_command(
 
 
 def write_explorer(run: Run, domains: Sequence[str] = (), code: str = EXPLORER) -> Path:
-    """RUN/explore.ipynb: one cell that shows the four views, of the run's domains and some more."""
+    """RUN/explore.ipynb: one cell that shows all views, of the run's domains and some more."""
     import nbformat
 
     names = ", ".join(map(repr, [str(run.path.absolute()), *domains]))
