@@ -11,7 +11,7 @@ import torch
 from setlib import checkpoint, spectral
 from setlib import evaluation as evaluate
 from setlib import training as train
-from setlib.analysis import ablation, spectra, survey, tokens
+from setlib.analysis import ablation, spectra, tokens
 from setlib.data import domains
 from setlib.experiment import Experiment
 from setlib.explorer import material
@@ -58,7 +58,7 @@ def work(folder):
     night = domains.load(NIGHT, data, role="target")
     reading = tokens.read_tokens(model, night.sample(0).image)
     rows = {
-        "movement": spectra.movement(model.backbone, survey.styled_scenes(data, 2, ("game", "night")), [2, 4]),
+        "shares": studio.shares("", (GAME, NIGHT), (0, 1)),
         "distances": studio.distances("", GAME, 0, NIGHT, 0),
         "attention": tokens.attention_table(reading),
         "changes": reading.changes,

@@ -1,4 +1,4 @@
-"""The explorer's parts: what each control means, a picture to click, a file button, a box that keeps its keys, a choice."""
+"""The explorer's parts: notes on controls, a picture to click, a file button, a box that keeps its keys, choices."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The explorer's widgets: thin, over the pure views of `studio.py`. What a widget shows, one line of Python shows too.
 
-A second line holds its state, from which it opens again. Under papermill, where nobody moves a slider, the same cells show the chosen state as a picture.
+A second line holds its state, from which it opens again. Under papermill, where nobody moves a slider, the same cells
+show the chosen state as a picture.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class Explorer:
     def state(self) -> dict[str, Any]:
         """What the controls say, for JSON: as keywords it makes the explorer again."""
         said = {name: widget.value for name, widget in self.controls.items()} | self.arguments()
-        if "band" in said:
+        if "low" in said:
             said["band"] = [said.pop("low"), said.pop("high")]
         return said
 

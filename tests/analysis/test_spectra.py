@@ -1,4 +1,4 @@
-"""What is measured of spectra is what the docstrings define: identities of movement, swaps and pictures."""
+"""What is measured of spectra is what the docstrings define: distances, swaps, pictures and similarities."""
 
 from __future__ import annotations
 
@@ -10,15 +10,8 @@ import torch
 
 from setlib import spectral
 from setlib.analysis import spectra
-from setlib.backbone import FrozenBackbone
-from setlib.weights.load import load_backbone
 
 AXES = pytest.mark.parametrize("axes, shape", [(spectral.GRID, (2, 6, 8, 5)), (spectral.PIXELS, (2, 3, 7, 9))])
-
-
-@pytest.fixture(scope="module")
-def backbone() -> FrozenBackbone:
-    return load_backbone("tiny-random")
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -59,35 +52,6 @@ def test_round_trip_loses_nothing_and_keeps_the_energy(axes, shape):
     found = spectra.round_trip(noise(*shape), axes)
     assert found["largest error"] < 1e-12
     assert found["energy of the spectrum"] == pytest.approx(found["energy"])
-
-
-def test_movement_tells_style_from_content(backbone):
-    layouts = torch.rand(2, 3, 32, 64, generator=torch.Generator().manual_seed(0))
-    rows = spectra.movement(backbone, {"dark": 0.25 * layouts, "bright": layouts}, (1, 4))
-    found = {(row["layer"], row["part"]): row for row in rows}
-    assert list(found) == [(layer, part) for layer in ("pixels", 1, 4) for part in ("amplitude", "phase")]
-    assert found["pixels", "amplitude"]["style"] == pytest.approx(math.log(4), rel=1e-5)
-    assert found["pixels", "phase"]["style"] == pytest.approx(0, abs=1e-5)
-    assert found["pixels", "phase"]["content"] > 0.5
-    assert all(row["ratio"] == pytest.approx(row["style"] / row["content"]) for row in rows)
-    same = spectra.movement(backbone, {"a": layouts, "b": layouts}, (1,))
-    assert all(row["style"] == pytest.approx(0, abs=1e-6) for row in same)
-
-
-@pytest.mark.parametrize("counts", [{"a": 2}, {"a": 1, "b": 2}])
-def test_movement_needs_two_of_each(backbone, counts):
-    with pytest.raises(ValueError, match="two styles and two layouts"):
-        spectra.movement(backbone, {style: torch.rand(n, 3, 32, 64) for style, n in counts.items()}, (1,))
-
-
-def test_the_sentence_follows_the_numbers():
-    row = {"layer": "pixels", "part": "amplitude", "style": 0.8, "content": 0.4, "ratio": 2.0}
-    rows = [row, {"layer": "pixels", "part": "phase", "style": 0.1, "content": 0.9, "ratio": 0.11}]
-    said = spectra.say_movement(rows)
-    assert "log amplitude moved by 0.80 between styles and 0.40 between layouts, the phase by 0.10 and 0.90" in said
-    assert "amplitude more than the phase in 1 of 1 places, and the phase more than the amplitude in 0." in said
-    said = spectra.say_movement([row | {"ratio": 0.1}, rows[1]])
-    assert "amplitude more than the phase in 0 of 1 places, and the phase more than the amplitude in 1." in said
 
 
 @AXES
@@ -134,3 +98,14 @@ def test_profiles_and_pictures_of_any_size(size):
     radii, profile = spectra.radial_profile(x, bins=4)
     assert radii.isfinite().all() and profile.isfinite().all() and profile[:, 0].min() > 0
     assert spectra.log_amplitude_picture(x).isfinite().all()
+
+
+def test_a_patch_is_most_similar_to_itself_and_components_are_shared():
+    x, y = noise(1, 4, 6, 40), noise(1, 4, 6, 40, seed=1)
+    for found in spectra.similarities([x, y], 7):
+        assert found.shape == (4, 6) and found[1, 1] == pytest.approx(1) and np.abs(found).max() <= 1 + 1e-6
+    one, other = spectra.similarities([x, x], 7)
+    np.testing.assert_array_equal(one, other)
+    assert not np.allclose(one, spectra.similarities([x, 9 * y], 7)[0], atol=0.01)  # the basis is that of both
+    with pytest.raises(ValueError, match="The patches are 0 to 23, row by row, not 24"):
+        spectra.similarities([x], 24)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -11,13 +12,15 @@ from PIL import Image
 
 from setlib import evaluation as evaluate
 from setlib import plots, spectral
+from setlib.analysis import factorial, transplant
 from setlib.analysis import spectra as analysis
 from setlib.analysis.tokens import Intervened
+from setlib.analysis.transplant import OCTAVES, swap_spectrum
 from setlib.checkpoint import build_segmenter, save_segmenter
 from setlib.data.augment import to_image
 from setlib.experiment import Experiment
 from setlib.explorer import material
-from setlib.explorer.studio import ALL, Studio, swap
+from setlib.explorer.studio import ALL, Studio
 from setlib.refiners import REFINERS
 from setlib.run import Run
 from setlib.segmenter import Segmenter
@@ -78,7 +81,7 @@ def equal(one: plots.Board, other: plots.Board) -> bool:
 
 BASE = {"content": GAME, "style": NIGHT, "high": 0.8, "weight": 0.7}
 CHANGES = {"content": "scenes:fog", "content_index": 1, "style": "scenes:fog", "style_index": 2, "part": "phase"}
-CHANGES |= {"space": "layer 2", "low": 0.2, "high": 0.3, "weight": 0.2, "run": OWN}
+CHANGES |= {"space": "layer 2", "low": 0.2, "high": 0.3, "weight": 0.2, "run": OWN, "patch": 3}
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -96,7 +99,7 @@ def test_the_mixture_is_the_swap_of_pixels(studio, part):
     mix = spectral.mix_amplitude if part == "amplitude" else spectral.mix_phase
     expected = to_image(mix(content, style, 0.7, 0.0, 0.8, spectral.PIXELS))
     np.testing.assert_array_equal(board.panel("mixture"), expected)
-    assert "70 % of the style's " + part in board.words and "from 0.00 to 0.80" in board.words
+    assert "70 % of the style's " + part in board.words and "from 0.000 to 0.800" in board.words
 
 
 @pytest.mark.parametrize("space", ["pixels", "layer 2"])
@@ -145,7 +148,7 @@ def test_flipped_pixels_are_counted_and_marked(studio, trained, space):
     board = studio.swap(**BASE | {"space": space, "run": trained, "high": 1.5, "weight": 1.0})
     image, model = studio.image(GAME, 0), studio.model(trained)
     if space == "pixels":
-        mixed = swap(image, studio.image(NIGHT, 0), "amplitude", 0, 1.5, 1, spectral.PIXELS).clamp(0, 1)
+        mixed = spectral.mix_amplitude(image, studio.image(NIGHT, 0), axes=spectral.PIXELS).clamp(0, 1)
         after = studio.segment(trained, GAME, 0, mixed)
     else:
         mixed = spectral.mix_amplitude(*(studio.maps(trained, d, 0, tuple(image.shape[-2:]))[2] for d in (GAME, NIGHT)))
@@ -174,7 +177,124 @@ def test_a_domain_without_labels_is_predicted_without_a_score(studio, trained):
     assert studio.swap(content=bare, style=GAME).panel("content").shape[1] == round(64 * 40 / 48)
 
 
+@pytest.mark.parametrize("space", ["pixels", "layer 2"])
+def test_a_chosen_patch_is_compared_with_all_others_before_and_after(studio, trained, space):
+    for run in ("", trained):
+        board = studio.swap(**BASE | {"space": space, "patch": 7, "run": run})
+        before, after = (board.panel(f"similarity to patch 7 {when}") for when in ("before", "after"))
+        side, row, column = studio.backbone(run).patch_size, *divmod(7, studio.grid(run, GAME, 0)[1])
+        yellow = plots.over_grey(to_image(studio.image(GAME, 0)), np.ones(studio.grid(run, GAME, 0)), 0, 1, side)
+        inside = np.s_[row * side + 1 : (row + 1) * side - 1, column * side + 1 : (column + 1) * side - 1]
+        for shown in (before, after):
+            np.testing.assert_array_equal(shown[inside], yellow[inside])  # similarity 1
+        assert not np.array_equal(before, after) and "to patch 7" in board.words
+        still = studio.swap(**BASE | {"space": space, "patch": 7, "run": run, "style": GAME, "style_index": 0})
+        one, other = (still.panel(f"similarity to patch 7 {when}").astype(int) for when in ("before", "after"))
+        assert np.abs(one - other).max() <= 1
+    layer = 2 if space == "layer 2" else studio.backbone().num_layers - 1
+    assert any(panel.title.startswith(f"similarity to patch 7 before, layer {layer} ") for panel in board.panels)
+
+
+def test_every_patch_can_be_clicked_in_what_shows_the_content(studio, trained):
+    board = studio.swap(**BASE | {"space": "layer 2", "run": trained, "patch": 0})
+    clickable = [panel for panel in board.panels if panel.cells]
+    rows, columns = studio.grid(trained, GAME, 0)
+    titles = {panel.title for panel in clickable}
+    assert {"features after layer 2, content", "features after layer 2, mixture", "ground truth"} <= titles
+    assert not any("style" in title or "log amplitude" in title or "phase" in title for title in titles)
+    for panel in clickable:
+        assert panel.cells.at(0, 0) == (0, 0) and panel.cells.at(0.999, 0.999) == (rows - 1, columns - 1)
+        assert panel.cells.at(0.501, 0.501) == (int(0.501 * panel.cells.rows), int(0.501 * panel.cells.columns))
+
+
+def test_a_street_that_exists_in_the_style_tells_how_far_the_swap_goes(studio):
+    """Against `closed` by hand; without such a street nothing is said."""
+    size = tuple(studio.image(GAME, 0).shape[-2:])
+    x, y, goal = (studio.maps("", name, index, size)[2] for name, index in ((GAME, 0), (NIGHT, 1), (NIGHT, 0)))
+    own = transplant.closed(swap_spectrum(x, y, "phase", 0.25, 0.5), x, goal).item()
+    arguments = {"content": GAME, "style": NIGHT, "style_index": 1, "part": "phase", "space": "layer 2"}
+    words = studio.swap(**arguments, low=0.25, high=0.5).words
+    assert (
+        f"Of the way to this street in {NIGHT} it closes {round(100 * own)} %" in words
+        and "In notebook 02" not in words
+    )
+    assert f"in {NIGHT} it closes" in studio.swap(GAME, NIGHT).words  # in the pixels
+    assert "it closes" not in studio.swap(GAME, studio.names[-1]).words  # no rendered street
+    assert "it closes" not in studio.swap(GAME, GAME, style_index=1).words  # no other style
+
+
+def test_bands_that_share_an_end_share_no_frequency(studio):
+    size = (64, 64)
+    x, y = (torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    parts = {band: swap_spectrum(x, y, "amplitude", *ends, axes=spectral.PIXELS) for band, ends in OCTAVES.items()}
+    changed = {
+        band: (spectral.transform(z - x, spectral.PIXELS).abs().amax((0, 1)) > 1e-4) for band, z in parts.items()
+    }
+    radius = spectral.frequency_radius(size)
+    for band, (low, high) in OCTAVES.items():
+        torch.testing.assert_close(changed[band], ((radius > low) | (radius + low == 0)) & (radius <= high))
+
+
+# Lens
+
+
+@pytest.mark.parametrize("space", ["pixels", "layer 2"])
+def test_the_lens_reads_the_same_before_and_after_no_swap(studio, trained, space):
+    for run in ("", trained):
+        still, moved = (studio.lens(**BASE | {"space": space, "run": run, "weight": w}) for w in (0.0, 1.0))
+        layers = [2, 3, 4] if space == "layer 2" else [1, 2, 3, 4]
+        assert [p.title.split(":")[0] for p in still.panels if p.title.startswith("layer")] == [
+            f"layer {layer}, {when}" for layer in layers for when in ("before", "after")
+        ]
+        for layer in layers:
+            before, after = (still.panel(f"layer {layer}, {when}") for when in ("before", "after"))
+            assert (before != after).any(-1).mean() < 0.001
+        assert not np.array_equal(moved.panel(f"layer {layer}, before"), moved.panel(f"layer {layer}, after"))
+        assert "mIoU" in still.panels[-1].title and "fitted to scenes:game" in still.words
+
+
+def test_a_lens_is_fitted_once_and_needs_a_source(studio, tmp_path, monkeypatch):
+    fitted = studio.lenses("", [1, 4])
+    monkeypatch.setattr(material, "fit_lenses", None)
+    assert studio.lenses("", [4, 1]) is fitted
+    bare = studio.names[-1]
+    assert "mIoU" not in studio.lens(content=bare, style=GAME).panels[-1].title
+    run = Run.open(tmp_path / "run", studio.experiment.override("data.source="))
+    with pytest.raises(ValueError, match="labelled source, and this run names none"):
+        Studio(run).lens(GAME, NIGHT)
+
+
 # Layers
+
+
+def test_shares_are_those_of_a_design_made_by_hand(studio, monkeypatch):
+    """Pictures that are a style's gain times a layout: all of log amplitude's style is style, phase is content."""
+    generator = torch.Generator().manual_seed(0)
+    layouts, gain = torch.rand(4, 1, 3, 32, 64, generator=generator), {GAME: 1.0, NIGHT: 0.25}
+    fresh = Studio(studio.run)
+    fresh.image = lambda name, index, size=None: gain[name] * layouts[index]
+    rows = {(r["layer"], r["part"], r["factor"]): r["share"] for r in fresh.shares("", (GAME, NIGHT), (0, 2))}
+    x = torch.cat([fresh.image(name, index) for index in (0, 2) for name in (GAME, NIGHT)]).permute(0, 2, 3, 1)
+    for part in analysis.PARTS:
+        found = [rows["pixels", part, factor] for factor in factorial.FACTORS]
+        assert found == pytest.approx(factorial.shares(factorial.band_products(x, part)["all"], 2).tolist())
+        assert rows["pixels", part, "interaction"] == pytest.approx(0, abs=1e-3)
+    assert rows["pixels", "phase", "style"] == pytest.approx(0, abs=1e-3)
+    assert rows["pixels", "phase", "content"] == pytest.approx(1, abs=1e-3)
+    assert rows["pixels", "amplitude", "style"] > 0.2
+    assert {layer for layer, *_ in rows} == set(fresh.spaces())
+
+
+def test_two_styles_are_parted_into_shares_and_real_pictures_into_distances(studio):
+    board = studio.layers(GAME, NIGHT, 3, 3, space="layer 2")  # the last number: the next one is the first
+    assert "Streets 3 and 0 in both styles, layer 2: of the amplitude style explains" in board.words
+    assert "Streets 1 and 2 in both" in studio.layers(GAME, NIGHT, 1, 2).words
+    shares = [row["share"] for row in studio.shares("", (GAME, NIGHT), (3, 0)) if row["layer"] == "layer 2"]
+    said = [int(n) for n in re.findall(r"(-?\d+) %", board.words.split("Streets")[1])]
+    assert said == [round(100 * share) for share in shares]
+    assert board.panel("what style and content explain").any()
+    for first, second in ((GAME, GAME), (GAME, studio.names[-1])):
+        assert studio.layers(first, second, 0, 1).panel("distance by layer").any()
 
 
 def test_distances_are_those_of_the_analysis(studio):
@@ -186,7 +306,7 @@ def test_distances_are_those_of_the_analysis(studio):
         board = studio.layers(first=GAME, second=NIGHT, space=row["layer"])
         assert f"{row['amplitude']:.2f} apart in amplitude and {row['phase']:.2f} in phase" in board.words
         assert equal(board, studio.layers(first=GAME, second=NIGHT, space=row["layer"]))
-    moved = [(swap(x, y, part, 0, 1.5, 1, spectral.GRID) - x).norm(dim=-1)[0].numpy() for part in analysis.PARTS]
+    moved = [(swap_spectrum(x, y, part) - x).norm(dim=-1)[0].numpy() for part in analysis.PARTS]
     high, grey = max(m.max() for m in moved), to_image(studio.image(GAME, 0))
     for part, m in zip(analysis.PARTS, moved, strict=True):
         expected = plots.over_grey(grey, m, 0, high, studio.backbone().patch_size)
@@ -272,6 +392,44 @@ def test_find_goes_round_and_stops_at_a_class(studio):
             assert studio.find(GAME, 0, 1, name) == min([i for i in holds if i > 0], default=0)
 
 
+# Atlas
+
+
+def test_the_atlas_shows_what_was_measured_and_a_swap_names_its_cell(studio, tmp_path):
+    own = Studio(Run.open(tmp_path / "run", studio.experiment))
+    with pytest.raises(ValueError, match="no atlas yet: notebook 02 or `python -m setlib premise` makes it"):
+        own.atlas()
+    band, (low, high) = list(OCTAVES.items())[2]
+    rows = [
+        {
+            "layer": layer,
+            "part": part,
+            "band": name,
+            "closed": 0.01 * layer + 0.3,
+            "low": 0.2,
+            "high": 0.4,
+            "streets": 6,
+        }
+        | {"placebo": 0.1, "placebo low": 0.0, "placebo high": 0.2, "content kept": 0.9}
+        for layer in (0, 2)
+        for part in analysis.PARTS
+        for name in OCTAVES
+    ]
+    own.run.write_json(material.ATLAS, rows)
+    board = own.atlas(part="phase", layer=2, band=band)
+    said = "over 6 streets 32 % [20 %, 40 %] of the way, the placebo 10 %; the content is kept in 90 %"
+    assert f"The phase after layer 2, band '{band}': {said}" in board.words
+    assert [panel.title.split(":")[0] for panel in board.panels] == list(analysis.PARTS)
+    assert {(panel.cells.rows, panel.cells.columns) for panel in board.panels} == {(2, len(OCTAVES))}
+    assert not equal(board, own.atlas("content kept")) and equal(own.atlas(), own.atlas())
+    with pytest.raises(ValueError, match="Unknown measure 'colour': expected one of closed"):
+        own.atlas("colour")
+    swapped = {"content": GAME, "style": NIGHT, "part": "phase", "space": "layer 2", "low": low, "high": high}
+    assert f"In notebook 02: {said}." in own.swap(**swapped).words
+    for other in ({"weight": 0.5}, {"high": high + 0.1}, {"space": "layer 3"}, {"part": "amplitude", "low": 0.2}):
+        assert "In notebook 02" not in own.swap(**swapped | other).words
+
+
 # What cannot be
 
 PAIR = {"content": GAME, "style": NIGHT}
@@ -288,6 +446,8 @@ PAIR = {"content": GAME, "style": NIGHT}
         ("swap", PAIR | {"run": "no/such/run"}, "holds no saved model"),
         ("swap", PAIR | {"run": "~nobody-here/x"}, "There is no folder ~nobody-here/x"),
         ("swap", PAIR | {"weight": float("nan")}, "Expected a weight from 0 to 1 .* got nan"),
+        ("swap", PAIR | {"patch": 999}, "The patches are 0 to .*, row by row, not 999"),
+        ("lens", PAIR | {"part": "colour"}, "Unknown part 'colour'"),
         ("swap", PAIR | {"low": 0.9, "high": 0.2}, "a band from low to high, got .* 0.9 to 0.2"),
         ("layers", {"first": GAME, "second": NIGHT, "space": "layer 0"}, "Unknown space 'layer 0'"),
         ("tokens", {"domain": GAME, "run": ""}, "Tokens learn: choose a trained run"),

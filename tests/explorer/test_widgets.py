@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import io
+import json
 
 import nbformat
 import pytest
 import torch
 from PIL import Image
 
+from setlib.analysis.spectra import PARTS
+from setlib.analysis.transplant import OCTAVES
 from setlib.checkpoint import build_segmenter, save_segmenter
 from setlib.experiment import Experiment
 from setlib.explorer import material, widgets
 from setlib.explorer.controls import NOTES
 from setlib.explorer.studio import Studio
-from setlib.explorer.widgets import VIEWS, DomainBrowser, LayerExplorer, SwapExplorer, TokenExplorer
+from setlib.explorer.widgets import (
+    VIEWS,
+    AtlasExplorer,
+    DomainBrowser,
+    LayerExplorer,
+    LensExplorer,
+    SwapExplorer,
+    Tabs,
+    TokenExplorer,
+)
+from setlib.plots import WIDTH
 from setlib.run import Run
 from setlib.workbook import serve as workbook
 
@@ -50,12 +63,40 @@ def upload(explorer, name: str, content: bytes | Image.Image) -> str:
     return explorer.controls["content"].value
 
 
+def write_atlas(run: Run) -> None:
+    """A study of two places, made up."""
+    rows = [
+        {"layer": layer, "part": part, "band": band, "closed": 0.3, "low": 0.2, "high": 0.4, "streets": 6}
+        | {"placebo": 0.1, "placebo low": 0.0, "placebo high": 0.2, "content kept": 0.9}
+        for layer in (0, 2)
+        for part in PARTS
+        for band in OCTAVES
+    ]
+    run.write_json(material.ATLAS, rows)
+
+
+def click(explorer, panel, right: float, down: float) -> None:
+    """What the browser sends for a click on a place of a panel's picture, found by looking for it."""
+    board = explorer.shown
+    height = board.image(with_words=False).height
+    for y in range(0, height, 2):
+        for x in range(0, WIDTH, 2):
+            place = board.locate(x / WIDTH, y / height)
+            if place and place[0] is panel and abs(place[1] - right) < 0.01 and abs(place[2] - down) < 0.02:
+                explorer.picture._handle_custom_msg({"x": x / WIDTH, "y": y / height}, [])
+                return
+    raise AssertionError("no such place")
+
+
 # Controls
 
 
 CHANGES = {
     SwapExplorer: {"content": NIGHT, "content_index": 1, "style": GAME, "style_index": 2, "part": "phase"}
+    | {"space": "layer 2", "band": (0.1, 0.6), "weight": 0.5, "patch": 3, "run": "its own"},
+    LensExplorer: {"content": NIGHT, "content_index": 1, "style": GAME, "style_index": 2, "part": "phase"}
     | {"space": "layer 2", "band": (0.1, 0.6), "weight": 0.5, "run": "its own"},
+    AtlasExplorer: {"measure": "content kept", "part": "phase", "layer": 2, "band": "to 1/2"},
     LayerExplorer: {"first": NIGHT, "first_index": 2, "second": GAME, "second_index": 1, "space": "layer 3"}
     | {"run": "its own"},
     TokenExplorer: {"domain": NIGHT, "index": 1, "layer": 3, "branch": "phase", "token": 5},
@@ -66,6 +107,7 @@ CHANGES = {
 @pytest.mark.parametrize("view", CHANGES, ids=lambda view: view.__name__)
 def test_every_control_changes_the_picture_and_the_line_makes_it_again(studio, view, run, tmp_path, monkeypatch):
     own = str(run.path)
+    write_atlas(run)
     explorer = view(studio)
     assert set(CHANGES[view]) | ({"run"} if view is TokenExplorer else set()) == set(explorer.controls)
     seen = {explorer.picture.value}
@@ -159,6 +201,72 @@ def test_previous_next_random_and_the_class(studio):
     explorer.controls["only"].value = absent[0]
     explorer.steps["next"].click()
     assert f"No picture of {GAME} holds the class {absent[0]}" in explorer.message.value
+
+
+# Clicks and states
+
+
+def test_a_click_on_a_panel_chooses_its_patch(studio):
+    explorer = SwapExplorer(studio, space="layer 2")
+    rows, columns = studio.grid("", explorer.controls["content"].value, 0)
+    middle = rows // 2 * columns + columns // 2
+    for title in ("content", "features after layer 2, mixture"):
+        for (right, down), patch in {(0.01, 0.02): 0, (0.98, 0.97): rows * columns - 1, (0.52, 0.54): middle}.items():
+            panel = next(panel for panel in explorer.shown.panels if panel.title.startswith(title))
+            click(explorer, panel, right, down)
+            assert explorer.controls["patch"].value == patch and explorer.message.value == ""
+            assert explorer.shown.panel(f"similarity to patch {patch} before").any()
+    style = next(panel for panel in explorer.shown.panels if panel.title.startswith("style"))
+    click(explorer, style, 0.1, 0.1)
+    assert explorer.controls["patch"].value == middle  # not the content's
+    explorer.controls["patch"].value = -1
+    assert not any(panel.title.startswith("similarity") for panel in explorer.shown.panels)
+
+
+def test_a_click_on_the_atlas_opens_that_swap(studio, run):
+    write_atlas(run)
+    tabs = Tabs(studio)
+    tabs.tab.selected_index = list(VIEWS).index("Atlas")
+    atlas, bands = tabs.made[tabs.tab.selected_index], list(OCTAVES)
+    panel = next(panel for panel in atlas.shown.panels if panel.title.startswith("phase"))
+    left, top, width, height = panel.cells.box
+    click(atlas, panel, left + width * (2.5 / len(bands)), top + height * 0.75)  # the third band, the second layer
+    assert list(VIEWS)[tabs.tab.selected_index] == "Swap"
+    given, (low, high) = tabs.made[0].arguments(), OCTAVES[bands[2]]
+    assert (given["part"], given["space"], given["weight"]) == ("phase", "layer 2", 1.0)
+    assert (given["low"], given["high"]) == (low, min(high, 1.5))
+    assert (atlas.controls["layer"].value, atlas.controls["band"].value) == (2, bands[2])
+    assert "In notebook 02: over 6 streets 30 %" in tabs.made[0].words.value
+    alone = AtlasExplorer(studio, part="amplitude", layer=0, band=bands[-1])  # by keyboard, and without tabs
+    next(w for row in alone.rows for w in row.children if getattr(w, "description", "") == "open this swap").click()
+    given = alone.swap.arguments()
+    assert (given["part"], given["space"], given["high"]) == ("amplitude", "pixels", 1.5)
+    assert alone.box.children[-1] is alone.swap.box
+
+
+def test_an_atlas_that_has_not_been_made_is_a_sentence(run, tmp_path):
+    explorer = AtlasExplorer(Studio(Run.open(tmp_path / "run", run.experiment)))
+    assert "no atlas yet: notebook 02" in explorer.message.value and not explorer.picture.value
+
+
+@pytest.mark.parametrize("view", CHANGES, ids=lambda view: view.__name__)
+def test_a_state_survives_a_file(studio, view, run):
+    write_atlas(run)
+    changes = {name: str(run.path) if name == "run" else value for name, value in CHANGES[view].items()}
+    explorer = view(studio, **changes)
+    kept: dict = {}
+    exec(explorer.kept.value, kept)
+    state = kept[view.view.upper()]
+    assert state == json.loads(json.dumps(state)) == explorer.state() and set(state) == set(explorer.controls)
+    again = view(Studio(studio.run), **state)
+    assert again.state() == state and again.picture.value == explorer.picture.value
+
+
+def test_a_state_brings_its_own_domains(studio, tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "images" / "a.png")
+    explorer = SwapExplorer(studio, content=f"folder@{tmp_path}", band=[0.0, 0.125])
+    assert explorer.controls["content"].value == f"folder@{tmp_path}" and explorer.state()["band"] == [0.0, 0.125]
 
 
 # Problems
@@ -272,7 +380,9 @@ def test_save_writes_the_picture_and_its_line(studio):
         assert path.is_file() and f"layers-{number}.png" in explorer.message.value
         with Image.open(path) as opened:
             assert opened.text["Source"] == explorer.line()
-        assert path.with_suffix(".py").read_text() == f"{explorer.line()}.savefig('{path.name}')\n"
+        assert (
+            path.with_suffix(".py").read_text() == f"{explorer.line()}.savefig('{path.name}')\n{explorer.kept.value}\n"
+        )
 
 
 def test_nothing_is_saved_by_halves_or_where_the_run_is_gone(run, tmp_path, monkeypatch):

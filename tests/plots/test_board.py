@@ -42,6 +42,37 @@ def test_a_board_is_one_picture_with_its_words_and_line(tmp_path):
     assert plain.png() != board.png()  # the rings
 
 
+def test_a_place_of_the_board_is_a_place_of_a_panels_picture():
+    red, blue = (np.full((20, 40, 3), colour, np.uint8) for colour in ((250, 0, 0), (0, 0, 250)))
+    board = plots.Board([[plots.Panel(red, "a\nb"), plots.Panel(blue)], [plots.Panel(blue, "x", is_wide=True)]], 3)
+    shown = np.asarray(board.image(with_words=False)).astype(int)
+    found = set()
+    for y in range(0, shown.shape[0], 7):
+        for x in range(0, shown.shape[1], 9):
+            place = board.locate((x + 0.5) / shown.shape[1], (y + 0.5) / shown.shape[0])
+            is_panel = np.ptp(shown[y, x]) > 200
+            assert bool(place) == bool(is_panel)
+            if place:
+                np.testing.assert_array_equal(place[0].picture[0, 0], shown[y, x])
+                assert 0 <= place[1] < 1 and 0 <= place[2] < 1
+                found.add(id(place[0]))
+    assert len(found) == 3
+    panel, right, down = board.locate(1e-4, 1 - 1e-4)
+    assert panel.is_wide and right < 0.01 and down > 0.99
+
+
+def test_cells_are_counted_in_their_box_and_cut_ones_count():
+    cells = plots.Cells(1.5, 2, (0.5, 0.0, 0.5, 1.0))
+    assert cells.at(0.4, 0.5) is None and cells.at(0.5, 0.0) == (0, 0)
+    assert cells.at(0.99, 0.7) == (1, 1) and cells.at(0.7, 1.0) is None
+
+
+def test_a_frame_goes_around_one_square():
+    made = plots.framed(np.zeros((20, 40, 3), np.uint8) + 9, 1, 2, 5)
+    assert (made[5, 10:15] == 255).all() and (made[9, 10:15] == 255).all() and (made[4, 9:16] == 0).all()
+    assert (made[6:9, 11:14] == 9).all() and (made[:3] == 9).all()
+
+
 def test_a_sheet_places_pictures_and_titles_and_leaves_gaps():
     sheet = plots.sheet([[IMAGE, None], [IMAGE / np.float32(255), IMAGE // 2]], ["first", "second"], ["a", "b"])
     assert titles(sheet) == [["first\na", None], ["second", ""]]

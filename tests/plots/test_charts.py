@@ -17,10 +17,16 @@ RANDOM = np.random.default_rng(0)
 SHARES = RANDOM.dirichlet(np.ones(19))
 HISTORY = [{"step": step, "loss": 3.0 / step} for step in range(1, 21)]
 CELL = {"variant": "set", "domain": "scenes:fog", "mean": 31.0, "low": 29.0, "high": 33.0, "values": [30.0, 32.0]}
-MOVED = [
-    {"layer": layer, "part": part, "style": 0.1, "content": 0.5}
+SHARED = [
+    {"layer": layer, "part": part, "factor": factor, "share": share}
     for layer in ("pixels", 3)
     for part in ("amplitude", "phase")
+    for factor, share in (("style", 0.1), ("content", 0.5), ("interaction", 0.4))
+]
+SWAPPED = [
+    {"layer": layer, "band": band, "closed": 0.3, "low": low, "placebo": 0.1}
+    for layer in (9, 0)
+    for band, low in (("mean", 0.2), ("to 1/4", 0.0))
 ]
 DISTANCES = [{"layer": "pixels", "amplitude": 0.1, "phase": 0.2}, {"layer": 4, "amplitude": 0.3, "phase": 0}]
 ALL = {
@@ -34,7 +40,8 @@ ALL = {
     "class_heatmap": ({"scenes:fog": 100 * SHARES}, CITYSCAPES),
     "confusion": (np.eye(19, dtype=np.int64), CITYSCAPES),
     "intervals": ([CELL],),
-    "movement": (MOVED,),
+    "share_lines": (SHARED,),
+    "atlas": (SWAPPED, "closed", 30.0),
 }
 
 
@@ -121,10 +128,31 @@ def test_intervals_show_every_seed_and_do_without_an_interval():
     assert drawn == [[29, 33], [30, 32], [31], [30, 32], [31]]
 
 
-def test_movement_has_a_line_for_each_part_and_kind():
-    ax = plots.movement(MOVED)
+def test_shares_have_a_line_for_each_part_and_factor_and_bands_where_ends_are_known():
+    ax = plots.share_lines(SHARED)
     assert [line.get_ydata().tolist() for line in ax.lines] == [[0.1, 0.1], [0.5, 0.5]] * 2
-    assert [text.get_text().strip() for text in ax.texts][0] == "amplitude, style"
+    assert [line.get_linestyle() for line in ax.lines] == ["-", "--"] * 2 and ax.get_ylim() == (0, 1)
+    assert ax.lines[0].get_color() == ax.lines[1].get_color() != ax.lines[2].get_color()
+    labels = ["amplitude, style", "amplitude, content", "phase, style", "phase, content"]
+    assert [text.get_text() for text in ax.get_legend().texts] == labels and not ax.collections
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["pixels", "layer 3"]
+    known = plots.share_lines([row | {"layer": 0, "share": -0.2, "low": -0.3, "high": 0.1} for row in SHARED])
+    assert len(known.collections) == 4 and known.lines[0].get_ydata().tolist() == [0] * 2
+    assert [label.get_text() for label in known.get_xticklabels()] == ["pixels"]
+    chosen = plots.share_lines(SHARED, chosen=3)
+    assert len(chosen.patches) == len(ax.patches) + 1
+
+
+def test_an_atlas_has_a_cell_for_each_swap_and_hatches_what_is_no_better_than_its_placebo():
+    ax = plots.atlas(SWAPPED, "closed", 60.0, chosen=(9, "mean"))
+    shown = ax.images[0]
+    assert shown.get_array().tolist() == [[30, 30], [30, 30]] and shown.get_clim() == (-60, 60)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["pixels", "layer 9"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["mean", "to 1/4"]
+    hatched = [patch.get_xy() for patch in ax.patches if patch.get_hatch()]
+    assert sorted(hatched) == [(0.5, -0.5), (0.5, 0.5)]
+    (frame,) = [patch for patch in ax.patches if not patch.get_hatch()]
+    assert frame.get_x() < 0 < frame.get_x() + frame.get_width() and frame.get_y() > 0.5  # the second row
 
 
 def test_table_shows_numbers_dashes_and_escapes():
