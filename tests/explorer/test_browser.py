@@ -118,7 +118,7 @@ def test_swap_by_keyboard_and_mouse(lab, run):
     page.mouse.down()
     page.mouse.move(box["x"] - 150, box["y"] + box["height"] / 2, steps=8)
     page.mouse.up()
-    moved(r"at frequencies from 0\.00 to 0\.\d\d")
+    moved(r"at frequencies from 0\.000 to 0\.\d\d\d")
     lab.view("swap").get_by_role("button", name="phase", exact=True).click()
     moved("of the style's phase")
     lab.control("swap", "trained run").first.fill(TRAINED or str(run.path))
@@ -132,7 +132,22 @@ def test_swap_by_keyboard_and_mouse(lab, run):
     moved()
     lab.control("swap", "where").first.select_option("layer 2" if not TRAINED else "layer 9")
     moved()
+    lab.check()
+
+
+def test_a_click_on_a_panel_chooses_its_patch(lab):
+    picture = lab.view("swap").locator("img").first
+    picture.scroll_into_view_if_needed()
+    picture.click(position={"x": 150, "y": 100})  # the content's picture
+    chosen = lab.wait_for_words("swap", r"patches are more similar to patch \d+ than")
+    picture.click(position={"x": 470, "y": 100})  # the style's: nothing
+    lab.settle()
+    assert chosen in lab.words("swap")
     take_screenshot(lab, "swap")
+    lab.control("swap", "patch").first.focus()
+    lab.page.keyboard.press("Home")  # none
+    lab.settle()
+    assert "more similar to patch" not in lab.words("swap")
     lab.check()
 
 
@@ -185,9 +200,10 @@ def test_upload_save_and_the_line_of_python(lab, run, tmp_path, monkeypatch):
     lab.page.keyboard.press("Enter")
     lab.wait_for_words("swap", r"Saved .*swap-1\.png")
     saved = run.path / "saved" / "swap-1.png"
-    line = saved.with_suffix(".py").read_text()
+    line, state = saved.with_suffix(".py").read_text().splitlines()
+    assert state.startswith("SWAP = {")
     with Image.open(saved) as opened:
-        assert line == f"{opened.text['Source']}.savefig('swap-1.png')\n"
+        assert line == f"{opened.text['Source']}.savefig('swap-1.png')"
         shown = np.asarray(opened)
     monkeypatch.chdir(tmp_path)
     exec(compile(line, "line", "exec"), {})  # a new studio: nothing of the widgets
@@ -255,4 +271,6 @@ def test_the_other_views(lab, run):
     take_screenshot(lab, "browse")
     lab.control("browse", "class").first.select_option("road")
     lab.wait_for_words("browse", r"road: \d+\.\d % of the labelled pixels")
+    open_tab(lab, "Lens", "lens", "what a linear head, fitted to")
+    take_screenshot(lab, "lens")
     lab.check()

@@ -27,7 +27,7 @@ from setlib.explorer.widgets import (
     Tabs,
     TokenExplorer,
 )
-from setlib.plots import WIDTH
+from setlib.plots import GAP, WIDTH
 from setlib.run import Run
 from setlib.workbook import serve as workbook
 
@@ -76,16 +76,14 @@ def write_atlas(run: Run) -> None:
 
 
 def click(explorer, panel, right: float, down: float) -> None:
-    """What the browser sends for a click on a place of a panel's picture, found by looking for it."""
-    board = explorer.shown
-    height = board.image(with_words=False).height
-    for y in range(0, height, 2):
-        for x in range(0, WIDTH, 2):
-            place = board.locate(x / WIDTH, y / height)
-            if place and place[0] is panel and abs(place[1] - right) < 0.01 and abs(place[2] - down) < 0.02:
-                explorer.picture._handle_custom_msg({"x": x / WIDTH, "y": y / height}, [])
-                return
-    raise AssertionError("no such place")
+    """What the browser sends for a click on a place of a panel's picture."""
+    height, top = explorer.shown.image(with_words=False).height, 0
+    for block, places in explorer.shown._blocks(with_words=False):
+        for one, x, y, w, h in places:
+            if one is panel:
+                told = {"x": (x + right * w) / WIDTH, "y": (top + y + down * h) / height}
+                explorer.picture._handle_custom_msg(told, [])
+        top += block.height + GAP
 
 
 # Controls
