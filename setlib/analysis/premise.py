@@ -226,7 +226,7 @@ def measure(
     backbone = load_backbone(config.backbone, patch_size=config.patch_size)
     if is_control:
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(run.experiment.seed)
+            torch.default_generator.manual_seed(run.experiment.seed + 1)
             backbone = FrozenBackbone(type(backbone.model)(backbone.model.config), CONTROL)
     readout, folder = max(1, 3 * backbone.num_layers // 4), f"premise{'-control' * is_control}"
     swapped = sorted({round(place) for place in np.linspace(0, readout, places)})
@@ -277,4 +277,125 @@ def read(run: Run, folder: str = "premise") -> Findings | None:
     path = run.path / folder
     if not (path / "about.json").is_file():
         return None
-    return Findings(*(load_json(path / f"{name}.json") for name in Findings._fields))
+    *tables, about = (load_json(path / f"{name}.json") for name in Findings._fields)
+    return Findings(*([row for row in rows if row["layer"] in about["done"]] for rows in tables), about)
+
+
+# In words and tables, made from the rows alone
+
+
+def place(layer: int) -> str:
+    """The name of a place: "the pixels" or "layer 3"."""
+    return f"layer {layer}" if layer else "the pixels"
+
+
+def percent(row: dict, name: str = "share", ends: str = "") -> str:
+    """A share with its interval: "26 % [22, 30]"; ends: what the names of its ends begin with."""
+    low, high = (100 * row[f"{ends}{end}"] for end in ("low", "high"))
+    return f"{100 * row[name]:.0f} % [{low:.0f}, {high:.0f}]"
+
+
+def share_table(rows: Sequence[dict], band: str = factorial.ALL) -> list[dict]:
+    """One row a layer: the shares of style, content and interaction in amplitude and phase, with their intervals."""
+    table: dict[int, dict] = {}
+    for row in rows:
+        if row["band"] == band:
+            column = f"{row['part']}: {row['factor']}"
+            table.setdefault(row["layer"], {"after": place(row["layer"])})[column] = percent(row)
+    return list(table.values())
+
+
+def tally(rows: Sequence[dict]) -> dict[str, dict[str, int]]:
+    """In how many cells (layer and band, without zero frequency) each half of the premise holds: {part: {verdict: n}}.
+
+    amplitude is style where its style share lies above its content share, phase is content where its content share lies
+    above its style share; where the intervals of the two overlap nothing is shown.
+    """
+    cells: dict[tuple, dict] = {}
+    for row in rows:
+        if row["band"] not in (factorial.BANDS[0], factorial.ALL):
+            cells.setdefault((row["part"], row["layer"], row["band"]), {})[row["factor"]] = row
+    counts = {part: {"style": 0, "content": 0, "open": 0} for part in factorial.PARTS}
+    for (part, _, _), cell in cells.items():
+        style, content = cell["style"], cell["content"]
+        larger = "style" if style["low"] > content["high"] else "content" if content["low"] > style["high"] else "open"
+        counts[part][larger] += 1
+    return counts
+
+
+def say_shares(rows: Sequence[dict]) -> str:
+    """What the crossed design found, as Markdown sentences."""
+    own = {(r["layer"], r["part"], r["band"], r["factor"]): r for r in rows}
+    layers, lines = list(dict.fromkeys(row["layer"] for row in rows)), []
+    for layer in (0, layers[1], layers[-1]):
+        amplitude, phase = (
+            [percent(own[layer, part, factorial.ALL, factor]) for factor in ("style", "content")]
+            for part in factorial.PARTS
+        )
+        lines.append(
+            f"- In **{place(layer)}** style explains {amplitude[0]} of the variance of the log amplitudes and content "
+            f"{amplitude[1]}; of the phases style explains {phase[0]} and content {phase[1]}."
+        )
+    mean = [own[layer, "amplitude", factorial.BANDS[0], "style"] for layer in (0, layers[1], layers[-1])]
+    lines.append(
+        f"- At **zero frequency**, the mean of each channel, style explains {percent(mean[0])} in the pixels, "
+        f"{percent(mean[1])} after layer {layers[1]} and {percent(mean[2])} after layer {layers[-1]}."
+    )
+    counts = tally(rows)
+    for part, half in (("amplitude", "style"), ("phase", "content")):
+        found, total = counts[part], sum(counts[part].values())
+        other = "content" if half == "style" else "style"
+        lines.append(
+            f"- Of {total} cells (layer and band, without zero frequency) **{part}** holds more {half} than {other} in "
+            f"{found[half]}, more {other} in {found[other]}; in {found['open']} the intervals overlap."
+        )
+    nulls = [abs(row["null"]) for row in rows if row["factor"] != "interaction"]
+    lines.append(
+        f"- With shuffled labels no share of style or content is further from 0 than {100 * max(nulls):.1f} %."
+    )
+    return "\n".join(lines)
+
+
+def say_yardstick(rows: Sequence[dict], donor: str = DONORS[0]) -> str:
+    """Which parts carry style beyond their placebos, place by place, as Markdown sentences."""
+    lines = []
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        own = [row for row in rows if row["layer"] == layer and row["donor"] == donor]
+        best = max(own, key=lambda row: row["closed"])
+        beaten = [row for row in own if row["gain low"] > 0]
+        named = ", ".join(f"{row['part']} ({100 * row['gain']:+.1f} points)" for row in beaten) or "none"
+        amplitude = next(row for row in own if row["part"] == "amplitude")
+        lines.append(
+            f"- In **{place(layer)}** the amplitudes of {donor} close {percent(amplitude, 'closed', 'closed ')} of the "
+            f"way to A in B's style, their best placebo ({amplitude['best placebo']}) "
+            f"{100 * (amplitude['closed'] - amplitude['gain']):.0f} %; most closes **{best['part']}**, "
+            f"{percent(best, 'closed', 'closed ')}. Beyond their placebos: {named}."
+        )
+    return "\n".join(lines)
+
+
+def say_atlas(found: Findings) -> str:
+    """What the rest of the network makes of the transplants, as Markdown sentences."""
+    about, lines = found.about, []
+    lines.append(
+        f"- Read after layer {about['readout']}: A itself has {about['A']['miou']:.0f} % mIoU, A in B's style "
+        f"{about['A*']['miou']:.0f} %, which is taken for B's style in {100 * about['A*']['style of B']:.0f} % of "
+        f"{found.atlas[0]['streets']} streets, and for A's layout in {100 * about['A*']['content kept']:.0f} %."
+    )
+    for part in factorial.PARTS:
+        own = [row for row in found.atlas if row["part"] == part]
+        whole = [row for row in own if row["band"] == "all"]
+        best, ahead = max(own, key=lambda row: row["closed"]), sum(row["gain low"] > 0 for row in own)
+        span, kept = (_span([100 * row[name] for row in whole]) for name in ("closed", "content kept"))
+        lines.append(
+            f"- All of B's **{part}** closes {span} % of the way, by where it is put; "
+            f"{ahead} of {len(own)} cells lie above their placebo. The best cell is {best['band']} frequencies in "
+            f"{place(best['layer'])}: {percent(best, 'closed', 'closed ')}. A's layout is still found in {kept} % of "
+            "the streets."
+        )
+    return "\n".join(lines)
+
+
+def _span(values: Sequence[float]) -> str:
+    """The least and the most: "3 to 5"; one number where they are equal."""
+    return " to ".join(dict.fromkeys(f"{end(values):.0f}" for end in (min, max)))
