@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from setlib.analysis.factorial import PARTS, band_products
+from setlib.analysis.factorial import ALL, PARTS, band_products
 from setlib.analysis.survey import evenly
 from setlib.backbone import FrozenBackbone
 from setlib.data.augment import fit, resize, to_tensor
@@ -143,3 +143,34 @@ def balanced(right: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Mean of the shares of yes and of no that are read rightly, (T,) percent."""
     shares = [np.where(side, right, 0).sum(0) / np.maximum(side.sum(0), 1) for side in (targets, ~targets)]
     return 50 * (shares[0] + shares[1])
+
+
+def reveal_phase(rows: Sequence[dict]) -> dict:
+    """What `plots.reveal` shows of phases alone after the last layer: how well they tell the domains apart."""
+    own = next(r for r in rows[::-1] if (r["part"], r["band"]) == ("phase", ALL))
+    ends = own["domain low"], own["domain high"]
+    label = f"balanced accuracy of phases alone after layer {own['layer']} (%); bar: worst to best stretch"
+    return {"claim": 50, "result": own["domain"], "placebo": own["shuffled"], "ends": ends, "label": label}
+
+
+def say_apart(rows: Sequence[dict], names: Sequence[str]) -> str:
+    """What `tell_apart` found of two domains, as Markdown sentences."""
+    lines = [f"Of **{names[0]}** and **{names[1]}**, balanced accuracies, 50 % is chance:", ""]
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        whole = {row["part"]: row for row in rows if (row["layer"], row["band"]) == (layer, ALL)}
+        best = {
+            part: max((row for row in rows if (row["layer"], row["part"]) == (layer, part)), key=lambda r: r["domain"])
+            for part in PARTS
+        }
+        told = " and ".join(
+            f"{part} alone with {row['domain']:.0f} % (best band: {best[part]['band']}, {best[part]['domain']:.0f} %)"
+            for part, row in whole.items()
+        )
+        known = [row["classes"] for row in whole.values()]
+        classes = (
+            "" if None in known else f"; which classes are in a picture, with {known[0]:.0f} % and {known[1]:.0f} %"
+        )
+        where = f"after layer {layer}" if layer else "in the pixels"
+        lines.append(f"- {where} the domain is told by {told}{classes}.")
+    shuffled = [row["shuffled"] for row in rows]
+    return "\n".join([*lines, f"- With shuffled domain labels: {min(shuffled):.0f} to {max(shuffled):.0f} %."])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from setlib.analysis import factorial, premise, transplant
+from setlib.analysis import factorial, premise, transplant, verdict
 from setlib.experiment import Experiment
 from setlib.run import Run
 
@@ -98,16 +98,16 @@ def test_streets_pair_each_layout_with_another_in_its_own_style():
 
 def test_words_are_made_from_the_numbers(found: premise.Findings):
     """Every number in the sentences changes with the rows, and nothing is said of what is not there."""
-    said = premise.say_shares(found.shares)
+    said = verdict.say_shares(found.shares)
     rows = json.loads(json.dumps(found.shares))
     for row in rows:
         if (row["layer"], row["part"], row["band"], row["factor"]) == (0, "amplitude", "all", "style"):
             row |= {"share": 0.777, "low": 0.7, "high": 0.8}
-    assert "78 % [70, 80]" in premise.say_shares(rows) and "78 % [70, 80]" not in said
-    counts = premise.tally(found.shares)
+    assert "78 % [70, 80]" in verdict.say_shares(rows) and "78 % [70, 80]" not in said
+    counts = verdict.tally(found.shares)
     bands = {row["band"] for row in found.shares} - {"mean", factorial.ALL}
     cells = {(row["layer"], row["band"]) for row in found.shares if row["band"] in bands}
     assert all(sum(own.values()) == len(cells) for own in counts.values())
-    assert len(premise.say_yardstick(found.yardstick).splitlines()) == 2
-    assert "layer 3" in premise.say_atlas(found)
+    assert len(verdict.say_yardstick(found.yardstick).splitlines()) == 2
+    assert "layer 3" in verdict.say_atlas(found)
     assert premise.read(Run(Path("no-such-run"), None)) is None
