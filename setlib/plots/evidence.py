@@ -59,7 +59,7 @@ def heat_maps(
         ax.set_facecolor("#eeeeee")
         ax.spines[:].set_visible(False)
     places[0].set_xlabel("radius of the frequency (1 = highest along an axis)", loc="left")
-    made.colorbar(shown, ax=places, label=label, pad=0.01)
+    made.colorbar(shown, ax=list(places), label=label, pad=0.01)
     return made
 
 
@@ -80,7 +80,7 @@ def atlas(rows: Sequence[Mapping], value: str = "closed", beside: str = "gain lo
     panels = {part: _frame(own, value) for part, own in parts.items()}
     doubtful = {part: _frame(own, beside) <= 0 for part, own in parts.items()}
     reach = max(0.1, *(float(frame.abs().max().max()) for frame in panels.values()))
-    return heat_maps(panels, "of the way to A in B's style (%)", -reach, reach, "PuOr", doubtful)
+    return heat_maps(panels, "of the way (%)", -reach, reach, "PuOr", doubtful)
 
 
 def accuracy_maps(rows: Sequence[Mapping], values: Sequence[str] = ("domain", "classes")) -> AnyFigure:
@@ -157,16 +157,11 @@ def reveal(
     for place, (name, value) in enumerate(marks.items()):
         colour = PLACEBO if name == "placebo" else COLOURS[place]
         ax.plot(value, place, MARKERS[place], color=colour, markersize=8)
-        ax.annotate(f"  {value:.0f} %", (value, place), va="center", color=colour)
+        ax.annotate(f"{value:.0f} %", (value, place - 0.35), ha="center", va="center", color=colour)
     if ends:
         ax.plot(ends, [2, 2], color=COLOURS[2], linewidth=2)
     ax.axvline(0, color="#888888", linewidth=0.8)
-    ax.set(
-        yticks=range(4),
-        yticklabels=list(marks),
-        ylim=(3.5, -0.5),
-        xlabel=label,
-        xlim=(min(-5, *marks.values()) - 5, 112),
-    )
+    low = min(0, *marks.values(), *(ends or ()))
+    ax.set(yticks=range(4), yticklabels=list(marks), ylim=(3.5, -0.7), xlabel=label, xlim=(low - 8, 108))
     ax.grid(True, axis="x")
     return ax
