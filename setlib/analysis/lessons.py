@@ -30,15 +30,16 @@ def shift(x: Tensor, y: Tensor, axes: Axes = PIXELS) -> Lesson:
     Moved by d, the phase of frequency v turns by -2 pi v d / W, whatever the row u and the channel. Measured is the
     direction of the mean phasor over both; transformed back, the means peak at d. agreement: their mean length.
     """
-    width, phasors = x.shape[axes[1]], (spectral.unit_phasor(spectral.transform(z, axes), axes) for z in (y, x))
-    turned = (next(phasors) * next(phasors).conj()).movedim(axes[1], 0).flatten(1).mean(1)  # (W // 2 + 1,)
-    found = int(torch.fft.irfft(turned, n=width).argmax())
+    width = x.shape[axes[1]]
+    one, other = (spectral.unit_phasor(spectral.transform(z, axes), axes) for z in (x, y))
+    turned = (other * one.conj()).movedim(axes[1], 0).flatten(1).mean(1)  # (W // 2 + 1,)
+    found, agreement = int(torch.fft.irfft(turned, n=width).argmax()), turned.abs().mean().item()
     found -= width if found > width / 2 else 0
-    v = torch.arange(len(turned))
-    line = torch.remainder(math.pi - 2 * math.pi * found / width * v, 2 * math.pi) - math.pi
-    drawn, agreement = {"measured": (v / width, turned.angle())}, turned.abs().mean().item()
+    frequency = torch.arange(len(turned)) / width
+    line = torch.remainder(math.pi - 2 * math.pi * found * frequency, 2 * math.pi) - math.pi
+    drawn = {"measured": (frequency, turned.angle()), "-2π v d / W": (frequency, line)}
     says = f"By the phases alone it moved by **{found}** columns; agreement {agreement:.2f} (1: all turn alike)."
-    return Lesson([{"shift": found, "agreement": agreement}], drawn | {"-2π v d / W": (v / width, line)}, says)
+    return Lesson([{"shift": found, "agreement": agreement}], drawn, says)
 
 
 @torch.no_grad()
@@ -51,8 +52,8 @@ def maps(backbone: FrozenBackbone, pictures: Mapping[str, Tensor], layers: Seque
 def _by_place(rows: list[dict], says: str) -> Lesson:
     """Rows {"place": ..., name: number} as curves over the places and as a list."""
     curves = {name: ([row["place"] for row in rows], [row[name] for row in rows]) for name in list(rows[0])[1:]}
-    lines = [f"- {name}: " + ", ".join(f"{row[name]:.2f} ({row['place']})" for row in rows) for name in curves]
-    return Lesson(rows, curves, "\n".join([says, *lines]))
+    said = [f"- {name}: " + ", ".join(f"{row[name]:.2f} ({row['place']})" for row in rows) for name in curves]
+    return Lesson(rows, curves, "\n".join([says, *said]))
 
 
 def alone(x: Tensor, axes: Axes = GRID) -> dict[str, Tensor]:
@@ -60,7 +61,7 @@ def alone(x: Tensor, axes: Axes = GRID) -> dict[str, Tensor]:
 
     For the other part stands what is known without the picture: the mean amplitude or the mean direction of the P - 1
     others, 1, or the phases of one white noise; and each channel gets its mean and spread back, so that it can be seen.
-    Last comes another picture, unchanged: what any of its kind is worth.
+    With them comes another picture, unchanged: what any of its kind is worth.
     """
     size, spectrum = (x.shape[axes[0]], x.shape[axes[1]]), spectral.transform(x, axes)
     noise = torch.randn(1, 1, *size, generator=torch.Generator().manual_seed(0)).movedim((2, 3), axes).to(x)
@@ -71,19 +72,17 @@ def alone(x: Tensor, axes: Axes = GRID) -> dict[str, Tensor]:
         "amplitude, mean phases": amplitude * spectral.unit_phasor(phasor.sum(0) - phasor, axes),
         "amplitude, phases of noise": amplitude * spectral.unit_phasor(spectral.transform(noise, axes), axes),
     }
-    centred = {name: _centred(spectral.invert(one, size, axes), axes) for name, one in rebuilt.items()}
-    spread, mean = x.std(axes, keepdim=True), x.mean(axes, keepdim=True)
-    made = {name: mean + spread * one / one.std(axes, keepdim=True).clamp(min=1e-12) for name, one in centred.items()}
-    return made | {"another picture": x.roll(1, 0)}
-
-
-def _centred(x: Tensor, axes: Axes) -> Tensor:
-    return x - x.mean(axes, keepdim=True)
+    mean, made = x.mean(axes, keepdim=True), {"another picture": x.roll(1, 0)}
+    for name, half in rebuilt.items():
+        one = spectral.invert(half, size, axes)
+        one = one - one.mean(axes, keepdim=True)
+        made[name] = mean + one * x.std(axes, keepdim=True) / one.std(axes, keepdim=True).clamp(min=1e-12)
+    return made
 
 
 def correlation(x: Tensor, y: Tensor, axes: Axes = GRID) -> float:
     """Over places, channel by channel; the mean over the channels and pictures of two 4-D tensors of one shape."""
-    flat = (_centred(z, axes).movedim(axes, (2, 3)).flatten(2) for z in (x, y))
+    flat = ((z - z.mean(axes, keepdim=True)).movedim(axes, (2, 3)).flatten(2) for z in (x, y))
     return F.cosine_similarity(*flat, dim=2).mean().item()
 
 
@@ -133,7 +132,7 @@ def leakage(pictures: Tensor, low: float = 0.1) -> Lesson:
     frequency radius `low`. Mirrored to twice its sides a picture meets itself at all borders. It keeps the means of
     rows and columns, whose energy is that of the axes: over all frequencies its share is the same.
     """
-    x, rows, drawn = _centred(pictures, PIXELS), [], {}
+    x, rows, drawn = pictures - pictures.mean(PIXELS, keepdim=True), [], {}
     hann, across = torch.outer(*map(torch.hann_window, x.shape[2:])), torch.cat([x, x.flip(3)], 3)
     shown = {"as it is": x, "under a Hann window": x * hann, "mirrored": torch.cat([across, across.flip(2)], 2)}
     for name, one in shown.items():
