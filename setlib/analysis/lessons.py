@@ -52,8 +52,8 @@ def maps(backbone: FrozenBackbone, pictures: Mapping[str, Tensor], layers: Seque
 def _by_place(rows: list[dict], says: str) -> Lesson:
     """Rows {"place": ..., name: number} as curves over the places and as a list."""
     curves = {name: ([row["place"] for row in rows], [row[name] for row in rows]) for name in list(rows[0])[1:]}
-    said = [f"- {name}: " + ", ".join(f"{row[name]:.2f} ({row['place']})" for row in rows) for name in curves]
-    return Lesson(rows, curves, "\n".join([says, *said]))
+    said = {name: [f"{round(y, 2) + 0.0:.2f} ({x})" for x, y in zip(*two, strict=True)] for name, two in curves.items()}
+    return Lesson(rows, curves, says + "".join(f"\n- {name}: {', '.join(one)}" for name, one in said.items()))
 
 
 def alone(x: Tensor, axes: Axes = GRID) -> dict[str, Tensor]:
@@ -100,29 +100,36 @@ def rebuilding(known: Mapping[str, Tensor]) -> Lesson:
     return _by_place(rows, "Correlation with the original:\n")
 
 
-def telling(known: Mapping[str, Tensor]) -> Lesson:
+def telling(known: Mapping[str, Tensor], within: bool = False) -> Lesson:
     """What amplitude and phase, asked alike, tell of a picture: its layout and its style, by place of `maps`.
 
     A picture is the vector of its log amplitudes, or of its unit phasors, without zero frequency and less the mean over
     all pictures; near is a high cosine. layout: share of the pictures whose nearest one of another style shows the same
     layout; style: whose nearest one of another layout has the same style. By chance 1 / P and 1 / S.
+    within: less the mean over its own style where the layout is asked, over its own layout where the style is: not what
+    stands out, but what is there at all.
     """
     rows, (styles, layouts) = [], next(iter(known.values())).shape[:2]
-    style, layout = torch.cartesian_prod(torch.arange(styles), torch.arange(layouts)).T
+    index = torch.cartesian_prod(torch.arange(styles), torch.arange(layouts)).T  # (2, S * P)
     for place, x in known.items():
-        rows.append({"place": place})
-        axes = PIXELS if place == "pixels" else GRID
+        axes, row = PIXELS if place == "pixels" else GRID, {"place": place}
         spectrum = spectral.transform(x.flatten(0, 1), axes).movedim(axes, (1, 2)).flatten(1, 2)[:, 1:]
         amplitude = spectrum.abs()
         logs = amplitude.clamp(min=spectral.NOTHING * float(amplitude.max())).log()
         phasors = torch.view_as_real(spectral.unit_phasor(spectrum, (1, 2)))
-        for asked, answer, other in (("layout", layout, style), ("style", style, layout)):
+        for asked, own in (("layout", 1), ("style", 0)):
+            answer, other = index[own], index[1 - own]
             for part, value in zip(spectra.PARTS, (logs, phasors), strict=True):
-                vectors = F.normalize((value - value.mean(0)).flatten(1))
+                grouped = value.unflatten(0, (styles, layouts))
+                less = grouped.mean(own if within else (0, 1), keepdim=True)
+                vectors = F.normalize((grouped - less).flatten(0, 1).flatten(1))
                 near = (vectors @ vectors.T).masked_fill(other[:, None] == other, -2).argmax(1)
-                rows[-1][f"{asked} by {part}"] = (answer[near] == answer).double().mean().item()
-    says = f"Share found, by chance {1 / layouts:.2f} of the layouts and {1 / styles:.2f} of the styles:\n"
-    return _by_place(rows, says)
+                row[f"{asked} by {part}"] = (answer[near] == answer).double().mean().item()
+        rows.append(row)
+    says = (
+        f"Share found{' within' if within else ''}, by chance {1 / layouts:.2f} of the layouts and {1 / styles:.2f} of"
+    )
+    return _by_place(rows, f"{says} the styles:\n")
 
 
 def leakage(pictures: Tensor, low: float = 0.1) -> Lesson:

@@ -107,9 +107,9 @@ def test_in_white_noise_the_phase_alone_correlates_by_the_mean_over_the_root_of_
         assert row["phase, amplitudes 1"] == pytest.approx(math.sqrt(math.pi) / 2, abs=0.01)
         assert row["amplitude, mean phases"] == pytest.approx(0, abs=0.03)
         assert row["amplitude, phases of noise"] == pytest.approx(0, abs=0.03)
-    places, values = found.drawn["another picture"]
-    assert places == ["pixels", "layer 1", "white noise"] and values[2] == found.numbers[2]["another picture"]
-    assert f"- another picture: {values[0]:.2f} (pixels)" in found.says
+    places, values = found.drawn["phase, amplitudes 1"]
+    assert places == ["pixels", "layer 1", "white noise"] and values[2] == found.numbers[2]["phase, amplitudes 1"]
+    assert f"- phase, amplitudes 1: {values[0]:.2f} (pixels), {values[1]:.2f} (layer 1)" in found.says
 
 
 @pytest.mark.parametrize("carrier, other", [("amplitude", "phase"), ("phase", "amplitude")])
@@ -127,6 +127,16 @@ def test_telling_finds_what_each_part_was_given(carrier, other):
     assert row[f"style by {carrier}"] == row[f"layout by {other}"] == 1
     assert row[f"layout by {carrier}"] < 0.7 and row[f"style by {other}"] < 0.7
     assert "by chance 0.25 of the layouts and 0.33 of the styles" in found.says
+
+
+def test_within_finds_the_layout_that_a_stronger_style_hides_in_the_amplitude():
+    """Log amplitudes of a style and a hundredth of a layout's, one phase: less the style's mean, layouts are left."""
+    style, layout, one = (spectral.split_spectrum(noise(n, 6, 8, 5, seed=n)) for n in (3, 4, 1))
+    amplitude = style.amplitude[:, None] * layout.amplitude[None] ** 0.01  # (3, 4, H, W // 2 + 1, C)
+    x = spectral.join_spectrum(spectral.Spectrum(amplitude.flatten(0, 1), one.phase.expand(12, -1, -1, -1)), (6, 8))
+    (hidden,), (found,) = (lessons.telling({"layer 1": x.unflatten(0, (3, 4))}, w).numbers for w in (False, True))
+    assert found["layout by amplitude"] == found["style by amplitude"] == hidden["style by amplitude"] == 1
+    assert hidden["layout by amplitude"] < 0.8
 
 
 def test_brightness_tells_nothing():
@@ -156,12 +166,14 @@ def test_a_step_at_the_border_leaks_and_a_window_or_a_mirror_keeps_it_in():
     assert mirrored < window + 0.1 < plain / 5
     x = (wave + (u / 32 + v / 48)).double().numpy()
     x = (x - x.mean()) * np.outer(np.hanning(33)[:-1], np.hanning(49)[:-1])
-    energy, on, total = np.abs(np.fft.fft2(x)) ** 2, 0.0, 0.0
-    for i, j in product(range(32), range(48)):
-        if 2 * math.hypot(min(i, 32 - i) / 32, min(j, 48 - j) / 48) > 0.2:
-            total += energy[i, j]
-            on += energy[i, j] if i == 0 or j == 0 else 0
-    assert window == pytest.approx(100 * on / total, rel=1e-3)
+    energy = np.abs(np.fft.fft2(x)) ** 2
+    for key, low in (("all (%)", 0), ("beyond 0.2 (%)", 0.2)):
+        on = total = 0.0
+        for i, j in product(range(32), range(48)):
+            if 2 * math.hypot(min(i, 32 - i) / 32, min(j, 48 - j) / 48) > low:
+                total += energy[i, j]
+                on += energy[i, j] if i == 0 or j == 0 else 0
+        assert found.numbers[1][key] == pytest.approx(100 * on / total, rel=1e-3)
     assert lessons.leakage(wave.expand(1, 3, -1, -1)).numbers[0]["all (%)"] == pytest.approx(0, abs=1e-4)
     assert f"{plain:.1f} % as it is" in found.says and found.drawn["mirrored"].shape == (64, 96)
 
