@@ -89,8 +89,8 @@ def correlation(x: Tensor, y: Tensor, axes: Axes = GRID) -> float:
 def rebuilding(known: Mapping[str, Tensor]) -> Lesson:
     """How what `alone` rebuilds correlates with the original, by place of `maps`; means over the styles.
 
-    By Parseval the correlation is a mean cosine of phase differences, so that it all but ignores amplitudes: compare
-    with another picture, and with white noise, whose phases mean nothing.
+    By Parseval it is a mean cosine of phase differences, weighted by the amplitudes: the right phases win by definition.
+    So compare with another picture, and with white noise, whose phases mean nothing.
     """
     noise, rows = torch.randn(list(known.values())[-1].shape, generator=torch.Generator().manual_seed(0)), []
     for place, x in {**known, "white noise": noise}.items():
@@ -126,10 +126,7 @@ def telling(known: Mapping[str, Tensor], within: bool = False) -> Lesson:
                 near = (vectors @ vectors.T).masked_fill(other[:, None] == other, -2).argmax(1)
                 row[f"{asked} by {part}"] = (answer[near] == answer).double().mean().item()
         rows.append(row)
-    says = (
-        f"Share found{' within' if within else ''}, by chance {1 / layouts:.2f} of the layouts and {1 / styles:.2f} of"
-    )
-    return _by_place(rows, f"{says} the styles:\n")
+    return _by_place(rows, f"Share found; by chance {1 / layouts:.2f} (layout) and {1 / styles:.2f} (style):\n")
 
 
 def leakage(pictures: Tensor, low: float = 0.1) -> Lesson:

@@ -126,7 +126,7 @@ def test_telling_finds_what_each_part_was_given(carrier, other):
     (row,) = found.numbers
     assert row[f"style by {carrier}"] == row[f"layout by {other}"] == 1
     assert row[f"layout by {carrier}"] < 0.7 and row[f"style by {other}"] < 0.7
-    assert "by chance 0.25 of the layouts and 0.33 of the styles" in found.says
+    assert "by chance 0.25 (layout) and 0.33 (style)" in found.says
 
 
 def test_within_finds_the_layout_that_a_stronger_style_hides_in_the_amplitude():
