@@ -89,7 +89,7 @@ def correlation(x: Tensor, y: Tensor, axes: Axes = GRID) -> float:
 def rebuilding(known: Mapping[str, Tensor]) -> Lesson:
     """How what `alone` rebuilds correlates with the original, by place of `maps`; means over the styles.
 
-    By Parseval it is a mean cosine of phase differences, weighted by the amplitudes: the right phases win by definition.
+    By Parseval it is a mean cosine of phase differences weighted by the amplitudes: the right phases win by definition.
     So compare with another picture, and with white noise, whose phases mean nothing.
     """
     noise, rows = torch.randn(list(known.values())[-1].shape, generator=torch.Generator().manual_seed(0)), []
