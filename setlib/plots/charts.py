@@ -237,6 +237,29 @@ def intervals(table: Sequence[Mapping], ax: Axes | None = None) -> Axes:
 
 
 @quiet
+def lines(
+    series: Mapping[str, tuple[Sequence, Sequence]],
+    xlabel: str,
+    ylabel: str,
+    ax: Axes | None = None,
+    dots: bool = False,
+) -> Axes:
+    """Any curves, {name: (x, y)}, the first ones thicker, so that they show below others; x: numbers or names.
+
+    dots: points without lines, for what jumps, as a phase does from pi to -pi.
+    """
+    ax = _axes(ax, 3.2)
+    for i, (name, (x, y)) in enumerate(series.items()):
+        size, marker = 1 + 0.5 * (len(series) - i), MARKERS[i % 8] if dots or isinstance(x[0], str) else ""
+        look = {"linestyle": "" if dots else "-", "linewidth": size, "marker": marker, "markersize": size + 2}
+        ax.plot(x, y, color=COLOURS[i % 8], label=name, **look)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(True)
+    ax.legend(**ABOVE, ncols=3)
+    return ax
+
+
+@quiet
 def movement(table: Sequence[Mapping], ax: Axes | None = None) -> Axes:
     """How much amplitude and phase move with style (solid) and with content (dashed), layer by layer.
 

@@ -35,6 +35,7 @@ ALL = {
     "confusion": (np.eye(19, dtype=np.int64), CITYSCAPES),
     "intervals": ([CELL],),
     "movement": (MOVED,),
+    "lines": ({"a": ([0, 1], [2, 3])}, "time (s)", "way (m)"),
 }
 
 
@@ -52,6 +53,17 @@ def test_takes_and_returns_axes_and_keeps_the_global_look(name: str):
 def test_pyplot_is_never_involved():
     code = "import sys, setlib.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_lines_are_curves_with_markers_where_places_have_names_or_points_alone():
+    series = {"a": (["pixels", "layer 1"], [0.1, 0.2]), "b": (["pixels", "layer 1"], [0.3, 0.4])}
+    ax = plots.lines(series, "", "share")
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["pixels", "layer 1"]
+    assert [(line.get_marker(), line.get_linestyle()) for line in ax.lines] == [("o", "-"), ("s", "-")]
+    assert ax.lines[0].get_linewidth() > ax.lines[1].get_linewidth()
+    assert ax.lines[1].get_ydata() == pytest.approx([0.3, 0.4]) and ax.get_ylabel() == "share"
+    (curve,), (points,) = (plots.lines({"a": ([0, 1], [2, 3])}, "x", "y", dots=dots).lines for dots in (False, True))
+    assert (curve.get_marker(), points.get_marker(), points.get_linestyle()) == ("", "o", "None")
 
 
 def test_equal_class_shares_are_one_series_in_percent():
