@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from setlib import spectral
 from setlib.analysis import spectra
-from setlib.backbone import FrozenBackbone
 from setlib.spectral import GRID, PIXELS, Axes
 
 
@@ -40,20 +39,6 @@ def shift(x: Tensor, y: Tensor, axes: Axes = PIXELS) -> Lesson:
     drawn = {"measured": (frequency, turned.angle()), "-2π v d / W": (frequency, line)}
     says = f"By the phases alone it moved by **{found}** columns; agreement {agreement:.2f} (1: all turn alike)."
     return Lesson([{"shift": found, "agreement": agreement}], drawn, says)
-
-
-@torch.no_grad()
-def maps(backbone: FrozenBackbone, pictures: Mapping[str, Tensor], layers: Sequence[int]) -> dict[str, Tensor]:
-    """Pictures {style: (P, 3, h, w)} and their features after frozen layers, by place: (S, P, ...) for S styles."""
-    found = [{"pixels": images, **backbone(images, layers=layers)} for images in pictures.values()]
-    return {p if p == "pixels" else f"layer {p}": torch.stack([one[p] for one in found]) for p in found[0]}
-
-
-def _by_place(rows: list[dict], says: str) -> Lesson:
-    """Rows {"place": ..., name: number} as curves over the places and as a list."""
-    curves = {name: ([row["place"] for row in rows], [row[name] for row in rows]) for name in list(rows[0])[1:]}
-    said = {name: [f"{round(y, 2) + 0.0:.2f} ({x})" for x, y in zip(*two, strict=True)] for name, two in curves.items()}
-    return Lesson(rows, curves, says + "".join(f"\n- {name}: {', '.join(one)}" for name, one in said.items()))
 
 
 def alone(x: Tensor, axes: Axes = GRID) -> dict[str, Tensor]:
@@ -87,7 +72,7 @@ def correlation(x: Tensor, y: Tensor, axes: Axes = GRID) -> float:
 
 
 def rebuilding(known: Mapping[str, Tensor]) -> Lesson:
-    """How what `alone` rebuilds correlates with the original, by place of `maps`; means over the styles.
+    """How what `alone` rebuilds correlates with the original; known: {place: (P, ...)}, of which "pixels" (P, 3, h, w).
 
     By Parseval it is a mean cosine of phase differences weighted by the amplitudes: the right phases win by definition.
     So compare with another picture, and with white noise, whose phases mean nothing.
@@ -95,38 +80,15 @@ def rebuilding(known: Mapping[str, Tensor]) -> Lesson:
     noise, rows = torch.randn(list(known.values())[-1].shape, generator=torch.Generator().manual_seed(0)), []
     for place, x in {**known, "white noise": noise}.items():
         axes = PIXELS if place == "pixels" else GRID
-        made = [{name: correlation(y, one, axes) for name, y in alone(one, axes).items()} for one in x]
-        rows.append({"place": place} | {name: sum(one[name] for one in made) / len(made) for name in made[0]})
-    return _by_place(rows, "Correlation with the original:\n")
-
-
-def telling(known: Mapping[str, Tensor], within: bool = False) -> Lesson:
-    """What amplitude and phase, asked alike, tell of a picture: its layout and its style, by place of `maps`.
-
-    A picture is the vector of its log amplitudes, or of its unit phasors, without zero frequency and less the mean over
-    all pictures; near is a high cosine. layout: share of the pictures whose nearest one of another style shows the same
-    layout; style: whose nearest one of another layout has the same style. By chance 1 / P and 1 / S.
-    within: less the mean over its own style where the layout is asked, over its own layout where the style is: not what
-    stands out, but what is there at all.
-    """
-    rows, (styles, layouts) = [], next(iter(known.values())).shape[:2]
-    index = torch.cartesian_prod(torch.arange(styles), torch.arange(layouts)).T  # (2, S * P)
-    for place, x in known.items():
-        axes, row = PIXELS if place == "pixels" else GRID, {"place": place}
-        spectrum = spectral.transform(x.flatten(0, 1), axes).movedim(axes, (1, 2)).flatten(1, 2)[:, 1:]
-        amplitude = spectrum.abs()
-        logs = amplitude.clamp(min=spectral.NOTHING * float(amplitude.max())).log()
-        phasors = torch.view_as_real(spectral.unit_phasor(spectrum, (1, 2)))
-        for asked, own in (("layout", 1), ("style", 0)):
-            answer, other = index[own], index[1 - own]
-            for part, value in zip(spectra.PARTS, (logs, phasors), strict=True):
-                grouped = value.unflatten(0, (styles, layouts))
-                less = grouped.mean(own if within else (0, 1), keepdim=True)
-                vectors = F.normalize((grouped - less).flatten(0, 1).flatten(1))
-                near = (vectors @ vectors.T).masked_fill(other[:, None] == other, -2).argmax(1)
-                row[f"{asked} by {part}"] = (answer[near] == answer).double().mean().item()
-        rows.append(row)
-    return _by_place(rows, f"Share found; by chance {1 / layouts:.2f} (layout) and {1 / styles:.2f} (style):\n")
+        made = {name: correlation(y, x, axes) for name, y in alone(x, axes).items()}
+        rows.append({"place": place} | made)
+    places, says = [row["place"] for row in rows], "Correlation with the original:\n"
+    curves = {name: (places, [row[name] for row in rows]) for name in made}
+    for name, (_, values) in curves.items():
+        says += f"\n- {name}: " + ", ".join(
+            f"{round(y, 2) + 0.0:.2f} ({x})" for x, y in zip(places, values, strict=True)
+        )
+    return Lesson(rows, curves, says)
 
 
 def leakage(pictures: Tensor, low: float = 0.1) -> Lesson:
