@@ -151,15 +151,18 @@ class FrozenBackbone(nn.Module):
         return {layer: maps[layer] for layer in wanted}
 
     @torch.no_grad()
-    def frozen_features(self, images: Tensor, stop: int, layers: Sequence[int] = ()) -> FrozenFeatures:
+    def frozen_features(
+        self, images: Tensor, stop: int, layers: Sequence[int] = (), frozen: FrozenFeatures | None = None
+    ) -> FrozenFeatures:
         """Runs layers 1 to `stop`, or to the last of `layers`, once for any number of later calls with the same images.
 
-        images: (B, 3, h, w) in [0, 1]. layers: whose maps are kept.
+        images: (B, 3, h, w) in [0, 1]. layers: whose maps are kept. frozen: of the same images, to go on from.
         """
         last, maps = max(self._known((stop, *layers))), {}
         images, grid = self._padded(images)
         hidden, arguments = self._first_input(images, grid)
-        for number in range(1, last + 1):
+        done, hidden = (frozen.stop, frozen.hidden) if frozen else (0, hidden)
+        for number in range(done + 1, last + 1):
             hidden = run_layer(self._layers[number - 1], hidden, arguments)
             if number == stop:
                 kept = hidden

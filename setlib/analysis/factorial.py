@@ -20,6 +20,7 @@ from setlib import spectral
 EDGES = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 1.5)  # of the bands; 1 = Nyquist, corners lie beyond it
 BANDS = ("mean", "to 1/64", "to 1/32", "to 1/16", "to 1/8", "to 1/4", "to 1/2", "to 1", "corners")
 ALL = "all"  # every frequency but zero
+PARTS = ("amplitude", "phase")
 FACTORS = ("style", "content", "interaction")
 RESAMPLES, SHUFFLES, LEVEL = 2000, 100, 0.95
 
@@ -114,7 +115,7 @@ def resampled(count: int, seed: int = 0, times: int = RESAMPLES) -> np.ndarray:
     return draws[(draws > 0).sum(1) > 1]
 
 
-def share_rows(x: Tensor, layouts: int, parts: Sequence[str] = ("amplitude", "phase"), seed: int = 0) -> list[dict]:
+def share_rows(x: Tensor, layouts: int, parts: Sequence[str] = PARTS, seed: int = 0) -> list[dict]:
     """The shares of style, content and interaction in amplitude and phase, by band, with intervals and a null.
 
     x: (layouts * styles, H, W, C), at least 3 layouts and 2 styles. Rows with part, band, bins (of the full spectrum),

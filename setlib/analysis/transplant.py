@@ -18,12 +18,11 @@ from setlib import spectral
 from setlib.wavelets import join_haar, split_haar
 
 CUT = 0.25  # between low and high frequencies; 1 = Nyquist
-OCTAVES = {
-    "mean": (0, 0),
-    "to 1/8": (0, 1 / 8),
-    "to 1/4": (1 / 8, 1 / 4),
-    "to 1/2": (1 / 4, 1 / 2),
-    "above": (1 / 2, 2),
+SPANS = {  # low < radius <= high; from 0 on with zero frequency
+    "all": (0.0, 1.5),
+    "mean": (0.0, 0.0),
+    "low": (0.001, CUT),
+    "high": (CUT, 1.5),
 }
 Part = Callable[[Tensor, Tensor], Tensor]  # of A and B, both (B, H, W, C): A with a part of B's
 
@@ -33,11 +32,11 @@ def swap_spectrum(
     y: Tensor,
     part: str,
     low: float = 0.0,
-    high: float = 2.0,
+    high: float = 1.5,
     weight: float = 1.0,
     axes: spectral.Axes = spectral.GRID,
 ) -> Tensor:
-    """x (B, H, W, C) with y's amplitude or phase at the frequencies low < radius <= high; low 0: zero frequency too.
+    """x (B, H, W, C) with y's amplitude or phase at frequencies low < radius <= high; low 0: zero frequency as well.
 
     weight: how far towards y, 0 to 1; axes: those that are transformed. Raises ValueError for another part.
     """
@@ -100,7 +99,7 @@ def placebo(part: Part, name: str, x: Tensor, y: Tensor, seed: int = 0) -> Tenso
     placebo is the part itself (a mean does not know the order) it does not move otherwise either.
     Raises ValueError for an unknown name.
     """
-    generator, (height, width, channels) = torch.Generator().manual_seed(seed), x.shape[1:]
+    generator, (height, width) = torch.Generator().manual_seed(seed), x.shape[1:3]
     moved = part(x, y) - x
     if name == "noise":
         change = torch.randn(x.shape, generator=generator)

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from setlib import spectral
-from setlib.analysis import factorial
+from setlib.analysis import factorial, premise
+from setlib.analysis.premise import Findings
 from setlib.analysis.probe import Lens, fit_lenses
 from setlib.analysis.spectra import PARTS, compare
 from setlib.analysis.tokens import Attention, Intervened, Reading, read_tokens
@@ -34,7 +35,7 @@ from setlib.data.augment import fit, resize, to_tensor
 from setlib.data.decode import read_picture
 from setlib.data.labels import IGNORE, ClassSet
 from setlib.distributed import default_device
-from setlib.files import PROJECT, load_json, write_atomic
+from setlib.files import PROJECT, write_atomic
 from setlib.metric import iou_per_class, mean_iou, pixel_counts
 from setlib.refiners import build_refiner
 from setlib.run import Run
@@ -45,7 +46,6 @@ LONG_EDGE, KEPT_EDGE = 448, 1024  # pixels, at most: of a picture in the views, 
 MOST_PIXELS, NARROWEST = 60_000_000, 16  # of a picture: decoded whole it needs 10 bytes a pixel; long by short side
 ALL = "all classes"  # no class alone
 FITTED = 24  # pictures of the source that a lens is fitted to
-ATLAS = "premise/atlas.json"  # in the run folder: the swaps of the premise's study
 UNNAMED = ("scenes:game", "scenes:night")  # where a run names no domains
 GREYS = {"1", "L", "I", "F", "A"}  # the bands of pictures without colour
 
@@ -295,11 +295,11 @@ class Material:
                 rows.append({"layer": layer, "part": part, "factor": factor, "share": share})
         return rows
 
-    def atlas_rows(self) -> list[dict]:
-        """The rows of the premise's study. Raises ValueError where it has not been made."""
-        if not (path := self.run.path / ATLAS).is_file():
+    def study(self) -> Findings:
+        """What the study of the premise found in this run. Raises ValueError where it has not been made."""
+        if not (found := premise.read(self.run)) or not found.atlas:
             raise ValueError("There is no atlas yet: notebook 02 or `python -m setlib premise` makes it.")
-        return load_json(path)
+        return found
 
     @torch.no_grad()
     def segment(

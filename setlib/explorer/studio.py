@@ -19,20 +19,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from setlib import plots, spectral
+from setlib.analysis import premise
+from setlib.analysis.premise import Findings
 from setlib.analysis.spectra import PARTS, feature_pictures, log_amplitude_picture, phase_picture, similarities
 from setlib.analysis.survey import evenly
 from setlib.analysis.tokens import Intervened
-from setlib.analysis.transplant import OCTAVES, closed, placebo, swap_spectrum
+from setlib.analysis.transplant import SPANS, closed, placebo, swap_spectrum
 from setlib.data.augment import to_image
 from setlib.data.domains import short_name
 from setlib.data.labels import IGNORE
-from setlib.explorer.material import ALL, ATLAS, Material, Segmented, find_folder, place_of
+from setlib.explorer.material import ALL, Material, Segmented, find_folder, place_of
 from setlib.plots import Board, Cells, Panel, framed
 from setlib.run import Run
 
 HIGHEST = 1.5  # of a band; the corner of the spectrum lies at sqrt(2)
 ALIKE, LENSES = 0.5, 6  # a cosine from which patches count as alike; layers that are read, at most
-MEASURES = {"closed": "way closed", "placebo": "way closed by the placebo", "content kept": "content kept"}
+MEASURES = {  # of the atlas, with their units
+    "closed": "of the way (%)",
+    "placebo": "of the way, by the placebo (%)",
+    "content kept": "streets whose content is kept (%)",
+}
 CLICKABLE = ("content", "mixture", "features", "similarity", "segmentation", "ground truth", "pixels that flipped")
 Place = tuple[str, int]  # of a picture: a domain and its number
 
@@ -175,10 +181,10 @@ class Studio(Material):
             f"basis, which moves as far, {_whole(other)}."
         )
         part, low, high, weight = (done.change.keywords[name] for name in ("part", "low", "high", "weight"))
-        for row in self.atlas_rows() if (self.run.path / ATLAS).is_file() and weight == 1 and not run else ():
-            ends = OCTAVES.get(row["band"], (-1, -1))
-            if (row["part"], row["layer"], ends[0], min(ends[1], HIGHEST)) == (part, done.layer, low, high):
-                words += f" In notebook 02: {_measured(row)}."
+        if weight == 1 and not run and (found := premise.read(self.run)):
+            for row in found.atlas:
+                if (row["part"], row["layer"], *SPANS[row["band"]]) == (part, done.layer, low, high):
+                    words += f" Notebook 02 {_measured(row, found)}."
         return words
 
     @torch.no_grad()
@@ -227,27 +233,22 @@ class Studio(Material):
     def atlas(self, measure: str = "closed", part: str = "", layer: int = 0, band: str = "") -> Board:
         """The swaps of the premise's study (notebook 02) as heat maps, layers x bands, for amplitude and for phase.
 
-        measure: one of MEASURES. part, layer (0: the pixels), band (of `transplant.OCTAVES`): of the cell to frame and
+        measure: one of MEASURES. part, layer (0: the pixels), band (of `transplant.SPANS`): of the cell to frame and
         put into words. Raises ValueError without a study, or without such a measure.
         """
-        rows = self.atlas_rows()
+        found = self.study()
         if measure not in MEASURES:
             raise ValueError(f"Unknown measure '{measure}': expected one of {', '.join(MEASURES)}.")
-        most, panels = 100 * max(abs(row[measure]) for row in rows), []
-        for one in PARTS:
-            own = [row for row in rows if row["part"] == one]
-            ax = plots.atlas(own, measure, most, chosen=(layer, band) if one == part else None)
-            picture, box = ax.figure.pixels(), ax.get_position()
-            cells = Cells(
-                len({r["layer"] for r in own}), len({r["band"] for r in own}), (box.x0, 1 - box.y1, *box.size)
-            )
-            panels.append(Panel(picture, f"{one}: {MEASURES[measure]}", cells=cells))
-        words = "Hatched: the swap closes no more than its placebo, the same swap in a random basis."
-        for row in rows:
+        figure = plots.atlas(found.atlas, measure, label=MEASURES[measure], chosen=(part, layer, band))
+        picture, rows, columns = figure.pixels(), *(len({row[key] for row in found.atlas}) for key in ("layer", "band"))
+        boxes = [ax.get_position() for ax in figure.axes[: len(PARTS)]]
+        cells = tuple(Cells(rows, columns, (box.x0, 1 - box.y1, box.width, box.height)) for box in boxes)
+        words = "In brackets: swaps that close no more than their placebo, the same swap in a random basis."
+        for row in found.atlas:
             if (row["part"], row["layer"], row["band"]) == (part, layer, band):
                 where = f"after layer {layer}" if layer else "in the pixels"
-                words += f" The {part} {where}, band '{band}': {_measured(row)}."
-        return Board([panels], 2, words)
+                words += f" The {part} {where}, band '{band}': the study {_measured(row, found)}."
+        return Board([[Panel(picture, is_wide=True, cells=cells)]], 1, words)
 
     def layers(
         self, first: str, second: str, first_index: int = 0, second_index: int = 0, space: str = "pixels", run: str = ""
@@ -412,7 +413,7 @@ def _clickable(panel: Panel, side: int) -> Panel:
     if not side or not panel.title.startswith(CLICKABLE) or panel.title.endswith("style"):
         return panel
     unit = 1 if panel.title.startswith("features") else side
-    return panel._replace(cells=Cells(panel.picture.shape[0] / unit, panel.picture.shape[1] / unit))
+    return panel._replace(cells=(Cells(panel.picture.shape[0] / unit, panel.picture.shape[1] / unit),))
 
 
 def _explained(rows: Sequence[Mapping], space: str, layouts: tuple[int, int]) -> str:
@@ -424,11 +425,12 @@ def _explained(rows: Sequence[Mapping], space: str, layouts: tuple[int, int]) ->
     return f" Streets {layouts[0]} and {layouts[1]} in both styles, {space}: {'; '.join(said)} (of its variance)."
 
 
-def _measured(row: Mapping) -> str:
+def _measured(row: Mapping, found: Findings) -> str:
     """A row of the atlas in words."""
     return (
-        f"over {row['streets']} streets {_whole(row['closed'])} [{_whole(row['low'])}, {_whole(row['high'])}] of the "
-        f"way, the placebo {_whole(row['placebo'])}; the content is kept in {_whole(row['content kept'])}"
+        f"found, over {row['streets']} streets and read out after layer {found.about['readout']}, "
+        f"{_whole(row['closed'])} [{_whole(row['closed low'])}, {_whole(row['closed high'])}] of the way closed, "
+        f"{_whole(row['placebo'])} by the placebo, and the content kept in {_whole(row['content kept'])}"
     )
 
 

@@ -20,12 +20,13 @@ import traitlets
 from IPython.display import HTML, display
 
 from setlib.analysis.spectra import PARTS
-from setlib.analysis.transplant import OCTAVES
+from setlib.analysis.transplant import SPANS
 from setlib.explorer.controls import NOTES, WIDE, Picture, Upload, buttons, offer, sentence, titled, with_own_keys
+from setlib.explorer.guess import Guess  # noqa: F401  (notebooks name it so)
 from setlib.explorer.material import find_folder, shown
 from setlib.explorer.studio import ALL, HIGHEST, MEASURES, Studio
 from setlib.files import STATIC
-from setlib.plots import WIDTH, Board, Panel
+from setlib.plots import WIDTH, Board, Cells
 
 DOMAINS = ("content", "style", "first", "second", "domain")  # controls that name one
 
@@ -88,8 +89,8 @@ class Explorer:
             given["run"] = run and shown(find_folder(run))
         return given
 
-    def choose(self, panel: Panel, row: int, column: int) -> None:
-        """What a click on a cell of a panel does."""
+    def choose(self, box: int, cells: Cells, row: int, column: int) -> None:
+        """What a click on a cell does; box: which of a panel's, all of whose cells are `cells`."""
 
     # What all share
 
@@ -159,8 +160,9 @@ class Explorer:
     def _click(self, x: float, y: float) -> None:
         """A click into the picture, in fractions of it."""
         found = self.shown.locate(x, y)
-        if found and found[0].cells and (cell := found[0].cells.at(*found[1:])):
-            self.choose(found[0], *cell)
+        for number, cells in enumerate(found[0].cells if found else ()):
+            if cell := cells.at(*found[1:]):
+                self.choose(number, cells, *cell)
 
     def _save(self) -> None:
         names = (f"saved/{self.view}-{number}" for number in count(1))
@@ -288,9 +290,9 @@ class SwapExplorer(LensExplorer):
         rows, columns = self.studio.grid(given["run"], given["content"], given["content_index"])
         self.controls["patch"].max = rows * columns - 1
 
-    def choose(self, panel: Panel, row: int, column: int) -> None:
+    def choose(self, box: int, cells: Cells, row: int, column: int) -> None:
         """The patch that is clicked."""
-        self.controls["patch"].value = row * math.ceil(panel.cells.columns) + column
+        self.controls["patch"].value = row * math.ceil(cells.columns) + column
 
 
 class LayerExplorer(Explorer):
@@ -385,33 +387,32 @@ class AtlasExplorer(Explorer):
 
     def build(self) -> None:
         """Makes the controls."""
-        self.add("measure", buttons({name.split(",")[0]: name for name in MEASURES}, "110px"), title="shown")
+        self.add("measure", buttons(tuple(MEASURES), "110px"), title="shown")
         self.add("part", buttons(PARTS, "100px"), "cell", "what moves")
         self.add("layer", ipywidgets.Dropdown(options={"pixels": 0}, description="where", **WIDE), "cell")
-        self.add("band", ipywidgets.Dropdown(options=tuple(OCTAVES), description="frequencies", **WIDE), "cell")
+        self.add("band", ipywidgets.Dropdown(options=tuple(SPANS), description="frequencies", **WIDE), "cell")
         button = ipywidgets.Button(description="open this swap")
         button.on_click(lambda _: self._guarded(self._open))
         self.add_row(titled(""), button, note="open")
 
     def follow(self) -> None:
         """The choices are what has been measured."""
-        rows = self.studio.atlas_rows()
-        layers = {f"layer {n}" if n else "pixels": n for n in sorted({row["layer"] for row in rows})}
+        rows = self.studio.study().atlas
+        layers = {f"layer {row['layer']}" if row["layer"] else "pixels": row["layer"] for row in rows}
         offer(self.controls["layer"], layers)
         offer(self.controls["band"], {row["band"]: row["band"] for row in rows})
 
-    def choose(self, panel: Panel, row: int, column: int) -> None:
+    def choose(self, box: int, cells: Cells, row: int, column: int) -> None:
         """The cell that is clicked, opened."""
         layer, band = (self.controls[name].options[n][1] for name, n in (("layer", row), ("band", column)))
-        self.set(part=panel.title.split(":")[0], layer=layer, band=band)
+        self.set(part=PARTS[box], layer=layer, band=band)
         self._open()
 
     def _open(self) -> None:
         given = self.arguments()
-        low, high = OCTAVES[given["band"]]
         space = f"layer {given['layer']}" if given["layer"] else "pixels"
-        band = (low, min(high, HIGHEST))
-        self.opened({"part": given["part"], "space": space, "band": band, "weight": 1.0, "run": ""})
+        swap = {"part": given["part"], "space": space, "band": SPANS[given["band"]]}
+        self.opened(swap | {"weight": 1.0, "run": ""})
 
     def opened(self, state: dict[str, Any]) -> None:
         """Shows a swap below; under the roof of `Tabs`, in its tab."""

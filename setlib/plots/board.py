@@ -60,7 +60,7 @@ class Panel(NamedTuple):
     """One picture, (h, w, 3) uint8, under its title.
 
     band: radii of rings around zero frequency, 1 = half the picture's side; scale: of the colours, drawn at the end of
-    the row; is_wide: takes the whole row; cells: what a click chooses.
+    the row; is_wide: takes the whole row; cells: what a click chooses, in one or several boxes.
     """
 
     picture: np.ndarray
@@ -68,7 +68,7 @@ class Panel(NamedTuple):
     band: tuple[float, float] | None = None
     scale: Scale | None = None
     is_wide: bool = False
-    cells: Cells | None = None
+    cells: tuple[Cells, ...] = ()
 
 
 Block = tuple[Image.Image, list[tuple[Panel, int, int, int, int]]]  # a row, and where its pictures lie: x, y, w, h

@@ -18,7 +18,6 @@ import pandas
 from matplotlib import figure
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
 from setlib.data.domains import short_name
@@ -166,24 +165,15 @@ def class_bars(scores: Mapping[str, np.ndarray], class_set: ClassSet, ax: Axes |
     return ax
 
 
-def _heatmap(
-    values: np.ndarray,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    ax: Axes | None,
-    label: str,
-    colours: str = "viridis",
-    low: float = 0,
-    high: float = 100,
-) -> Axes:
-    """Percentages as colours, with the numbers from 1 on, or all on a scale around 0; NaN is grey and empty."""
-    ax, palette = _axes(ax, 0.27 * len(rows) + 1.3), matplotlib.colormaps[colours].with_extremes(bad="#eeeeee")
-    shown = ax.imshow(values, cmap=palette, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+def _heatmap(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], ax: Axes | None, label: str) -> Axes:
+    """Percentages as colours, with the numbers from 1 on; NaN is grey and empty."""
+    ax = _axes(ax, 0.27 * len(rows) + 1.3)
+    colours = matplotlib.colormaps["viridis"].with_extremes(bad="#eeeeee")
+    shown = ax.imshow(values, cmap=colours, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
     for (i, j), value in np.ndenumerate(values):
-        if value >= 0.5 or low < 0 and not np.isnan(value):
-            is_dark = value < 60 if low == 0 else abs(value) > 0.7 * high
-            look = {"ha": "center", "va": "center", "fontsize": 7, "color": "white" if is_dark else "black"}
-            ax.text(j, i, f"{round(value)}", **look)
+        if value >= 0.5:
+            look = {"ha": "center", "va": "center", "fontsize": 7, "color": "white" if value < 60 else "black"}
+            ax.text(j, i, f"{value:.0f}", **look)
     ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(rows)), rows)
     ax.spines[:].set_visible(False)
@@ -249,6 +239,29 @@ def intervals(table: Sequence[Mapping], ax: Axes | None = None) -> Axes:
 
 
 @quiet
+def lines(
+    series: Mapping[str, tuple[Sequence, Sequence]],
+    xlabel: str,
+    ylabel: str,
+    ax: Axes | None = None,
+    dots: bool = False,
+) -> Axes:
+    """Any curves, {name: (x, y)}, the first ones thicker, so that they show below others; x: numbers or names.
+
+    dots: points without lines, for what jumps, as a phase does from pi to -pi.
+    """
+    ax = _axes(ax, 3.2)
+    for i, (name, (x, y)) in enumerate(series.items()):
+        size, marker = 1 + 0.5 * (len(series) - i), MARKERS[i % 8] if dots or isinstance(x[0], str) else ""
+        look = {"linestyle": "" if dots else "-", "linewidth": size, "marker": marker, "markersize": size + 2}
+        ax.plot(x, y, color=COLOURS[i % 8], label=name, **look)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(True)
+    ax.legend(**ABOVE, ncols=3)
+    return ax
+
+
+@quiet
 def share_lines(rows: Sequence[Mapping], ax: Axes | None = None, chosen: str | int | None = None) -> Axes:
     """Shares of style (solid) and content (dashed) in the variance of amplitude and of phase, layer by layer.
 
@@ -271,31 +284,6 @@ def share_lines(rows: Sequence[Mapping], ax: Axes | None = None, chosen: str | i
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.grid(True, axis="y")
     ax.legend(**ABOVE, ncols=4, handlelength=3)
-    return ax
-
-
-@quiet
-def atlas(
-    rows: Sequence[Mapping], measure: str, most: float, ax: Axes | None = None, chosen: tuple[int, str] | None = None
-) -> Axes:
-    """Transplants of one part as a heat map, layers (the pixels on top) x bands, in percent, 0 in the scale's middle.
-
-    rows: layer, band, low, placebo and `measure` (1 = 100 %). Hatched: swaps whose interval does not lie above
-    their placebo. most: the end of the scale, in percent; chosen: a layer and a band, framed.
-    """
-    layers, bands = sorted({row["layer"] for row in rows}), list(dict.fromkeys(row["band"] for row in rows))
-    if ax is None:
-        ax = Figure((WIDTH / 200, 0.25 * len(layers) + 1), layout="constrained").add_subplot()
-    values = np.full((len(layers), len(bands)), np.nan)
-    for row in rows:
-        i, j = layers.index(row["layer"]), bands.index(row["band"])
-        values[i, j] = 100 * row[measure]
-        if row["low"] <= row["placebo"]:
-            ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="////", ec="#bbbbbb", linewidth=0))
-        if chosen == (row["layer"], row["band"]):
-            ax.add_patch(Rectangle((j - 0.46, i - 0.44), 0.92, 0.88, fill=False, ec="black", linewidth=2))
-    ax = _heatmap(values, _layers(layers), bands, ax, "%", "RdBu_r", -most, most)
-    ax.set_xlabel("frequencies (1 = highest along an axis)")
     return ax
 
 

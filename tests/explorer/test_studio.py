@@ -15,7 +15,7 @@ from setlib import plots, spectral
 from setlib.analysis import factorial, transplant
 from setlib.analysis import spectra as analysis
 from setlib.analysis.tokens import Intervened
-from setlib.analysis.transplant import OCTAVES, swap_spectrum
+from setlib.analysis.transplant import SPANS, swap_spectrum
 from setlib.checkpoint import build_segmenter, save_segmenter
 from setlib.data.augment import to_image
 from setlib.experiment import Experiment
@@ -203,8 +203,9 @@ def test_every_patch_can_be_clicked_in_what_shows_the_content(studio, trained):
     assert {"features after layer 2, content", "features after layer 2, mixture", "ground truth"} <= titles
     assert not any("style" in title or "log amplitude" in title or "phase" in title for title in titles)
     for panel in clickable:
-        assert panel.cells.at(0, 0) == (0, 0) and panel.cells.at(0.999, 0.999) == (rows - 1, columns - 1)
-        assert panel.cells.at(0.501, 0.501) == (int(0.501 * panel.cells.rows), int(0.501 * panel.cells.columns))
+        (cells,) = panel.cells
+        assert cells.at(0, 0) == (0, 0) and cells.at(0.999, 0.999) == (rows - 1, columns - 1)
+        assert cells.at(0.501, 0.501) == (int(0.501 * cells.rows), int(0.501 * cells.columns))
 
 
 def test_a_street_that_exists_in_the_style_tells_how_far_the_swap_goes(studio):
@@ -215,8 +216,7 @@ def test_a_street_that_exists_in_the_style_tells_how_far_the_swap_goes(studio):
     arguments = {"content": GAME, "style": NIGHT, "style_index": 1, "part": "phase", "space": "layer 2"}
     words = studio.swap(**arguments, low=0.25, high=0.5).words
     assert (
-        f"Of the way to this street in {NIGHT} it closes {round(100 * own)} %" in words
-        and "In notebook 02" not in words
+        f"Of the way to this street in {NIGHT} it closes {round(100 * own)} %" in words and "Notebook 02" not in words
     )
     assert f"in {NIGHT} it closes" in studio.swap(GAME, NIGHT).words  # in the pixels
     assert "it closes" not in studio.swap(GAME, studio.names[-1]).words  # no rendered street
@@ -226,12 +226,12 @@ def test_a_street_that_exists_in_the_style_tells_how_far_the_swap_goes(studio):
 def test_bands_that_share_an_end_share_no_frequency(studio):
     size = (64, 64)
     x, y = (torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    parts = {band: swap_spectrum(x, y, "amplitude", *ends, axes=spectral.PIXELS) for band, ends in OCTAVES.items()}
+    parts = {band: swap_spectrum(x, y, "amplitude", *ends, axes=spectral.PIXELS) for band, ends in SPANS.items()}
     changed = {
         band: (spectral.transform(z - x, spectral.PIXELS).abs().amax((0, 1)) > 1e-4) for band, z in parts.items()
     }
     radius = spectral.frequency_radius(size)
-    for band, (low, high) in OCTAVES.items():
+    for band, (low, high) in SPANS.items():
         torch.testing.assert_close(changed[band], ((radius > low) | (radius + low == 0)) & (radius <= high))
 
 
@@ -399,35 +399,35 @@ def test_the_atlas_shows_what_was_measured_and_a_swap_names_its_cell(studio, tmp
     own = Studio(Run.open(tmp_path / "run", studio.experiment))
     with pytest.raises(ValueError, match="no atlas yet: notebook 02 or `python -m setlib premise` makes it"):
         own.atlas()
-    band, (low, high) = list(OCTAVES.items())[2]
+    band, (low, high) = list(SPANS.items())[2]
     rows = [
         {
             "layer": layer,
             "part": part,
             "band": name,
             "closed": 0.01 * layer + 0.3,
-            "low": 0.2,
-            "high": 0.4,
-            "streets": 6,
+            "closed low": 0.2,
+            "closed high": 0.4,
         }
-        | {"placebo": 0.1, "placebo low": 0.0, "placebo high": 0.2, "content kept": 0.9}
+        | {"streets": 6, "placebo": 0.1, "gain low": -0.1, "content kept": 0.9}
         for layer in (0, 2)
         for part in analysis.PARTS
-        for name in OCTAVES
+        for name in SPANS
     ]
-    own.run.write_json(material.ATLAS, rows)
+    kept = {"shares": [], "yardstick": [], "atlas": rows, "about": {"done": [0, 1, 2], "readout": 3}}
+    for name, content in kept.items():
+        own.run.write_json(f"premise/{name}.json", content)
     board = own.atlas(part="phase", layer=2, band=band)
-    said = "over 6 streets 32 % [20 %, 40 %] of the way, the placebo 10 %; the content is kept in 90 %"
-    assert f"The phase after layer 2, band '{band}': {said}" in board.words
-    assert [panel.title.split(":")[0] for panel in board.panels] == list(analysis.PARTS)
-    assert {(panel.cells.rows, panel.cells.columns) for panel in board.panels} == {(2, len(OCTAVES))}
+    said = "found, over 6 streets and read out after layer 3, 32 % [20 %, 40 %] of the way closed, 10 % by the placebo"
+    assert f"The phase after layer 2, band '{band}': the study {said}, and the content kept in 90 %." in board.words
+    assert [(cells.rows, cells.columns) for cells in board.panels[0].cells] == [(2, len(SPANS))] * 2
     assert not equal(board, own.atlas("content kept")) and equal(own.atlas(), own.atlas())
     with pytest.raises(ValueError, match="Unknown measure 'colour': expected one of closed"):
         own.atlas("colour")
     swapped = {"content": GAME, "style": NIGHT, "part": "phase", "space": "layer 2", "low": low, "high": high}
-    assert f"In notebook 02: {said}." in own.swap(**swapped).words
+    assert f"Notebook 02 {said}" in own.swap(**swapped).words
     for other in ({"weight": 0.5}, {"high": high + 0.1}, {"space": "layer 3"}, {"part": "amplitude", "low": 0.2}):
-        assert "In notebook 02" not in own.swap(**swapped | other).words
+        assert "Notebook 02" not in own.swap(**swapped | other).words
 
 
 # What cannot be

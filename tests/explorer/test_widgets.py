@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from setlib.analysis.spectra import PARTS
-from setlib.analysis.transplant import OCTAVES
+from setlib.analysis.transplant import SPANS
 from setlib.checkpoint import build_segmenter, save_segmenter
 from setlib.experiment import Experiment
 from setlib.explorer import material, widgets
@@ -66,13 +66,15 @@ def upload(explorer, name: str, content: bytes | Image.Image) -> str:
 def write_atlas(run: Run) -> None:
     """A study of two places, made up."""
     rows = [
-        {"layer": layer, "part": part, "band": band, "closed": 0.3, "low": 0.2, "high": 0.4, "streets": 6}
-        | {"placebo": 0.1, "placebo low": 0.0, "placebo high": 0.2, "content kept": 0.9}
+        {"layer": layer, "part": part, "band": band, "closed": 0.3, "closed low": 0.2, "closed high": 0.4, "streets": 6}
+        | {"placebo": 0.1, "gain low": -0.1, "content kept": 0.9}
         for layer in (0, 2)
         for part in PARTS
-        for band in OCTAVES
+        for band in SPANS
     ]
-    run.write_json(material.ATLAS, rows)
+    kept = {"shares": [], "yardstick": [], "atlas": rows, "about": {"done": [0, 1, 2], "readout": 3}}
+    for name, content in kept.items():
+        run.write_json(f"premise/{name}.json", content)
 
 
 def click(explorer, panel, right: float, down: float) -> None:
@@ -94,7 +96,7 @@ CHANGES = {
     | {"space": "layer 2", "band": (0.1, 0.6), "weight": 0.5, "patch": 3, "run": "its own"},
     LensExplorer: {"content": NIGHT, "content_index": 1, "style": GAME, "style_index": 2, "part": "phase"}
     | {"space": "layer 2", "band": (0.1, 0.6), "weight": 0.5, "run": "its own"},
-    AtlasExplorer: {"measure": "content kept", "part": "phase", "layer": 2, "band": "to 1/2"},
+    AtlasExplorer: {"measure": "content kept", "part": "phase", "layer": 2, "band": "low"},
     LayerExplorer: {"first": NIGHT, "first_index": 2, "second": GAME, "second_index": 1, "space": "layer 3"}
     | {"run": "its own"},
     TokenExplorer: {"domain": NIGHT, "index": 1, "layer": 3, "branch": "phase", "token": 5},
@@ -225,16 +227,16 @@ def test_a_click_on_the_atlas_opens_that_swap(studio, run):
     write_atlas(run)
     tabs = Tabs(studio)
     tabs.tab.selected_index = list(VIEWS).index("Atlas")
-    atlas, bands = tabs.made[tabs.tab.selected_index], list(OCTAVES)
-    panel = next(panel for panel in atlas.shown.panels if panel.title.startswith("phase"))
-    left, top, width, height = panel.cells.box
+    atlas, bands = tabs.made[tabs.tab.selected_index], list(SPANS)
+    (panel,) = atlas.shown.panels
+    left, top, width, height = panel.cells[1].box
     click(atlas, panel, left + width * (2.5 / len(bands)), top + height * 0.75)  # the third band, the second layer
     assert list(VIEWS)[tabs.tab.selected_index] == "Swap"
-    given, (low, high) = tabs.made[0].arguments(), OCTAVES[bands[2]]
+    given, (low, high) = tabs.made[0].arguments(), SPANS[bands[2]]
     assert (given["part"], given["space"], given["weight"]) == ("phase", "layer 2", 1.0)
     assert (given["low"], given["high"]) == (low, min(high, 1.5))
     assert (atlas.controls["layer"].value, atlas.controls["band"].value) == (2, bands[2])
-    assert "In notebook 02: over 6 streets 30 %" in tabs.made[0].words.value
+    assert "Notebook 02 found, over 6 streets" in tabs.made[0].words.value
     alone = AtlasExplorer(studio, part="amplitude", layer=0, band=bands[-1])  # by keyboard, and without tabs
     next(w for row in alone.rows for w in row.children if getattr(w, "description", "") == "open this swap").click()
     given = alone.swap.arguments()

@@ -23,11 +23,6 @@ SHARED = [
     for part in ("amplitude", "phase")
     for factor, share in (("style", 0.1), ("content", 0.5), ("interaction", 0.4))
 ]
-SWAPPED = [
-    {"layer": layer, "band": band, "closed": 0.3, "low": low, "placebo": 0.1}
-    for layer in (9, 0)
-    for band, low in (("mean", 0.2), ("to 1/4", 0.0))
-]
 DISTANCES = [{"layer": "pixels", "amplitude": 0.1, "phase": 0.2}, {"layer": 4, "amplitude": 0.3, "phase": 0}]
 ALL = {
     "class_shares": ({"scenes:game": SHARES}, CITYSCAPES),
@@ -41,7 +36,7 @@ ALL = {
     "confusion": (np.eye(19, dtype=np.int64), CITYSCAPES),
     "intervals": ([CELL],),
     "share_lines": (SHARED,),
-    "atlas": (SWAPPED, "closed", 30.0),
+    "lines": ({"a": ([0, 1], [2, 3])}, "time (s)", "way (m)"),
 }
 
 
@@ -59,6 +54,17 @@ def test_takes_and_returns_axes_and_keeps_the_global_look(name: str):
 def test_pyplot_is_never_involved():
     code = "import sys, setlib.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_lines_are_curves_with_markers_where_places_have_names_or_points_alone():
+    series = {"a": (["pixels", "layer 1"], [0.1, 0.2]), "b": (["pixels", "layer 1"], [0.3, 0.4])}
+    ax = plots.lines(series, "", "share")
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["pixels", "layer 1"]
+    assert [(line.get_marker(), line.get_linestyle()) for line in ax.lines] == [("o", "-"), ("s", "-")]
+    assert ax.lines[0].get_linewidth() > ax.lines[1].get_linewidth()
+    assert ax.lines[1].get_ydata() == pytest.approx([0.3, 0.4]) and ax.get_ylabel() == "share"
+    (curve,), (points,) = (plots.lines({"a": ([0, 1], [2, 3])}, "x", "y", dots=dots).lines for dots in (False, True))
+    assert (curve.get_marker(), points.get_marker(), points.get_linestyle()) == ("", "o", "None")
 
 
 def test_equal_class_shares_are_one_series_in_percent():
@@ -141,18 +147,6 @@ def test_shares_have_a_line_for_each_part_and_factor_and_bands_where_ends_are_kn
     assert [label.get_text() for label in known.get_xticklabels()] == ["pixels"]
     chosen = plots.share_lines(SHARED, chosen=3)
     assert len(chosen.patches) == len(ax.patches) + 1
-
-
-def test_an_atlas_has_a_cell_for_each_swap_and_hatches_what_is_no_better_than_its_placebo():
-    ax = plots.atlas(SWAPPED, "closed", 60.0, chosen=(9, "mean"))
-    shown = ax.images[0]
-    assert shown.get_array().tolist() == [[30, 30], [30, 30]] and shown.get_clim() == (-60, 60)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["pixels", "layer 9"]
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["mean", "to 1/4"]
-    hatched = [patch.get_xy() for patch in ax.patches if patch.get_hatch()]
-    assert sorted(hatched) == [(0.5, -0.5), (0.5, 0.5)]
-    (frame,) = [patch for patch in ax.patches if not patch.get_hatch()]
-    assert frame.get_x() < 0 < frame.get_x() + frame.get_width() and frame.get_y() > 0.5  # the second row
 
 
 def test_table_shows_numbers_dashes_and_escapes():
