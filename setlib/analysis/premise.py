@@ -214,7 +214,7 @@ def _distance(x: Tensor, y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(
-    run: Run, layouts: int = 6, places: int = 4, is_control: bool = False, styles: Sequence[str] = STYLES
+    run: Run, layouts: int = 6, places: int = 3, is_control: bool = False, styles: Sequence[str] = STYLES
 ) -> Findings:
     """The whole study on `layouts` rendered streets, in RUN/premise; what is there already is not measured again.
 

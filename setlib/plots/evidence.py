@@ -32,6 +32,11 @@ def _frame(rows: Sequence[Mapping], value: str) -> pandas.DataFrame:
     return wide.rename(index=_layer)
 
 
+def _percent(value: float) -> str:
+    """A rounded number; nothing is never negative."""
+    return f"{round(value) + 0:.0f}"
+
+
 @quiet
 def heat_maps(
     panels: Mapping[str, pandas.DataFrame],
@@ -52,7 +57,7 @@ def heat_maps(
             if not np.isnan(value):
                 red, green, blue, _ = shown.cmap(shown.norm(100 * value))
                 ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
-                text = f"{100 * value:.0f}".replace("-0", "0") if abs(value) < 0.005 else f"{100 * value:.0f}"
+                text = _percent(100 * value)
                 is_doubtful = doubtful is not None and bool(doubtful[title].to_numpy()[i, j])
                 ax.text(j, i, f"({text})" if is_doubtful else text, color=ink, fontsize=7, ha="center", va="center")
         ax.set_title(title)
@@ -107,7 +112,7 @@ def accuracy_maps(rows: Sequence[Mapping], values: Sequence[str] = ("domain", "c
         for part in dict.fromkeys(row["part"] for row in rows)
         if rows[0][value] is not None
     }
-    return heat_maps(panels, "balanced accuracy (%), 50: chance", 0.4, 1, "cividis")
+    return heat_maps(panels, "accuracy (%)", 0.4, 1, "cividis")
 
 
 @quiet
@@ -173,11 +178,13 @@ def reveal(
     for place, (name, value) in enumerate(marks.items()):
         colour = PLACEBO if name == "placebo" else COLOURS[place]
         ax.plot(value, place, MARKERS[place], color=colour, markersize=8)
-        ax.annotate(f"{value:.0f} %", (value, place - 0.35), ha="center", va="center", color=colour)
+        right = max(value, ends[1]) if ends and name == "measured" else value
+        offset = {"xytext": (8, 0), "textcoords": "offset points"}
+        ax.annotate(f"{_percent(value)} %", (right, place), va="center", color=colour, **offset)
     if ends:
         ax.plot(ends, [2, 2], color=COLOURS[2], linewidth=2)
     ax.axvline(0, color="#888888", linewidth=0.8)
     low = min(0, *marks.values(), *(ends or ()))
-    ax.set(yticks=range(4), yticklabels=list(marks), ylim=(3.5, -0.7), xlabel=label, xlim=(low - 8, 108))
+    ax.set(yticks=range(4), yticklabels=list(marks), ylim=(3.5, -0.7), xlabel=label, xlim=(low - 8, 115))
     ax.grid(True, axis="x")
     return ax

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 
 from setlib import plots
+
+
+def drawn(figure):
+    """The figure, once it has been drawn: what cannot be drawn fails here."""
+    figure.savefig(io.BytesIO())
+    return figure
 
 
 def texts(ax) -> list[str]:
@@ -24,7 +32,7 @@ def shares() -> list[dict]:
 
 
 def test_share_maps_put_each_share_into_its_cell_on_one_scale():
-    figure = plots.share_maps(shares())
+    figure = drawn(plots.share_maps(shares()))
     panels = figure.axes[:4]
     assert [ax.get_title() for ax in panels] == [
         "amplitude: style",
@@ -45,7 +53,7 @@ def test_atlas_brackets_what_does_not_beat_its_placebo():
             ("phase", 0, -0.001, 0.0), ("phase", 3, 0.05, 0.01),
         )
     ]  # fmt: skip
-    left, right = plots.atlas(rows).axes[:2]
+    left, right = drawn(plots.atlas(rows)).axes[:2]
     assert texts(left) == ["20", "(-30)"] and texts(right) == ["(0)", "5"]
     assert left.images[0].get_clim() == pytest.approx((-30, 30)) and not left.patches
     left, right = plots.atlas(rows, chosen=("phase", 3, "all")).axes[:2]
@@ -57,9 +65,12 @@ def test_accuracy_maps_leave_out_what_is_not_known():
     rows = [
         {"layer": 0, "part": part, "band": "all", "domain": 80.0, "classes": None} for part in ("amplitude", "phase")
     ]
-    assert [ax.get_title() for ax in plots.accuracy_maps(rows).axes[:2]] == ["amplitude: domain", "phase: domain"]
+    assert [ax.get_title() for ax in drawn(plots.accuracy_maps(rows)).axes[:2]] == [
+        "amplitude: domain",
+        "phase: domain",
+    ]
     rows = [row | {"classes": 60.0} for row in rows]
-    assert texts(plots.accuracy_maps(rows).axes[3]) == ["60"]
+    assert texts(drawn(plots.accuracy_maps(rows)).axes[3]) == ["60"]
 
 
 def test_yardstick_shows_parts_and_placebos_where_they_are():
@@ -68,6 +79,7 @@ def test_yardstick_shows_parts_and_placebos_where_they_are():
         {"part": "mean", "closed": 0.1, "closed low": 0.0, "closed high": 0.2, "noise": -0.1},
     ]
     ax = plots.yardstick(rows)
+    drawn(ax.figure)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["amplitude", "mean"]
     points = {
         (round(float(line.get_xdata()[0])), int(line.get_ydata()[0])) for line in ax.lines if len(line.get_xdata()) == 1
@@ -84,7 +96,7 @@ def test_curves_show_swap_and_placebo_by_layer():
         for band in ("all", "low") for part in ("amplitude", "phase") for layer in (0, 3)
     ]  # fmt: skip
     for value, scale, heights in (("closed", 100, {10.0, 5.0}), ("miou", 1, {40.0, 38.0})):
-        figure = plots.transplant_curves(rows, value, "label", scale)
+        figure = drawn(plots.transplant_curves(rows, value, "label", scale))
         assert [ax.get_title() for ax in figure.axes] == ["all", "low"]
         found = {float(y) for ax in figure.axes for line in ax.lines for y in line.get_ydata()}
         assert found == heights
@@ -92,6 +104,7 @@ def test_curves_show_swap_and_placebo_by_layer():
 
 def test_reveal_names_guess_claim_result_and_placebo():
     ax = plots.reveal(30, claim=100, result=-21.4, placebo=-28, ends=(-45, 0), label="of the way (%)")
+    drawn(ax.figure)
     assert [label.get_text() for label in ax.get_yticklabels()] == [
         "your guess",
         "the paper's claim",
