@@ -162,11 +162,11 @@ class Studio(Material):
         panels = []
         for values, when in zip(found, ("before", "after"), strict=True):
             picture = framed(plots.over_grey(to_image(done.here), values, 0, 1, side), row, column, side)
-            panels.append(Panel(picture, f"similarity to patch {patch} {when}, layer {layer} (bright: 1)"))
+            panels.append(Panel(picture, f"similarity to patch {patch} {when}, layer {layer}"))
         alike = [int((values > ALIKE).sum()) for values in found]
         return panels, (
             f" After layer {layer}, {alike[0]} of {found[0].size} patches are more similar to patch {patch} than "
-            f"{ALIKE} (1: equal) before the swap, {alike[1]} after it."
+            f"{ALIKE} before the swap, {alike[1]} after it (dark: 0 or less; bright: 1, equal)."
         )
 
     def _beside(self, done: Swapped, first: Place, style: str, run: str) -> str:
@@ -177,13 +177,13 @@ class Studio(Material):
         x, y, mixed, goal = (z if done.layer else z.permute(0, 2, 3, 1) for z in (*done.maps, goal))
         own, other = (closed(z, x, goal).item() for z in (mixed, placebo(done.change, "random basis", x, y)))
         words = (
-            f" Of the way to this street in {short_name(style)} it closes {_whole(own)}, and the same swap in a random "
-            f"basis, which moves as far, {_whole(other)}."
+            f" Of the way to this street in {short_name(style)} it closes {_whole(own)} where it is made, and the same "
+            f"swap in a random basis, which moves as far, {_whole(other)}."
         )
         part, low, high, weight = (done.change.keywords[name] for name in ("part", "low", "high", "weight"))
         if weight == 1 and not run and (found := premise.read(self.run)):
             for row in found.atlas:
-                if (row["part"], row["layer"], *SPANS[row["band"]]) == (part, done.layer, low, high):
+                if (row["part"], row["layer"], *SPANS.get(row["band"], ())) == (part, done.layer, low, high):
                     words += f" Notebook 02 {_measured(row, found)}."
         return words
 
@@ -267,9 +267,12 @@ class Studio(Material):
         if layer:
             top += _features((x, y), [f"features after {space}, {title}" for title in titles])
         if crossed:
-            following = (second_index + (second_index == first_index)) % len(self.domain(second))
-            shares = self.shares(run, (first, second), (first_index, following))
-            chart, added = plots.share_lines(shares, chosen=space), _explained(shares, space, (first_index, following))
+            is_alone = first_index == second_index  # then the next street is the second layout
+            layouts = first_index, (second_index + 1) % len(self.domain(second)) if is_alone else second_index
+            shares = self.shares(run, (first, second), layouts)
+            chart = plots.share_lines(shares, chosen=space)
+            added = f" Streets {layouts[0]} and {layouts[1]}{', the next one,' if is_alone else ''} in both styles, {space}: "
+            added += _explained(shares, space)
             about = "what style and content explain, by layer (what is left is their interaction)"
         else:
             chart = plots.distances(table, chosen=space)
@@ -416,13 +419,13 @@ def _clickable(panel: Panel, side: int) -> Panel:
     return panel._replace(cells=(Cells(panel.picture.shape[0] / unit, panel.picture.shape[1] / unit),))
 
 
-def _explained(rows: Sequence[Mapping], space: str, layouts: tuple[int, int]) -> str:
+def _explained(rows: Sequence[Mapping], space: str) -> str:
     """The shares of one place in a sentence."""
     said = []
     for part in PARTS:
         shares = [_whole(row["share"]) for row in rows if (row["layer"], row["part"]) == (space, part)]
         said.append("of the {} style explains {}, content {}, their interaction {}".format(part, *shares))
-    return f" Streets {layouts[0]} and {layouts[1]} in both styles, {space}: {'; '.join(said)} (of its variance)."
+    return f"{'; '.join(said)} (of its variance)."
 
 
 def _measured(row: Mapping, found: Findings) -> str:

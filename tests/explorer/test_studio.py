@@ -287,7 +287,7 @@ def test_shares_are_those_of_a_design_made_by_hand(studio, monkeypatch):
 
 def test_two_styles_are_parted_into_shares_and_real_pictures_into_distances(studio):
     board = studio.layers(GAME, NIGHT, 3, 3, space="layer 2")  # the last number: the next one is the first
-    assert "Streets 3 and 0 in both styles, layer 2: of the amplitude style explains" in board.words
+    assert "Streets 3 and 0, the next one, in both styles, layer 2: of the amplitude style explains" in board.words
     assert "Streets 1 and 2 in both" in studio.layers(GAME, NIGHT, 1, 2).words
     shares = [row["share"] for row in studio.shares("", (GAME, NIGHT), (3, 0)) if row["layer"] == "layer 2"]
     said = [int(n) for n in re.findall(r"(-?\d+) %", board.words.split("Streets")[1])]
