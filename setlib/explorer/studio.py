@@ -271,8 +271,8 @@ class Studio(Material):
             layouts = first_index, (second_index + 1) % len(self.domain(second)) if is_alone else second_index
             shares = self.shares(run, (first, second), layouts)
             chart = plots.share_lines(shares, chosen=space)
-            added = f" Streets {layouts[0]} and {layouts[1]}{', the next one,' if is_alone else ''} in both styles, {space}: "
-            added += _explained(shares, space)
+            second_one = f"{layouts[1]}{', the next one,' if is_alone else ''}"
+            added = f" Streets {layouts[0]} and {second_one} in both styles, {space}: {_explained(shares, space)}"
             about = "what style and content explain, by layer (what is left is their interaction)"
         else:
             chart = plots.distances(table, chosen=space)

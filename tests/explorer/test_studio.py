@@ -192,7 +192,7 @@ def test_a_chosen_patch_is_compared_with_all_others_before_and_after(studio, tra
         one, other = (still.panel(f"similarity to patch 7 {when}").astype(int) for when in ("before", "after"))
         assert np.abs(one - other).max() <= 1
     layer = 2 if space == "layer 2" else studio.backbone().num_layers - 1
-    assert any(panel.title.startswith(f"similarity to patch 7 before, layer {layer} ") for panel in board.panels)
+    assert any(panel.title.startswith(f"similarity to patch 7 before, layer {layer}") for panel in board.panels)
 
 
 def test_every_patch_can_be_clicked_in_what_shows_the_content(studio, trained):
