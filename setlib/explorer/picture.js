@@ -6,6 +6,7 @@ export default {
     image.style.maxWidth = "100%";
     const show = () => {
       URL.revokeObjectURL(image.src);
+      image.hidden = !model.get("value").byteLength;
       image.src = URL.createObjectURL(new Blob([model.get("value")], { type: "image/jpeg" }));
     };
     model.on("change:value", show);

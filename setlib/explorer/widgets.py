@@ -412,7 +412,7 @@ class AtlasExplorer(Explorer):
         given = self.arguments()
         space = f"layer {given['layer']}" if given["layer"] else "pixels"
         swap = {"part": given["part"], "space": space, "band": SPANS[given["band"]]}
-        self.opened(swap | {"weight": 1.0, "run": ""})
+        self.opened(swap | {"weight": 1.0, "run": "", "content_index": 0, "style_index": 1})  # two streets, as there
 
     def opened(self, state: dict[str, Any]) -> None:
         """Shows a swap below; under the roof of `Tabs`, in its tab."""
