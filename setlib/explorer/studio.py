@@ -135,7 +135,8 @@ class Studio(Material):
         mixed = change(x, y, axes=axes)
         share = f"{100 * weight:.0f} % of the style's {part}"
         band = None if low <= 0 and high >= math.sqrt(2) else (low, high)
-        top = [Panel(to_image(here), f"content: {_named(first)}"), Panel(to_image(there), f"style: {_named(second)}")]
+        shown = {"content": (here, *first), "style": (there, *second)}
+        top = [Panel(to_image(z), f"{kind}: {short_name(name)} {index}") for kind, (z, name, index) in shown.items()]
         if not layer:
             top.append(Panel(to_image(mixed), f"mixture: {share}"))
         kept = "phase" if part == "amplitude" else "amplitude"
@@ -156,10 +157,11 @@ class Studio(Material):
 
     def _similar(self, done: Swapped, first: Place, patch: int, run: str) -> tuple[list[Panel], str]:
         """How similar every patch is to one of them, before and after the swap; and in a sentence."""
-        both = self._both(done, first, run)
-        layer, side = done.layer or max(1, len(both[0]) - 1), self.backbone(run).patch_size
-        found, (row, column) = similarities([one[layer] for one in both], patch), divmod(patch, both[0][layer].shape[2])
-        panels = []
+        backbone, both, panels = self.backbone(run), (done.maps[0], done.maps[2]), []
+        layer, side = done.layer or max(1, backbone.num_layers - 1), backbone.patch_size
+        if not done.layer:
+            both = [maps[layer] for maps in self._both(done, first, run)]
+        found, (row, column) = similarities(both, patch), divmod(patch, both[0].shape[2])
         for values, when in zip(found, ("before", "after"), strict=True):
             picture = framed(plots.over_grey(to_image(done.here), values, 0, 1, side), row, column, side)
             panels.append(Panel(picture, f"similarity to patch {patch} {when}, layer {layer}"))
@@ -405,10 +407,6 @@ class Studio(Material):
             said = f"mIoU of this picture, at the size shown: {before.miou:.1f} % before, {after.miou:.1f} % after."
         legend = plots.class_colours(classes, np.unique(np.stack(maps)))
         return Board([panels, [flips]], 3, f"{said} {share} of the pixels change their class.", legend)
-
-
-def _named(one: Place) -> str:
-    return f"{short_name(one[0])} {one[1]}"
 
 
 def _clickable(panel: Panel, side: int) -> Panel:
