@@ -26,30 +26,28 @@ from setlib.experiment import Experiment, Model
 from setlib.files import hub_answers, write_atomic
 from setlib.heads import PerPixelHead
 from setlib.mask2former import Mask2FormerHead
-from setlib.refiners import Refiner, build_refiner
+from setlib.refiners import Options, Refiner, build_refiner
 from setlib.run import Run
 from setlib.segmenter import Segmenter
+from setlib.weights.convert import under
 from setlib.weights.load import load_backbone
 
 FILES = ("config.json", "model.safetensors")
 
 
-def build_segmenter(
-    experiment: Experiment, backbone: FrozenBackbone | None = None, device: torch.device | None = None
-) -> Segmenter:
+def build_segmenter(experiment: Experiment, backbone: FrozenBackbone | None = None) -> Segmenter:
     """The segmenter that an experiment describes, its refiner and head at their initial values.
 
     Parameters
     ----------
     backbone : one that is loaded already, to be shared; default: the experiment's.
-    device : default: this process's GPU, else the CPU.
 
     Raises
     ------
     ValueError : a layer that the backbone has not, or a backbone or refiner that cannot be had here.
     """
     keep_freed_memory()
-    config, device = experiment.model, device or default_device()
+    config, device = experiment.model, default_device()
     backbone = backbone or load_backbone(config.backbone, patch_size=config.patch_size)
     depth = backbone.num_layers
     read = config.feature_layers or even_layers(depth)
@@ -76,18 +74,9 @@ def _parts(
         raise ValueError(f"Option model.feature_layers must name 4 layers for mask2former, got {len(feature_layers)}.")
     if not is_mask_head:
         head = PerPixelHead(len(feature_layers), channels, config.head_channels, len(CITYSCAPES))
-    refiner = build_refiner(
-        config.refiner,
-        refined_layers,
-        channels,
-        config.num_tokens,
-        config.rank,
-        query_channels=config.head_channels if is_mask_head else 0,
-        any_batch=config.any_batch,
-        num_prompts=config.num_prompts,
-        adapter_width=config.adapter_width,
-        lora_rank=config.lora_rank,
-    )
+    options = {name: value for name, value in vars(config).items() if name in Options._fields}
+    query_channels = config.head_channels if is_mask_head else 0
+    refiner = build_refiner(config.refiner, refined_layers, channels, query_channels=query_channels, **options)
     if is_mask_head:
         head = Mask2FormerHead(
             channels,
@@ -137,9 +126,7 @@ def write_model(
     write_atomic(Path(folder) / "config.json", json.dumps(config, indent=1) + "\n")
 
 
-def load_segmenter(
-    name: str | Path, backbone: FrozenBackbone | None = None, device: torch.device | None = None, **options: Any
-) -> Segmenter:
+def load_segmenter(name: str | Path, backbone: FrozenBackbone | None = None, **options: Any) -> Segmenter:
     """A saved model, in evaluation mode.
 
     Parameters
@@ -153,7 +140,7 @@ def load_segmenter(
     """
     folder = model_folder(name, options)
     experiment, trained_on, _, tensors = read_model(folder)
-    model = build_segmenter(experiment, backbone, device)
+    model = build_segmenter(experiment, backbone)
     found = model.backbone.fingerprint
     if trained_on not in ("", found):  # "": imported, the release does not say
         raise ValueError(
@@ -261,9 +248,7 @@ class Training:
                 for name, value in self.model.trainable_state().items():  # buffers too
                     value.copy_(tensors[f"model.{name}"])
                 for name, p in self.parameters.items():
-                    keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimiser.{name}.{key}" in tensors]
-                    kept = {key: tensors[f"optimiser.{name}.{key}"] for key in keys}
-                    if kept:  # else it had no gradient yet
+                    if kept := under(tensors, f"optimiser.{name}."):  # else it had no gradient yet
                         self.optimiser.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in kept.items()}
                 for name, value in self.average.items():
                     value.copy_(tensors[f"average.{name}"])

@@ -62,16 +62,6 @@ def write_atomic(path: Path, content: str | bytes) -> Path:
     return path
 
 
-def plain(value: typing.Any) -> typing.Any:
-    """Dictionaries and lists of JSON's own types: numpy's numbers and arrays unpacked, NaN as None."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return None if isinstance(value, float) and value != value else value
-
-
 def load_json(path: Path) -> typing.Any:
     """JSON of a file. Raises ValueError naming the file if it is damaged."""
     try:

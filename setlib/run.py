@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_json
+
 from setlib.experiment import PROFILES, Experiment
-from setlib.files import PROJECT, VERSION, load_json, peak_bytes, plain, write_atomic
+from setlib.files import PROJECT, VERSION, load_json, peak_bytes, write_atomic
 
 SAME_NUMBERS = (  # cost time, memory or what a damaged file costs; change no number that is already made
     *("train.checkpointing", "train.accumulate", "data.workers"),
@@ -65,7 +66,8 @@ class Run:
 
     def write_json(self, name: str, values: Any) -> Path:
         """Writes JSON into the folder, whole or not at all; NaN as null, numpy's numbers as plain ones."""
-        return write_atomic(self.path / name, json.dumps(plain(values), indent=1, allow_nan=False) + "\n")
+        content = to_json(values, indent=1, inf_nan_mode="null", fallback=lambda value: value.tolist())
+        return write_atomic(self.path / name, content + b"\n")
 
     def read_json(self, name: str) -> Any:
         """Reads JSON of the folder. Raises ValueError naming the step that writes it when it is missing."""

@@ -17,11 +17,10 @@ from setlib.experiment import Experiment
 from setlib.sharing import share
 
 MASKS = ("model.head=mask2former", "model.head_channels=32", "model.pixel_layers=1", "model.decoder_layers=2")
-CPU = torch.device("cpu")
 
 
 def build(*overrides):
-    return build_segmenter(Experiment.build("smoke", overrides=overrides), device=CPU).eval()
+    return build_segmenter(Experiment.build("smoke", overrides=overrides)).cpu().eval()
 
 
 def images(h=64, w=128):

@@ -147,22 +147,8 @@ def in_words(inference: Inference) -> str:
     return " + ".join(words + ["flip"] * inference.flip)
 
 
-def metrics_entry(score: Score) -> dict:
-    """The entry of metrics.json."""
-    iou = [round(value, 4) for value in score.iou.tolist()]
-    return {
-        "domain": score.domain,
-        "miou": round(score.miou, 4),
-        "per_class": dict(zip(score.class_set.classes, iou, strict=True)),
-        "images": len(score.pictures),
-        "pixels": int(score.counts.sum()),
-        "class_set": score.class_set.name,
-        "precision": score.precision,
-    }
-
-
-def write_metrics(run: Run, scores: Sequence[Score], used: Experiment | None = None) -> dict:
-    """RUN/metrics.json: what was scored now, and what was scored on other domains before. Returns its content.
+def write_metrics(run: Run, scores: Sequence[Score], used: Experiment | None = None) -> None:
+    """RUN/metrics.json: what was scored now, and what was scored on other domains before.
 
     used: how the pictures were chosen and predicted, where the run's configuration was overridden.
     """
@@ -171,7 +157,18 @@ def write_metrics(run: Run, scores: Sequence[Score], used: Experiment | None = N
     used = used or experiment
     how = {"inference": in_words(used.inference), "content_seed": used.data.content_seed}
     how["eval_edges"] = list(used.data.eval_edges)
-    results |= {score.domain: metrics_entry(score) | how for score in scores}
+    for score in scores:
+        iou = [round(value, 4) for value in score.iou.tolist()]
+        results[score.domain] = {
+            "domain": score.domain,
+            "miou": round(score.miou, 4),
+            "per_class": dict(zip(score.class_set.classes, iou, strict=True)),
+            "images": len(score.pictures),
+            "pixels": int(score.counts.sum()),
+            "class_set": score.class_set.name,
+            "precision": score.precision,
+            **how,
+        }
     content = {
         "profile": experiment.profile,
         "seed": experiment.seed,
@@ -180,4 +177,3 @@ def write_metrics(run: Run, scores: Sequence[Score], used: Experiment | None = N
         "results": list(results.values()),
     }
     run.write_json("metrics.json", content)
-    return content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -19,15 +20,11 @@ def shape_trace(model: Segmenter, images: Tensor) -> list[dict]:
     rows = [_row("images", "B, 3, h, w", images)]
     parts = {f"the {name} tokens": ("B, positions, C", branch) for name, branch in model.refiner.branches().items()}
     parts["the refiner"] = ("B, H, W, C", model.refiner)
-    hooks = []
-    for name, (axes, module) in parts.items():
-        hooks.append(module.register_forward_pre_hook(partial(_note_input, rows, f"into {name}", axes)))
-        hooks.append(module.register_forward_hook(partial(_note_output, rows, f"out of {name}", axes)))
-    try:
+    with ExitStack() as hooks:
+        for name, (axes, module) in parts.items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(_note, rows, f"into {name}", axes)))
+            hooks.enter_context(module.register_forward_hook(partial(_note, rows, f"out of {name}", axes)))
         maps = model.backbone(images.to(model.device), model.refiner, model.feature_layers)
-    finally:
-        for hook in hooks:
-            hook.remove()
     rows = rows[: 1 + 2 * len(parts)]  # what the other layers do is the same
     rows += [_row(f"features after layer {layer}, to the head", "B, H, W, C", found) for layer, found in maps.items()]
     output = model.head(list(maps.values()), model.refiner.queries())
@@ -35,12 +32,8 @@ def shape_trace(model: Segmenter, images: Tensor) -> list[dict]:
     return [*rows, _row("class probabilities", "B, K, h, w", model.pixel_probabilities(output, size))]
 
 
-def _note_input(rows: list[dict], stage: str, axes: str, module: nn.Module, given: tuple) -> None:
-    rows.append(_row(stage, axes, given[0]))
-
-
-def _note_output(rows: list[dict], stage: str, axes: str, module: nn.Module, given: tuple, answer: Tensor) -> None:
-    rows.append(_row(stage, axes, answer))
+def _note(rows: list[dict], stage: str, axes: str, _: nn.Module, given: tuple, answer: Tensor | None = None) -> None:
+    rows.append(_row(stage, axes, given[0] if answer is None else answer))
 
 
 def _row(stage: str, axes: str, tensor: Tensor) -> dict:
