@@ -18,17 +18,14 @@ from typing import TYPE_CHECKING
 from setlib.files import PROJECT, nearest, shown, write_atomic
 
 if TYPE_CHECKING:
-    from setlib.data.check import Check
     from setlib.experiment import Data, Experiment
     from setlib.run import Run
 
-BAR = 40  # characters of a class that covers everything
 FREE = (  # after training
     *("data.eval_images", "data.content_seed", "data.eval_edges", "data.on_error", "data.exif_labels"),
     *("model.any_batch", "inference."),
 )
 SHARED = ("train", "evaluate")  # by several processes
-LISTED = 10  # problems of a domain that are shown
 PACKAGES = ("pydantic", "torch", "transformers", "datasets", "papermill")  # without which no command works
 ENTER = "enter the environment first: 'source {}/.venv/bin/activate' or 'conda activate setlib' (README.md)"
 
@@ -294,12 +291,12 @@ def check_command(args: argparse.Namespace) -> int:
             parts = check.check(text, data, deep=args.deep)
         except (ValueError, OSError) as error:
             parts = [check.Check(text, problems=[sentence(error)])]
-        print("\n".join(map(describe, parts)), flush=True)
+        print(*parts, sep="\n", flush=True)
         found += parts
     unusable = [f"'{one.domain}' cannot be used: {one.problems[0].rstrip('.')}" for one in found if one.problems]
     if not unusable and len(args.domains) > 1:
         shared = check.duplicates(args.domains, data)
-        print("\n".join(f"problem: {problem}" for problem in shared[:LISTED]), end="\n" * bool(shared))
+        print("\n".join(f"problem: {problem}" for problem in shared[: check.LISTED]), end="\n" * bool(shared))
         found[0].problems += shared
         unusable += shared[:1]
     if args.json:
@@ -323,9 +320,6 @@ def prepare_command(args: argparse.Namespace) -> int:
 
 def explore_command(args: argparse.Namespace) -> int:
     """explore: a notebook of one cell, served until it is interrupted."""
-    import signal
-    import subprocess
-
     from setlib.data import domains
     from setlib.experiment import Experiment
     from setlib.run import Run, default_run_folder
@@ -338,19 +332,7 @@ def explore_command(args: argparse.Namespace) -> int:
     else:
         run = Run.load(args.run)
     names = [domains.parse(name).text for name in args.target or ()]
-    with serve.this_python():
-        command, address, token = serve.lab_command(run.path, not args.no_browser, args.port, "explore.ipynb")
-        serve.write_explorer(run, names)
-        print(f"{address}/doc/tree/explore.ipynb?token={token}\nPress Ctrl-C to stop.", flush=True)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended in any way, it ends the server
-        server = subprocess.Popen(command)
-        try:
-            return server.wait()
-        except KeyboardInterrupt:
-            return 0
-        finally:
-            server.terminate()
-            server.wait()
+    return serve.explore(run, names, args.port, not args.no_browser)
 
 
 def backbones_command(args: argparse.Namespace) -> int:
@@ -415,22 +397,6 @@ def bench_command(args: argparse.Namespace) -> int:
     if args.json:
         print(f"Rows: {write_atomic(args.json, json.dumps(found, indent=1))}")
     return 0
-
-
-def describe(found: Check) -> str:
-    """One domain as text: pairs, sizes, class shares as bars, problems."""
-    kind = "pairs" if found.labelled else "pictures without labels (to predict and look at, not to score)"
-    sizes = ", ".join(f"{w} x {h} ({n})" for (w, h), n in found.sizes.most_common(5))
-    name = f"{found.domain} {found.split}".rstrip()
-    lines = [f"{name}: {found.pairs} {kind}" + (f"; sizes: {sizes}" if sizes else "")]
-    shares = found.class_pixels | {"(ignored)": found.ignored_pixels}
-    total = sum(shares.values())
-    for name, pixels in shares.items() if total else ():
-        lines.append(f"  {name:<14}{100 * pixels / total:5.1f} %  {'#' * round(BAR * pixels / total)}".rstrip())
-    lines += [f"  problem: {problem}" for problem in found.problems[:LISTED]]
-    lines += [f"  and {len(found.problems) - LISTED} more problems"] if found.problems[LISTED:] else []
-    lines += [f"  note: {note}" for note in found.notes]
-    return "\n".join(lines)
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:

@@ -147,7 +147,13 @@ def load_segmenter(name: str | Path, backbone: FrozenBackbone | None = None, **o
             f"{folder} was trained on a backbone with hash {trained_on}, "
             f"but {model.backbone.name} has {found}: use the same weights."
         )
-    load_state(model, tensors)
+    expected = {name: tuple(t.shape) for name, t in model.trainable_state().items()}
+    got = {name: tuple(t.shape) for name, t in tensors.items()}
+    if wrong := sorted(set(expected.items()) ^ set(got.items())):
+        raise ValueError(
+            f"Saved weights do not fit this model: {wrong[0][0]} differs or is missing ({len(wrong)} differences)."
+        )
+    model.load_state_dict(tensors, strict=False)
     return model.eval()
 
 
@@ -176,17 +182,6 @@ def read_model(folder: Path) -> tuple[Experiment, str, list[dict], dict[str, Ten
         return experiment, fingerprint, config.get("results", []), load_file(folder / "model.safetensors")
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"The model in {folder} cannot be read ({error}): delete it and train again.") from None
-
-
-def load_state(model: Segmenter, tensors: dict[str, Tensor]) -> None:
-    """Loads what `trainable_state` gave. Raises ValueError naming what does not fit."""
-    expected = {name: tuple(t.shape) for name, t in model.trainable_state().items()}
-    got = {name: tuple(t.shape) for name, t in tensors.items()}
-    if wrong := sorted(set(expected.items()) ^ set(got.items())):
-        raise ValueError(
-            f"Saved weights do not fit this model: {wrong[0][0]} differs or is missing ({len(wrong)} differences)."
-        )
-    model.load_state_dict(tensors, strict=False)
 
 
 def use(model: Segmenter, experiment: Experiment) -> None:

@@ -67,7 +67,7 @@ def load_json(path: Path) -> typing.Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}): delete the run folder or restore the file.") from None
+        raise ValueError(f"{path} cannot be read ({error}): delete the folder or restore the file.") from None
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

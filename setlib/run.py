@@ -34,8 +34,10 @@ class Run:
         path = Path(path) if path else default_run_folder(experiment)
         stored = path / "experiment.json"
         if stored.is_file():
-            other = cls.load(path).experiment
-            differing = _differences(experiment, other)
+            new, old = experiment.flat(), cls.load(path).experiment.flat()
+            changed = (key for key in new if new[key] != old[key] and key not in SAME_NUMBERS)
+            other = [key for key in changed if _one_folder(new[key]) != _one_folder(old[key])]
+            differing = [f"{key} is {old[key]}, not {new[key]}" for key in other]
             if differing and any(file.name != stored.name for file in path.iterdir()):  # something was made with it
                 raise ValueError(
                     f"Run folder {path} holds another configuration ({'; '.join(differing[:3])}): "
@@ -92,12 +94,6 @@ class Run:
             figure.savefig(drawn := io.BytesIO(), dpi=100, bbox_inches="tight")
             write_atomic(path, drawn.getvalue())
         return figure
-
-
-def _differences(one: Experiment, other: Experiment) -> list[str]:
-    a, b = one.flat(), other.flat()
-    changed = (key for key in a if a[key] != b[key] and key not in SAME_NUMBERS)
-    return [f"{key} is {b[key]}, not {a[key]}" for key in changed if _one_folder(a[key]) != _one_folder(b[key])]
 
 
 def _one_folder(value: Any) -> str:

@@ -114,11 +114,11 @@ class Domain:
             sample = sample._replace(image=image)
         return sample
 
-    def samples(self, indices: Iterable[int]) -> Iterator[tuple[int, Sample]]:
+    def samples(self, indices: Iterable[int], long_edge: int = 0) -> Iterator[tuple[int, Sample]]:
         """Those pictures that can be decoded, with their places; the first other one is an error unless skipped."""
         for index in indices:
             try:
-                yield index, self.sample(index)
+                yield index, self.sample(index, long_edge)
             except ValueError as error:
                 if self.data.on_error != "skip":
                     raise

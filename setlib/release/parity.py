@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from setlib.release.checkpoint import load_head, load_tokens
-from setlib.release.names import tokens_to_release
+from setlib.release.checkpoint import load_head, load_tokens, tokens_to_release
 from setlib.tokens import Refiner
 from setlib.weights.convert import under
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -51,6 +53,23 @@ def this_python(headless: bool = False) -> Iterator[dict[str, str]]:
             yield {"JUPYTER_PATH": os.environ["JUPYTER_PATH"]}
         finally:
             os.environ["JUPYTER_PATH"] = before  # empty means none
+
+
+def explore(run: Run, domains: Sequence[str], port: int, open_browser: bool) -> int:
+    """Serves the explorer's notebook until it is interrupted. Raises ValueError as `lab_command` does."""
+    with this_python():
+        command, address, token = lab_command(run.path, open_browser, port, "explore.ipynb")
+        write_explorer(run, domains)
+        print(f"{address}/doc/tree/explore.ipynb?token={token}\nPress Ctrl-C to stop.", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended in any way, it ends the server
+        server = subprocess.Popen(command)
+        try:
+            return server.wait()
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            server.terminate()
+            server.wait()
 
 
 def lab_command(
