@@ -47,10 +47,7 @@ def run_layer(layer: nn.Module, hidden: Tensor, arguments: Arguments, prompts: T
     (args, kwargs), count = arguments, 0
     if prompts is not None:
         if hidden.dim() != 3:
-            grid = tuple(hidden.shape)
-            raise ValueError(
-                f"Prompts need tokens in a row, but this backbone keeps a grid {grid}: take another refiner."
-            )
+            raise ValueError("Prompts need tokens in a row, but this backbone keeps a grid: take another refiner.")
         count = len(prompts)
         hidden = torch.cat([prompts.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], dim=1)  # (B, P + N, C)
     with _more_prefix_tokens(layer, count):

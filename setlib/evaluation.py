@@ -81,9 +81,7 @@ def evaluate(models: dict[str, Segmenter], domain: Domain, progress: bool = True
     return scores
 
 
-def evaluate_run(
-    run: Run, models: dict[str, Segmenter], names: Sequence[str], progress: bool = True
-) -> dict[str, list[Score]]:
+def evaluate_run(run: Run, models: dict[str, Segmenter], names: Sequence[str]) -> dict[str, list[Score]]:
     """Scores the run's models on every named domain: {model: [Score, ...]}; one decode and one frozen pass for all.
 
     A domain without labels is left out.
@@ -95,6 +93,6 @@ def evaluate_run(
         if not domain.has_labels:
             tqdm.write(f"{text} has no labels: looked at, not scored")
             continue
-        for name, score in evaluate(models, domain, progress).items():
+        for name, score in evaluate(models, domain).items():
             table[name].append(score)
     return table

@@ -222,7 +222,10 @@ class Experiment:
                 raise ValueError(f"Unknown option '{key}' ({nearest(key, known)}).")
             group, _, name = key.rpartition(".")
             place = values[group] if group else values
-            place[name] = _listed(key, value) if isinstance(place[name], list) else value
+            # An option in ablation.overrides may be a list itself
+            comma = r",(?=\s*(?:seed|\w+\.\w+)=)" if key == "ablation.overrides" else ","
+            parts = [part.strip() for part in re.split(comma, value) if part.strip()]
+            place[name] = parts if isinstance(place[name], list) else value
         return _checked(values, strict=False)
 
     def flat(self) -> dict[str, Any]:
@@ -246,12 +249,6 @@ class Experiment:
 
 
 RETIRED = ("shard", "compile", "cache_gb")  # options of older trainings; they changed no result
-
-
-def _listed(key: str, value: str) -> list[str]:
-    """The parts of a list on the command line; an option in ablation.overrides may be a list itself."""
-    comma = r",(?=\s*(?:seed|\w+\.\w+)=)" if key == "ablation.overrides" else ","
-    return [part.strip() for part in re.split(comma, value) if part.strip()]
 
 
 def _checked(values: dict, strict: bool) -> Experiment:

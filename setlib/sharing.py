@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,9 +40,7 @@ def share(run: str | Path, folder: str | Path, repository: str = "", **options: 
         hub.upload_folder(repo_id=repository, folder_path=folder)
 
 
-def model_card(
-    experiment: Experiment, tensors: dict[str, Tensor], fingerprint: str, results: Sequence[dict]
-) -> ModelCard:
+def model_card(experiment: Experiment, tensors: dict[str, Tensor], fingerprint: str, results: list[dict]) -> ModelCard:
     """README.md of a shared model: what it is, how to load it, and the run's table."""
     rows = [
         f"| {r['domain']} | {r['class_set']} | {r['images']} | {r.get('inference', '')} | {r['miou']} |"

@@ -79,7 +79,7 @@ def test_every_domain_is_scored_in_its_own_classes(folder, model, tmp_path):
     """And one without labels is left out."""
     run = Run.open(tmp_path, Experiment.build("smoke"))
     names = [f"folder@{folder}/train", f"folder@{folder}/bare", f"camvid@{folder}/camvid"]
-    scores = evaluate.evaluate_run(run, {"set": model}, names, progress=False)["set"]
+    scores = evaluate.evaluate_run(run, {"set": model}, names)["set"]
     assert [score.class_set.name for score in scores] == ["cityscapes-19", "camvid-11"]
     shown.write_metrics(run, scores)
     metrics = run.read_json("metrics.json")

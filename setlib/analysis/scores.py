@@ -13,7 +13,7 @@ import pandas
 
 from setlib.data.labels import ClassSet
 from setlib.evaluation import Score
-from setlib.experiment import Experiment, Inference
+from setlib.experiment import Experiment
 from setlib.run import Run
 from setlib.segmenter import Segmenter
 
@@ -140,13 +140,6 @@ def say_scores(table: Mapping[str, Sequence[Score]], source: str) -> str:
     return text + "One seed each: a difference of a few points can be chance (notebook 05 shows the spread)."
 
 
-def in_words(inference: Inference) -> str:
-    """How pictures were predicted."""
-    words = ["whole pictures" if inference.whole else f"windows by {inference.stride:.2f}"]
-    words += [f"scales {', '.join(f'{scale:g}' for scale in inference.scales)}"] if inference.scales != (1.0,) else []
-    return " + ".join(words + ["flip"] * inference.flip)
-
-
 def write_metrics(run: Run, scores: Sequence[Score], used: Experiment | None = None) -> None:
     """RUN/metrics.json: what was scored now, and what was scored on other domains before.
 
@@ -155,8 +148,10 @@ def write_metrics(run: Run, scores: Sequence[Score], used: Experiment | None = N
     path, experiment = run.path / "metrics.json", run.experiment
     results = {r["domain"]: r for r in run.read_json("metrics.json")["results"]} if path.is_file() else {}
     used = used or experiment
-    how = {"inference": in_words(used.inference), "content_seed": used.data.content_seed}
-    how["eval_edges"] = list(used.data.eval_edges)
+    views = used.inference
+    words = ["whole pictures" if views.whole else f"windows by {views.stride:.2f}"]
+    words += [f"scales {', '.join(f'{scale:g}' for scale in views.scales)}"] if views.scales != (1.0,) else []
+    words += ["flip"] * views.flip
     for score in scores:
         iou = [round(value, 4) for value in score.iou.tolist()]
         results[score.domain] = {
@@ -167,7 +162,9 @@ def write_metrics(run: Run, scores: Sequence[Score], used: Experiment | None = N
             "pixels": int(score.counts.sum()),
             "class_set": score.class_set.name,
             "precision": score.precision,
-            **how,
+            "inference": " + ".join(words),
+            "content_seed": used.data.content_seed,
+            "eval_edges": used.data.eval_edges,
         }
     content = {
         "profile": experiment.profile,

@@ -173,8 +173,6 @@ def _draw_polygons(path: Path, ids: IdMap) -> np.ndarray:
     try:
         content = json.loads(path.read_bytes())
         size = int(content["imgWidth"]), int(content["imgHeight"])
-        if not 0 < size[0] * size[1] <= MOST_PIXELS:
-            raise LabelError(f"is {size[0]} x {size[1]}: expected the size of a picture")
         drawn = Image.new("L", size, places["unlabeled"])
         pen = ImageDraw.Draw(drawn)
         for shape in content["objects"]:

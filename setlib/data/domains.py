@@ -221,9 +221,7 @@ def load(text: str, data: Data, role: str = "target") -> Domain:
     if role == "source":
         labels = (sample.label for _, sample in domain.samples(range(len(domain))))
         if all((domain.ids.to_train[label] == IGNORE).all() for label in labels):
-            raise ValueError(
-                f"Source '{text}' teaches nothing: every pixel of its labels is ignored; are its ids right?"
-            )
+            raise ValueError(f"Source '{text}' teaches nothing: every pixel of its labels is ignored.")
     return domain
 
 

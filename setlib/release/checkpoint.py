@@ -52,9 +52,7 @@ def import_checkpoint(path: Path, out: Path, backbone: str = "") -> Run:
     head = load_head(parameters)
     num_classes = head.classify.out_features - 1
     if num_classes != len(CITYSCAPES):
-        raise ValueError(
-            f"{path} knows {num_classes} classes: expected the {len(CITYSCAPES)} train classes of Cityscapes."
-        )
+        raise ValueError(f"{path} knows {num_classes} classes: expected the {len(CITYSCAPES)} of Cityscapes.")
     num_layers = 0  # not known
     options = {"refiner": "none", "num_tokens": len(head.query_features.weight)}
     tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
