@@ -24,7 +24,7 @@ PLACES = {  # public name -> where it is, below setlib
     "build_segmenter": "checkpoint.build_segmenter",
     "save_segmenter": "checkpoint.save_segmenter",
     "load_segmenter": "checkpoint.load_segmenter",
-    "share": "sharing.share",
+    "share": "checkpoint.share",
     "predict": "inference.predict",
     "batch_indices": "data.crops.batch_indices",
     "point_seeds": "training.point_seeds",

@@ -35,7 +35,6 @@ IMPORTS = {
     "explorer": {"analysis"},
     "analysis": {"training", "plots", "release"},
     "release": {"checkpoint"},
-    "sharing": {"checkpoint"},
     "training": {"evaluation"},
     "evaluation": {"inference", "checkpoint", "metric"},
     "metric": {"data"},
