@@ -1,6 +1,7 @@
 """The command line, `python -m setlib`: run, train, evaluate, predict, check, prepare, import, export and others.
 
-Only the standard library is imported until a sub-command starts, so that help and usage errors come at once.
+Only the standard library is imported until a sub-command starts, so that help and usage errors come at once: the public
+names of setlib are when they are used.
 """
 
 from __future__ import annotations
@@ -13,13 +14,9 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import setlib
 from setlib.files import PROJECT, nearest, shown, write_atomic
-
-if TYPE_CHECKING:
-    from setlib.experiment import Data, Experiment
-    from setlib.run import Run
 
 FREE = (  # after training
     *("data.eval_images", "data.content_seed", "data.eval_edges", "data.on_error", "data.exif_labels"),
@@ -120,38 +117,35 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def open_run(args: argparse.Namespace) -> Run:
+def open_run(args: argparse.Namespace) -> setlib.Run:
     """The run folder of these options, after everything that can be checked at once is checked.
 
     Raises ValueError for an unknown backbone, a refiner that is unknown or lacks a package, a domain that cannot be
     used, and a folder of another configuration.
     """
-    from setlib.experiment import Experiment
-    from setlib.run import Run
-
-    experiment = Experiment.build(args.profile, args.source, args.target, args.seed, args.options)
+    experiment = setlib.Experiment.build(args.profile, args.source, args.target, args.seed, args.options)
     from setlib.data import domains
-    from setlib.refiners import build_refiner
     from setlib.weights.presets import check_name
 
     check_name(experiment.model.backbone)
     rates = [text.partition("=")[0] for text in experiment.train.refiner_rates]
     for name in (experiment.model.refiner, *experiment.ablation.variants, *rates):
-        build_refiner(name, (1,), channels=1, num_tokens=2, rank=1)
+        setlib.build_refiner(name, (1,), channels=1, num_tokens=2, rank=1)
 
     domains.check_edges(experiment.data)
     specs = [domains.parse(name) for name in (experiment.data.source, *experiment.data.targets)]
     if specs[0].name != "scenes":  # these are rendered when they are used
         domains.load(specs[0].text, experiment.data, role="source")
     if args.command != "train":  # training never opens a target
-        check_labelled(experiment.data.targets, experiment.data, every=False)
-    return Run.open(args.run, experiment)
+        check_labelled(experiment.data.targets, experiment, every=False)
+    return setlib.Run.open(args.run, experiment)
 
 
-def check_labelled(names: Sequence[str], data: Data, every: bool) -> None:
+def check_labelled(names: Sequence[str], experiment: setlib.Experiment, every: bool) -> None:
     """Raises ValueError if a domain cannot be listed, or if none (with `every`: not every one) can be scored."""
     from setlib.data import domains
 
+    data = experiment.data
     bare = [n for n in names if domains.parse(n).name != "scenes" and not domains.load(n, data).has_labels]
     if bare and (every or len(bare) == len(names)):
         raise ValueError(f"Domain '{bare[0]}' has no labels: it can be predicted and looked at, not scored.")
@@ -188,9 +182,8 @@ def train_command(args: argparse.Namespace) -> int:
     """train: the model alone."""
     run = open_run(args)
     from setlib.distributed import state
-    from setlib.training import train
 
-    model, history = train(run)
+    model, history = setlib.train(run)
     if not state().is_main_process:
         return 0
     trained = " + ".join(f"{number:,} ({part})" for part, number in model.num_trainable().items())
@@ -200,7 +193,7 @@ def train_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def freely(experiment: Experiment, options: Sequence[str]) -> Experiment:
+def freely(experiment: setlib.Experiment, options: Sequence[str]) -> setlib.Experiment:
     """A trained model's experiment with options of its use. Raises ValueError for what training settled."""
     if trained := [option for option in options if "=" in option and not option.startswith(FREE)]:
         raise ValueError(f"Option '{trained[0]}' was settled by training: only {', '.join(FREE)} are free.")
@@ -213,24 +206,21 @@ def freely(experiment: Experiment, options: Sequence[str]) -> Experiment:
 
 def evaluate_command(args: argparse.Namespace) -> int:
     """evaluate: scores of RUN/model, put into metrics.json."""
-    from setlib.run import Run
-
-    run = Run.load(args.run)
+    run = setlib.Run.load(args.run)
     targets = args.target or run.experiment.data.targets
     if not targets:
         raise ValueError(f"{run.path} names no targets: name them with --target.")
-    scored = Run(run.path, freely(run.experiment, args.options))
-    check_labelled(targets, scored.experiment.data, every=True)
+    scored = setlib.Run(run.path, freely(run.experiment, args.options))
+    check_labelled(targets, scored.experiment, every=True)
     from setlib.analysis.scores import write_metrics
-    from setlib.checkpoint import load_segmenter, use
+    from setlib.checkpoint import use
     from setlib.distributed import state
-    from setlib.evaluation import evaluate_run
     from setlib.workbook import report
 
     with state().main_process_first():
-        name, model = run.experiment.model.refiner, load_segmenter(run.path)
+        name, model = run.experiment.model.refiner, setlib.load_segmenter(run.path)
     use(model, scored.experiment)
-    scores = evaluate_run(scored, {name: model}, targets)[name]
+    scores = setlib.evaluate_run(scored, {name: model}, targets)[name]
     if not state().is_main_process:
         return 0
     write_metrics(run, scores, scored.experiment)
@@ -242,15 +232,11 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
 def predict_command(args: argparse.Namespace) -> int:
     """predict: PNGs for every picture that can be read; the others are named at the end."""
-    from setlib.run import Run
-
-    run, images = Run.load(args.run), list(dict.fromkeys(args.images))
+    run, images = setlib.Run.load(args.run), list(dict.fromkeys(args.images))
     used = freely(run.experiment, args.options)
     for path in images:
         if not path.is_file():
-            raise ValueError(
-                f"{path} is a folder: name its pictures." if path.is_dir() else f"There is no file {path}."
-            )
+            raise ValueError(f"{path} is a folder: name pictures." if path.is_dir() else f"There is no file {path}.")
     from setlib.workbook import predict
 
     labels = predict.label_ids(args.labels) if args.labels else None
@@ -262,9 +248,9 @@ def predict_command(args: argparse.Namespace) -> int:
             raise ValueError(f"{path} would be overwritten by a prediction: name another folder with --out.")
     from tqdm import tqdm
 
-    from setlib.checkpoint import load_segmenter, use
+    from setlib.checkpoint import use
 
-    model, problems = load_segmenter(run.path), []
+    model, problems = setlib.load_segmenter(run.path), []
     use(model, used)
     for path, name in tqdm(outputs.items(), desc="predict", unit="img"):
         try:
@@ -280,9 +266,7 @@ def predict_command(args: argparse.Namespace) -> int:
 
 def check_command(args: argparse.Namespace) -> int:
     """check: what each domain holds; 1 if one of them cannot be used."""
-    from setlib.experiment import Experiment
-
-    data = Experiment.build(args.profile, args.domains[0], args.domains, overrides=args.options).data
+    data = setlib.Experiment.build(args.profile, args.domains[0], args.domains, overrides=args.options).data
     from setlib.data import check
 
     found = []
@@ -307,11 +291,10 @@ def check_command(args: argparse.Namespace) -> int:
 def prepare_command(args: argparse.Namespace) -> int:
     """prepare: a resized copy."""
     from setlib.data.prepare import prepare
-    from setlib.experiment import Experiment
 
     if args.short_edge < 1:
         raise ValueError(f"A short edge of {args.short_edge} pixels is none: expected at least 1.")
-    data = Experiment.build(overrides=args.options).data
+    data = setlib.Experiment.build(overrides=args.options).data
     pairs = prepare(args.domain, args.out, args.short_edge, data)
     spec, _, _ = args.domain.partition("@")
     print(f"{pairs} pictures in {args.out}; use it as {spec}@{args.out}")
@@ -321,16 +304,14 @@ def prepare_command(args: argparse.Namespace) -> int:
 def explore_command(args: argparse.Namespace) -> int:
     """explore: a notebook of one cell, served until it is interrupted."""
     from setlib.data import domains
-    from setlib.experiment import Experiment
-    from setlib.run import Run, default_run_folder
+    from setlib.run import default_run_folder
     from setlib.workbook import serve
 
     if args.run is None:
-        experiment = Experiment.build(args.profile)
+        experiment = setlib.Experiment.build(args.profile)
         folder = default_run_folder(experiment)
-        run = Run.load(folder) if (folder / "experiment.json").is_file() else Run.open(folder, experiment)
-    else:
-        run = Run.load(args.run)
+        args.run = folder if (folder / "experiment.json").is_file() else setlib.Run.open(folder, experiment).path
+    run = setlib.Run.load(args.run)
     names = [domains.parse(name).text for name in args.target or ()]
     return serve.explore(run, names, args.port, not args.no_browser)
 
@@ -365,9 +346,8 @@ def import_command(args: argparse.Namespace) -> int:
 def export_command(args: argparse.Namespace) -> int:
     """export: a run as a release."""
     from setlib.release import checkpoint as release
-    from setlib.run import Run
 
-    release.export_checkpoint(Run.load(args.run), args.out)
+    release.export_checkpoint(setlib.Run.load(args.run), args.out)
     print(f"Checkpoint: {args.out}")
     return 0
 
