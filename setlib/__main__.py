@@ -58,52 +58,48 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m setlib", description=text, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def add(name: str, call: Callable[[argparse.Namespace], int], text: str, *parents: Parser) -> Callable:
-        """Adds a sub-command, a function, and returns what adds its arguments."""
-        added = commands.add_parser(name, help=text, description=text, parents=[base, *parents], allow_abbrev=False)
+    def add(name: str, call: Callable[[argparse.Namespace], int], *parents: Parser) -> Callable:
+        """Adds a sub-command, a function whose docstring is its help, and returns what adds its arguments."""
+        options = {"help": call.__doc__, "description": call.__doc__, "parents": [base, *parents]}
+        added = commands.add_parser(name, allow_abbrev=False, **options)
         added.set_defaults(call=call)
         return added.add_argument
 
     everything = (profile, options, made, target)
-    argument = add("run", run_command, "Run the notebooks headless, in order, and write the report.", *everything)
+    argument = add("run", run_command, *everything)
     argument("--only", metavar="NN", default=[], help="notebooks to run, for example 01 03", **many)
-    add("train", train_command, "Train on the source; no notebooks, no scores.", *everything)
-    argument = add("evaluate", evaluate_command, "Score a run's model on its targets or on others.", options, target)
+    add("train", train_command, *everything)
+    argument = add("evaluate", evaluate_command, options, target)
     argument("run", metavar="RUN")
-    text = "Predict pictures of up to 268 million pixels: a colour overlay and a PNG of train ids each."
-    argument = add("predict", predict_command, text, options)
+    argument = add("predict", predict_command, options)
     argument("run", metavar="RUN", help="run folder")
     argument("images", metavar="IMAGE", nargs="+", type=Path)
     argument("--out", metavar="DIR", type=Path, required=True, help="folder for what is made")
     text = "also a PNG of the label ids of this data set, as test servers take them, and one in its colours: cityscapes"
     argument("--labels", metavar="NAME", default="", help=text)
-    argument = add("check", check_command, "Say what a domain holds, and whether it can be used.", profile, options)
+    argument = add("check", check_command, profile, options)
     argument("domains", metavar="DOMAIN", nargs="+", help="name[:split][@folder]")
     argument("--deep", action="store_true", help="decode every file and count the pixels of the classes")
     argument("--json", metavar="FILE", type=Path, help="write what was found to a file too")
-    text = "Write a resized copy of a domain, in the same tree; goes on where it was cut short."
-    argument = add("prepare", prepare_command, text, options)
+    argument = add("prepare", prepare_command, options)
     argument("domain", metavar="DOMAIN", help="name[:split]@folder")
     argument("--out", metavar="DIR", type=Path, required=True, help="folder for the copy")
     argument("--short-edge", metavar="N", type=int, required=True, help="pixels; smaller ones stay")
-    text = "Open the explorer in the browser: JupyterLab, on this machine alone."
-    argument = add("explore", explore_command, text, profile, target)
+    argument = add("explore", explore_command, profile, target)
     argument("run", metavar="RUN", nargs="?", help="run folder; default: runs/<profile>")
     argument("--port", metavar="N", type=int, default=0, help="default: a free one")
     argument("--no-browser", action="store_true", help="print the address only")
-    text = "List the backbones that are known by name, and whether their weights are on this machine."
-    add("backbones", backbones_command, text)
-    argument = add("import", import_command, "Read a checkpoint of Rein's or SET's release (.pth) into a run folder.")
+    add("backbones", backbones_command)
+    argument = add("import", import_command)
     argument("checkpoint", metavar="CHECKPOINT", type=Path, help=".pth, as released")
     argument("--out", metavar="RUN", type=Path, required=True, help="a new run folder")
     argument("--backbone", metavar="NAME", default="", help="default: the DINOv2 of its size")
-    argument = add("export", export_command, "Write a run's model as a checkpoint under the names of the releases.")
+    argument = add("export", export_command)
     argument("run", metavar="RUN", help="run folder with the refiner rein or set-released, or none")
     argument("--out", metavar="FILE.pth", type=Path, required=True)
-    text = "Compare refiners and the mask head with golden numbers of the public releases; exit 1 above 1e-5."
-    argument = add("verify", verify_command, text)
+    argument = add("verify", verify_command)
     argument("files", metavar="FILE.npz", nargs="+", type=Path)
-    argument = add("bench", bench_command, "Measure speed and memory of the parts, as ratios taken in one run.")
+    argument = add("bench", bench_command)
     argument("--only", metavar="NAME", default=[], help="benches to run; default: all", **many)
     argument("--json", metavar="FILE", type=Path, help="write the rows to a file too")
 
@@ -155,7 +151,7 @@ def check_labelled(names: Sequence[str], experiment: setlib.Experiment, every: b
 
 
 def run_command(args: argparse.Namespace) -> int:
-    """run: notebooks, tables, report."""
+    """Run the notebooks headless, in order, and write the report."""
     from setlib.workbook import notebooks, report
 
     notebooks.find_notebooks(args.only)
@@ -179,7 +175,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def train_command(args: argparse.Namespace) -> int:
-    """train: the model alone."""
+    """Train on the source; no notebooks, no scores."""
     run = open_run(args)
     from setlib.distributed import state
 
@@ -205,7 +201,7 @@ def freely(experiment: setlib.Experiment, options: Sequence[str]) -> setlib.Expe
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
-    """evaluate: scores of RUN/model, put into metrics.json."""
+    """Score a run's model on its targets or on others."""
     run = setlib.Run.load(args.run)
     targets = args.target or run.experiment.data.targets
     if not targets:
@@ -231,7 +227,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
 
 def predict_command(args: argparse.Namespace) -> int:
-    """predict: PNGs for every picture that can be read; the others are named at the end."""
+    """Predict pictures of up to 268 million pixels: a colour overlay and a PNG of train ids each."""
     run, images = setlib.Run.load(args.run), list(dict.fromkeys(args.images))
     used = freely(run.experiment, args.options)
     for path in images:
@@ -265,7 +261,7 @@ def predict_command(args: argparse.Namespace) -> int:
 
 
 def check_command(args: argparse.Namespace) -> int:
-    """check: what each domain holds; 1 if one of them cannot be used."""
+    """Say what a domain holds, and whether it can be used."""
     data = setlib.Experiment.build(args.profile, args.domains[0], args.domains, overrides=args.options).data
     from setlib.data import check
 
@@ -289,7 +285,7 @@ def check_command(args: argparse.Namespace) -> int:
 
 
 def prepare_command(args: argparse.Namespace) -> int:
-    """prepare: a resized copy."""
+    """Write a resized copy of a domain, in the same tree; goes on where it was cut short."""
     from setlib.data.prepare import prepare
 
     if args.short_edge < 1:
@@ -302,7 +298,7 @@ def prepare_command(args: argparse.Namespace) -> int:
 
 
 def explore_command(args: argparse.Namespace) -> int:
-    """explore: a notebook of one cell, served until it is interrupted."""
+    """Open the explorer in the browser: JupyterLab, on this machine alone."""
     from setlib.data import domains
     from setlib.run import default_run_folder
     from setlib.workbook import serve
@@ -317,7 +313,7 @@ def explore_command(args: argparse.Namespace) -> int:
 
 
 def backbones_command(args: argparse.Namespace) -> int:
-    """backbones: one row a preset."""
+    """List the backbones that are known by name, and whether their weights are on this machine."""
     from setlib.weights.presets import PRESETS, is_here
 
     rows = [["backbone", "M parameters", "patch", "layers", "here", "licence", "from"]]
@@ -333,7 +329,7 @@ def backbones_command(args: argparse.Namespace) -> int:
 
 
 def import_command(args: argparse.Namespace) -> int:
-    """import: a release as a run folder."""
+    """Read a checkpoint of Rein's or SET's release (.pth) into a run folder."""
     from setlib.release import checkpoint as release
 
     run = release.import_checkpoint(args.checkpoint, args.out, args.backbone)
@@ -344,7 +340,7 @@ def import_command(args: argparse.Namespace) -> int:
 
 
 def export_command(args: argparse.Namespace) -> int:
-    """export: a run as a release."""
+    """Write a run's model as a checkpoint under the names of the releases."""
     from setlib.release import checkpoint as release
 
     release.export_checkpoint(setlib.Run.load(args.run), args.out)
@@ -353,7 +349,7 @@ def export_command(args: argparse.Namespace) -> int:
 
 
 def verify_command(args: argparse.Namespace) -> int:
-    """verify: the largest difference of each item; 1 if one is above the tolerance."""
+    """Compare refiners and the mask head with golden numbers of the public releases; exit 1 above 1e-5."""
     from setlib.release import parity
 
     wrong = []
@@ -365,7 +361,7 @@ def verify_command(args: argparse.Namespace) -> int:
 
 
 def bench_command(args: argparse.Namespace) -> int:
-    """bench: seconds and peak memory of each case, and their ratios to the head alone."""
+    """Measure speed and memory of the parts, as ratios taken in one run."""
     from setlib.bench import measure as bench
 
     found = bench.bench(args.only)
