@@ -173,9 +173,8 @@ def measure() -> list[dict]:
     rows, end = [], time.monotonic() + LIMIT
     gc.freeze()  # the modules' own objects need not be looked through before every row
     for head, refiner in product(("per-pixel", "mask2former"), REFINERS):
-        rows.append(
-            measured(refiner, f"GPU against CPU, {head}", end, partial(compared, refiner, f"model.head={head}"))
-        )
+        call = partial(compared, refiner, f"model.head={head}")
+        rows.append(measured(refiner, f"GPU against CPU, {head}", end, call))
     experiment = Experiment.build(PROFILE)
     name, batch, data = experiment.model.backbone, experiment.train.batch_size, experiment.data
     name += "" if is_here(name) else " (random weights)"

@@ -154,12 +154,9 @@ def bench(only: Iterable[str] = ()) -> dict:
 
 def add_ratios(rows: Sequence[dict]) -> None:
     """Puts the ratios of seconds and of peak memory into each row."""
-    bases: dict[tuple[str, str], dict] = {}
     for row in rows:
-        key = row["bench"], row["size"]
-        bases[key] = row if row["variant"] == "none" else bases.get(key, row)
-    for row in rows:
-        base = bases[row["bench"], row["size"]]
+        group = [one for one in rows if (one["bench"], one["size"]) == (row["bench"], row["size"])]
+        base = next((one for one in group if one["variant"] == "none"), group[0])
         for name, key in (("ratio", "seconds"), ("peak_ratio", "peak_bytes")):
             row[name] = row[key] / base[key] if base[key] else 0.0
 

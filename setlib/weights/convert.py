@@ -157,9 +157,7 @@ def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if is_dinov2 and first is not None and len(first) == 2 * second.shape[1]:
         weights = rename(weights, TIMM_SWIGLU)
     weights = rename(weights, DINOV2 if is_dinov2 else VIT)
-    positions = weights.get("embeddings.position_embeddings")
-    if positions is None or "embeddings.cls_token" not in weights:
-        raise ValueError("it has no class token or no positions")
+    positions = weights["embeddings.position_embeddings"]
     count = positions.shape[1]
     if math.isqrt(count) ** 2 == count:  # timm adds the class token's to the token itself where there are registers
         weights["embeddings.position_embeddings"] = F.pad(positions, (0, 0, 1, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from setlib.experiment import PROFILES, Experiment
-from setlib.files import PROJECT, nearest, shown
+from setlib.files import PROJECT, load_json, nearest, shown
 from setlib.run import Run
 from setlib.workbook.serve import this_python
 
@@ -68,9 +69,9 @@ def find_notebooks(only: Sequence[str] = ()) -> list[Path]:
 
 def check_parameters(notebook: Path, names: Sequence[str]) -> None:
     """Raises ValueError if the notebook lacks one of these parameters: papermill would go on without it."""
-    import papermill
-
-    known = papermill.inspect_notebook(_literal(notebook))
+    cells = [cell for cell in load_json(notebook)["cells"] if "parameters" in cell["metadata"].get("tags", ())]
+    lines = ast.parse("".join(cells[0]["source"])).body if cells else []
+    known = [ast.unparse(line.target) for line in lines if isinstance(line, ast.AnnAssign)]
     if not known:
         raise ValueError(f"Notebook {notebook.name} has no parameters: tag its first code cell 'parameters'.")
     for name in names:
