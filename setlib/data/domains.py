@@ -225,6 +225,9 @@ def load(text: str, data: Data, role: str = "target") -> Domain:
     return domain
 
 
+load_domain = load  # its public name
+
+
 def _from_files(spec: Spec, data: Data, role: str, limit: int) -> Domain:
     """A domain of pictures in a folder; what is passed over is said once."""
     text, (domain, listing) = spec.text, find(spec, data, role)
