@@ -175,7 +175,7 @@ class FrozenBackbone(nn.Module):
         images = F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
         self.model.eval()  # somebody may have called train() on the inner model
         pixels = ((images - self.mean) / self.std).to(next(self.model.parameters()).dtype)
-        return *first_input(self.model, self._layers[0], pixels, grid, self.patch_size), grid
+        return *first_input(self.model, self._layers[0], pixels, grid), grid
 
     def grid(self, size: Sequence[int]) -> Grid:
         """(H, W), the patches that cover images of size (h, w) in pixels, rounded up."""

@@ -24,6 +24,7 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]  # 0 says all, none or off
 Positive = Annotated[int, Field(gt=0, lt=2**63)]
 Width = Annotated[int, Field(gt=0, le=2**16)]  # of a part of the model
 Layers = tuple[Positive, ...]
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 def _rate(text: str) -> str:
@@ -146,9 +147,7 @@ class Inference:
 class Ablation:
     """Variants x seeds of notebook 05; `overrides` make each training smaller than the main one."""
 
-    variants: Annotated[tuple[str, ...], Field(min_length=1)] = (
-        *("none", "rein", "set", "set-amplitude", "set-phase", "set-unnormalised"),
-    )
+    variants: Names = ("none", "rein", "set", "set-amplitude", "set-phase", "set-unnormalised")
     seeds: Annotated[tuple[Count, ...], Field(min_length=1)] = (0, 1)
     overrides: tuple[str, ...] = ("train.steps=50", "train.views=120", "train.batch_size=2", "data.eval_images=6")
 

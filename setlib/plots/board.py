@@ -318,17 +318,15 @@ def spectrum_row(
     return [Panel(picture, title, band, shown) for picture, title in zip(pictures, titles, strict=True)]
 
 
-def spectra(
-    images: Sequence[np.ndarray], parts: Mapping[str, Sequence[np.ndarray]], column_titles: Sequence[str] = ()
-) -> Board:
+def spectra(images: Sequence[np.ndarray], parts: Mapping[str, Sequence[np.ndarray]], titles: Sequence[str]) -> Board:
     """Pictures above their spectra, one column a picture, one row and scale a part; zero frequency in the middle.
 
     parts: {name with unit: one (h, w) a picture}; a part whose name starts with "phase" is in radians.
     """
-    made = sheet([images], column_titles=column_titles)
+    made = sheet([images], column_titles=titles)
     for name, values in parts.items():
-        titles = [name, *[""] * (len(values) - 1)]
-        made.rows.append(spectrum_row(values, titles, name.startswith("phase"), with_scale=True))
+        names = [name, *[""] * (len(values) - 1)]
+        made.rows.append(spectrum_row(values, names, name.startswith("phase"), with_scale=True))
     return made
 
 
