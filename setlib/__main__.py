@@ -166,11 +166,7 @@ def run_command(args: argparse.Namespace) -> int:
     for rows in (report.cost_rows(run), report.metric_rows(run)):
         if rows[1:]:
             print(f"\n{text_table(rows)}", flush=True)
-    try:
-        print(f"\nReport: {shown(report.write_report(run))}")
-    except ValueError:  # a full disk: what stopped the notebook matters more
-        if not stopped:
-            raise
+    print(f"\nReport: {shown(report.write_report(run))}")
     return fail(stopped, 1) if stopped else 0
 
 

@@ -5,7 +5,6 @@ Every field is checked by its type when an experiment is made; what a field may 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -234,7 +233,7 @@ class Experiment:
 
     def to_dict(self) -> dict:
         """As plain JSON types."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        return TypeAdapter(Experiment).dump_python(self, mode="json")
 
     @classmethod
     def from_dict(cls, values: dict) -> Experiment:

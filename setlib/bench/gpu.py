@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import math
 import re
 import statistics
 import sys
@@ -75,7 +74,7 @@ def training_step(model: Segmenter, images: Tensor, labels: Tensor, frozen: Froz
     def step() -> None:
         optimiser.zero_grad()
         model.loss(model(images, frozen), labels).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf)
+        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm or float("inf"))
         optimiser.step()
 
     return step

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -54,7 +53,7 @@ class RandomCrops:
         seed = data.content_seed if train.views else self.experiment.seed  # kept crops are shared by all seeds
         epoch, place = divmod(index, len(self.domain))
         order = np.random.default_rng([seed, 0, epoch]).permutation(len(self.domain))
-        largest = math.ceil(data.long_edge * data.scale_max)  # that a crop needs of its picture
+        largest = int(np.ceil(data.long_edge * data.scale_max))  # that a crop needs of its picture
         found = next(self.domain.samples(np.roll(order, -place).tolist(), largest), None)
         if found is None:
             raise ValueError(f"No picture of {self.domain.spec.text} can be decoded.")

@@ -19,10 +19,6 @@ class FullRankTokens(nn.Module):
         bound = math.sqrt(6 / (3 * 16**2 + channels))
         self.t = nn.Parameter(torch.empty(num_layers, num_tokens, channels).uniform_(-bound, bound))
 
-    def forward(self) -> Tensor:
-        """Tokens of all layers, (L, M, C)."""
-        return self.t
-
     def of_layer(self, index: int) -> Tensor:
         """Tokens of one layer, (M, C)."""
         return self.t[index]

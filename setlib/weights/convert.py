@@ -68,8 +68,6 @@ def resize_patches(model: nn.Module, size: int) -> None:
     projection = patch_convolution(model)
     if projection is None:
         raise ValueError(f"{type(model).__name__} cuts its patches without a convolution: leave model.patch_size at 0.")
-    if projection.kernel_size == (size, size):
-        return
     kernel = F.interpolate(projection.weight.float(), (size, size), mode="bicubic", align_corners=False)
     projection.weight = nn.Parameter(kernel.to(projection.weight.dtype), requires_grad=projection.weight.requires_grad)
     projection.kernel_size = projection.stride = (size, size)

@@ -80,12 +80,10 @@ def lab_command(
     port: 0 = a free one. notebook: is opened, in JupyterLab's simple mode, with nothing around it.
     Raises ValueError for a port that cannot be had.
     """
-    if not 0 <= port < 65536:
-        raise ValueError(f"There is no port {port}: give one from 1 to 65535, or leave it out.")
     with socket.socket() as free:
         try:
             free.bind(("127.0.0.1", port))
-        except OSError:
+        except (OSError, OverflowError):
             raise ValueError(f"Port {port} is in use or not allowed: give another, or leave it out.") from None
         port = free.getsockname()[1]
     token = secrets.token_hex(16)
