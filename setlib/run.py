@@ -71,12 +71,12 @@ class Run:
         content = to_json(values, indent=1, inf_nan_mode="null", fallback=lambda value: value.tolist())
         return write_atomic(self.path / name, content + b"\n")
 
-    def read_json(self, name: str) -> Any:
-        """Reads JSON of the folder. Raises ValueError naming the step that writes it when it is missing."""
+    def read_json(self, name: str, missing: Any = None) -> Any:
+        """Reads JSON of the folder, `missing` where it is not there. Raises ValueError, naming its maker, without."""
         path = self.path / name
-        if not path.is_file():
+        if missing is None and not path.is_file():
             raise ValueError(f"{path} is missing: run the notebook or command that writes it first.")
-        return load_json(path)
+        return load_json(path) if path.is_file() else missing
 
     def finish(self, name: str, values: dict) -> dict:
         """Writes a notebook's numbers to results/<name>.json, with profile, seed and peak memory; returns them."""

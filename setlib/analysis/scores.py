@@ -145,9 +145,8 @@ def write_metrics(run: Run, scores: Sequence[Score], used: Experiment | None = N
 
     used: how the pictures were chosen and predicted, where the run's configuration was overridden.
     """
-    path, experiment = run.path / "metrics.json", run.experiment
-    results = {r["domain"]: r for r in run.read_json("metrics.json")["results"]} if path.is_file() else {}
-    used = used or experiment
+    experiment, used = run.experiment, used or run.experiment
+    results = {result["domain"]: result for result in run.read_json("metrics.json", {"results": []})["results"]}
     views = used.inference
     words = ["whole pictures" if views.whole else f"windows by {views.stride:.2f}"]
     words += [f"scales {', '.join(f'{scale:g}' for scale in views.scales)}"] if views.scales != (1.0,) else []
