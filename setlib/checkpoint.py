@@ -264,8 +264,7 @@ class Training:
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
         for name, p in self.parameters.items():
             tensors |= {f"optimiser.{name}.{key}": value for key, value in self.optimiser.state.get(p, {}).items()}
-        notes = {"step": str(self.step)}
-        content = save({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata=notes)
+        content = save({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata={"step": str(self.step)})
         write_atomic(self.run.path / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
         write_atomic(self.run.path / "checkpoint.safetensors", content)
 

@@ -54,10 +54,9 @@ class RandomCrops:
         epoch, place = divmod(index, len(self.domain))
         order = np.random.default_rng([seed, 0, epoch]).permutation(len(self.domain))
         largest = int(np.ceil(data.long_edge * data.scale_max))  # that a crop needs of its picture
-        found = next(self.domain.samples(np.roll(order, -place).tolist(), largest), None)
-        if found is None:
+        sample = next((one for _, one in self.domain.samples(np.roll(order, -place).tolist(), largest)), None)
+        if sample is None:
             raise ValueError(f"No picture of {self.domain.spec.text} can be decoded.")
-        _, sample = found
         seed = np.random.SeedSequence([seed, 1, index]).generate_state(1, np.uint64)[0] >> 1
         generator = Generator().manual_seed(int(seed))
         image = to_tensor(sample.image)[0]

@@ -115,7 +115,7 @@ class Domain:
         return sample
 
     def samples(self, indices: Iterable[int], long_edge: int = 0) -> Iterator[tuple[int, Sample]]:
-        """Those pictures that can be decoded, with their places; the first other one is an error unless skipped."""
+        """Those that can be decoded, as `sample` gives them, with their places; another is an error unless skipped."""
         for index in indices:
             try:
                 yield index, self.sample(index, long_edge)
