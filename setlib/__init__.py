@@ -8,36 +8,25 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-PLACES = {  # public name -> where it is, below setlib
-    "Experiment": "experiment.Experiment",
-    "Run": "run.Run",
-    "Domain": "data.domains.Domain",
-    "load_domain": "data.domains.load",
-    "RandomCrops": "data.crops.RandomCrops",
-    "FrozenBackbone": "backbone.FrozenBackbone",
-    "load_backbone": "weights.load.load_backbone",
-    "KeptCrops": "features.KeptCrops",
-    "keep_crops": "features.keep_crops",
-    "REFINERS": "refiners.REFINERS",
-    "build_refiner": "refiners.build_refiner",
-    "Segmenter": "segmenter.Segmenter",
-    "build_segmenter": "checkpoint.build_segmenter",
-    "save_segmenter": "checkpoint.save_segmenter",
-    "load_segmenter": "checkpoint.load_segmenter",
-    "share": "sharing.share",
-    "predict": "inference.predict",
-    "batch_indices": "data.crops.batch_indices",
-    "point_seeds": "training.point_seeds",
-    "make_optimiser": "training.make_optimiser",
-    "set_learning_rate": "training.set_learning_rate",
-    "train": "training.train",
-    "train_together": "analysis.ablation.train_together",
-    "MeanIoU": "metric.MeanIoU",
-    "evaluate": "evaluation.evaluate",
-    "evaluate_run": "evaluation.evaluate_run",
-    "run_ablation": "analysis.ablation.run_ablation",
-    "Studio": "explorer.studio.Studio",
+NAMES = {  # by the module, below setlib, that they are in
+    "experiment": ("Experiment",),
+    "run": ("Run",),
+    "data.domains": ("Domain", "load_domain"),
+    "data.crops": ("RandomCrops", "batch_indices"),
+    "backbone": ("FrozenBackbone",),
+    "weights.load": ("load_backbone",),
+    "features": ("KeptCrops", "keep_crops"),
+    "refiners": ("REFINERS", "build_refiner"),
+    "segmenter": ("Segmenter",),
+    "checkpoint": ("build_segmenter", "save_segmenter", "load_segmenter", "share"),
+    "inference": ("predict",),
+    "training": ("train", "point_seeds", "make_optimiser", "set_learning_rate"),
+    "metric": ("MeanIoU",),
+    "evaluation": ("evaluate", "evaluate_run"),
+    "analysis.ablation": ("train_together", "run_ablation"),
+    "explorer.studio": ("Studio",),
 }
+PLACES = {name: module for module, names in NAMES.items() for name in names}
 MODULES = ("plots", "spectral")
 __all__ = [*PLACES, *MODULES]
 
@@ -48,8 +37,7 @@ def __getattr__(name: str) -> Any:
         return import_module(f"setlib.{name}")
     if name not in PLACES:
         raise AttributeError(f"module 'setlib' has no attribute '{name}'")
-    module, _, inside = PLACES[name].rpartition(".")
-    return getattr(import_module(f"setlib.{module}"), inside)
+    return getattr(import_module(f"setlib.{PLACES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,7 @@
 """The command line, `python -m setlib`: run, train, evaluate, predict, check, prepare, import, export and others.
 
-Only the standard library is imported until a sub-command starts, so that help and usage errors come at once.
+Only the standard library is imported until a sub-command starts, so that help and usage errors come at once: the public
+names of setlib are when they are used.
 """
 
 from __future__ import annotations
@@ -13,22 +14,15 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import setlib
 from setlib.files import PROJECT, nearest, shown, write_atomic
 
-if TYPE_CHECKING:
-    from setlib.data.check import Check
-    from setlib.experiment import Data, Experiment
-    from setlib.run import Run
-
-BAR = 40  # characters of a class that covers everything
 FREE = (  # after training
     *("data.eval_images", "data.content_seed", "data.eval_edges", "data.on_error", "data.exif_labels"),
     *("model.any_batch", "inference."),
 )
 SHARED = ("train", "evaluate")  # by several processes
-LISTED = 10  # problems of a domain that are shown
 PACKAGES = ("pydantic", "torch", "transformers", "datasets", "papermill")  # without which no command works
 ENTER = "enter the environment first: 'source {}/.venv/bin/activate' or 'conda activate setlib' (README.md)"
 
@@ -64,52 +58,48 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m setlib", description=text, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def add(name: str, call: Callable[[argparse.Namespace], int], text: str, *parents: Parser) -> Callable:
-        """Adds a sub-command, a function, and returns what adds its arguments."""
-        added = commands.add_parser(name, help=text, description=text, parents=[base, *parents], allow_abbrev=False)
+    def add(name: str, call: Callable[[argparse.Namespace], int], *parents: Parser) -> Callable:
+        """Adds a sub-command, a function whose docstring is its help, and returns what adds its arguments."""
+        options = {"help": call.__doc__, "description": call.__doc__, "parents": [base, *parents]}
+        added = commands.add_parser(name, allow_abbrev=False, **options)
         added.set_defaults(call=call)
         return added.add_argument
 
     everything = (profile, options, made, target)
-    argument = add("run", run_command, "Run the notebooks headless, in order, and write the report.", *everything)
+    argument = add("run", run_command, *everything)
     argument("--only", metavar="NN", default=[], help="notebooks to run, for example 01 03", **many)
-    add("train", train_command, "Train on the source; no notebooks, no scores.", *everything)
-    argument = add("evaluate", evaluate_command, "Score a run's model on its targets or on others.", options, target)
+    add("train", train_command, *everything)
+    argument = add("evaluate", evaluate_command, options, target)
     argument("run", metavar="RUN")
-    text = "Predict pictures of up to 268 million pixels: a colour overlay and a PNG of train ids each."
-    argument = add("predict", predict_command, text, options)
+    argument = add("predict", predict_command, options)
     argument("run", metavar="RUN", help="run folder")
     argument("images", metavar="IMAGE", nargs="+", type=Path)
     argument("--out", metavar="DIR", type=Path, required=True, help="folder for what is made")
     text = "also a PNG of the label ids of this data set, as test servers take them, and one in its colours: cityscapes"
     argument("--labels", metavar="NAME", default="", help=text)
-    argument = add("check", check_command, "Say what a domain holds, and whether it can be used.", profile, options)
+    argument = add("check", check_command, profile, options)
     argument("domains", metavar="DOMAIN", nargs="+", help="name[:split][@folder]")
     argument("--deep", action="store_true", help="decode every file and count the pixels of the classes")
     argument("--json", metavar="FILE", type=Path, help="write what was found to a file too")
-    text = "Write a resized copy of a domain, in the same tree; goes on where it was cut short."
-    argument = add("prepare", prepare_command, text, options)
+    argument = add("prepare", prepare_command, options)
     argument("domain", metavar="DOMAIN", help="name[:split]@folder")
     argument("--out", metavar="DIR", type=Path, required=True, help="folder for the copy")
     argument("--short-edge", metavar="N", type=int, required=True, help="pixels; smaller ones stay")
-    text = "Open the explorer in the browser: JupyterLab, on this machine alone."
-    argument = add("explore", explore_command, text, profile, target)
+    argument = add("explore", explore_command, profile, target)
     argument("run", metavar="RUN", nargs="?", help="run folder; default: runs/<profile>")
     argument("--port", metavar="N", type=int, default=0, help="default: a free one")
     argument("--no-browser", action="store_true", help="print the address only")
-    text = "List the backbones that are known by name, and whether their weights are on this machine."
-    add("backbones", backbones_command, text)
-    argument = add("import", import_command, "Read a checkpoint of Rein's or SET's release (.pth) into a run folder.")
+    add("backbones", backbones_command)
+    argument = add("import", import_command)
     argument("checkpoint", metavar="CHECKPOINT", type=Path, help=".pth, as released")
     argument("--out", metavar="RUN", type=Path, required=True, help="a new run folder")
     argument("--backbone", metavar="NAME", default="", help="default: the DINOv2 of its size")
-    argument = add("export", export_command, "Write a run's model as a checkpoint under the names of the releases.")
+    argument = add("export", export_command)
     argument("run", metavar="RUN", help="run folder with the refiner rein or set-released, or none")
     argument("--out", metavar="FILE.pth", type=Path, required=True)
-    text = "Compare refiners and the mask head with golden numbers of the public releases; exit 1 above 1e-5."
-    argument = add("verify", verify_command, text)
+    argument = add("verify", verify_command)
     argument("files", metavar="FILE.npz", nargs="+", type=Path)
-    argument = add("bench", bench_command, "Measure speed and memory of the parts, as ratios taken in one run.")
+    argument = add("bench", bench_command)
     argument("--only", metavar="NAME", default=[], help="benches to run; default: all", **many)
     argument("--json", metavar="FILE", type=Path, help="write the rows to a file too")
 
@@ -123,38 +113,35 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def open_run(args: argparse.Namespace) -> Run:
+def open_run(args: argparse.Namespace) -> setlib.Run:
     """The run folder of these options, after everything that can be checked at once is checked.
 
     Raises ValueError for an unknown backbone, a refiner that is unknown or lacks a package, a domain that cannot be
     used, and a folder of another configuration.
     """
-    from setlib.experiment import Experiment
-    from setlib.run import Run
-
-    experiment = Experiment.build(args.profile, args.source, args.target, args.seed, args.options)
+    experiment = setlib.Experiment.build(args.profile, args.source, args.target, args.seed, args.options)
     from setlib.data import domains
-    from setlib.refiners import build_refiner
     from setlib.weights.presets import check_name
 
     check_name(experiment.model.backbone)
     rates = [text.partition("=")[0] for text in experiment.train.refiner_rates]
     for name in (experiment.model.refiner, *experiment.ablation.variants, *rates):
-        build_refiner(name, (1,), channels=1, num_tokens=2, rank=1)
+        setlib.build_refiner(name, (1,), channels=1, num_tokens=2, rank=1)
 
     domains.check_edges(experiment.data)
     specs = [domains.parse(name) for name in (experiment.data.source, *experiment.data.targets)]
     if specs[0].name != "scenes":  # these are rendered when they are used
         domains.load(specs[0].text, experiment.data, role="source")
     if args.command != "train":  # training never opens a target
-        check_labelled(experiment.data.targets, experiment.data, every=False)
-    return Run.open(args.run, experiment)
+        check_labelled(experiment.data.targets, experiment, every=False)
+    return setlib.Run.open(args.run, experiment)
 
 
-def check_labelled(names: Sequence[str], data: Data, every: bool) -> None:
+def check_labelled(names: Sequence[str], experiment: setlib.Experiment, every: bool) -> None:
     """Raises ValueError if a domain cannot be listed, or if none (with `every`: not every one) can be scored."""
     from setlib.data import domains
 
+    data = experiment.data
     bare = [n for n in names if domains.parse(n).name != "scenes" and not domains.load(n, data).has_labels]
     if bare and (every or len(bare) == len(names)):
         raise ValueError(f"Domain '{bare[0]}' has no labels: it can be predicted and looked at, not scored.")
@@ -164,7 +151,7 @@ def check_labelled(names: Sequence[str], data: Data, every: bool) -> None:
 
 
 def run_command(args: argparse.Namespace) -> int:
-    """run: notebooks, tables, report."""
+    """Run the notebooks headless, in order, and write the report."""
     from setlib.workbook import notebooks, report
 
     notebooks.find_notebooks(args.only)
@@ -179,21 +166,16 @@ def run_command(args: argparse.Namespace) -> int:
     for rows in (report.cost_rows(run), report.metric_rows(run)):
         if rows[1:]:
             print(f"\n{text_table(rows)}", flush=True)
-    try:
-        print(f"\nReport: {shown(report.write_report(run))}")
-    except ValueError:  # a full disk: what stopped the notebook matters more
-        if not stopped:
-            raise
+    print(f"\nReport: {shown(report.write_report(run))}")
     return fail(stopped, 1) if stopped else 0
 
 
 def train_command(args: argparse.Namespace) -> int:
-    """train: the model alone."""
+    """Train on the source; no notebooks, no scores."""
     run = open_run(args)
     from setlib.distributed import state
-    from setlib.training import train
 
-    model, history = train(run)
+    model, history = setlib.train(run)
     if not state().is_main_process:
         return 0
     trained = " + ".join(f"{number:,} ({part})" for part, number in model.num_trainable().items())
@@ -203,7 +185,7 @@ def train_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def freely(experiment: Experiment, options: Sequence[str]) -> Experiment:
+def freely(experiment: setlib.Experiment, options: Sequence[str]) -> setlib.Experiment:
     """A trained model's experiment with options of its use. Raises ValueError for what training settled."""
     if trained := [option for option in options if "=" in option and not option.startswith(FREE)]:
         raise ValueError(f"Option '{trained[0]}' was settled by training: only {', '.join(FREE)} are free.")
@@ -215,25 +197,22 @@ def freely(experiment: Experiment, options: Sequence[str]) -> Experiment:
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
-    """evaluate: scores of RUN/model, put into metrics.json."""
-    from setlib.run import Run
-
-    run = Run.load(args.run)
+    """Score a run's model on its targets or on others."""
+    run = setlib.Run.load(args.run)
     targets = args.target or run.experiment.data.targets
     if not targets:
         raise ValueError(f"{run.path} names no targets: name them with --target.")
-    scored = Run(run.path, freely(run.experiment, args.options))
-    check_labelled(targets, scored.experiment.data, every=True)
+    scored = setlib.Run(run.path, freely(run.experiment, args.options))
+    check_labelled(targets, scored.experiment, every=True)
     from setlib.analysis.scores import write_metrics
-    from setlib.checkpoint import load_segmenter, use
+    from setlib.checkpoint import use
     from setlib.distributed import state
-    from setlib.evaluation import evaluate_run
     from setlib.workbook import report
 
     with state().main_process_first():
-        name, model = run.experiment.model.refiner, load_segmenter(run.path)
+        name, model = run.experiment.model.refiner, setlib.load_segmenter(run.path)
     use(model, scored.experiment)
-    scores = evaluate_run(scored, {name: model}, targets)[name]
+    scores = setlib.evaluate_run(scored, {name: model}, targets)[name]
     if not state().is_main_process:
         return 0
     write_metrics(run, scores, scored.experiment)
@@ -244,16 +223,12 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
 
 def predict_command(args: argparse.Namespace) -> int:
-    """predict: PNGs for every picture that can be read; the others are named at the end."""
-    from setlib.run import Run
-
-    run, images = Run.load(args.run), list(dict.fromkeys(args.images))
+    """Predict pictures of up to 268 million pixels: a colour overlay and a PNG of train ids each."""
+    run, images = setlib.Run.load(args.run), list(dict.fromkeys(args.images))
     used = freely(run.experiment, args.options)
     for path in images:
         if not path.is_file():
-            raise ValueError(
-                f"{path} is a folder: name its pictures." if path.is_dir() else f"There is no file {path}."
-            )
+            raise ValueError(f"{path} is a folder: name pictures." if path.is_dir() else f"There is no file {path}.")
     from setlib.workbook import predict
 
     labels = predict.label_ids(args.labels) if args.labels else None
@@ -265,9 +240,9 @@ def predict_command(args: argparse.Namespace) -> int:
             raise ValueError(f"{path} would be overwritten by a prediction: name another folder with --out.")
     from tqdm import tqdm
 
-    from setlib.checkpoint import load_segmenter, use
+    from setlib.checkpoint import use
 
-    model, problems = load_segmenter(run.path), []
+    model, problems = setlib.load_segmenter(run.path), []
     use(model, used)
     for path, name in tqdm(outputs.items(), desc="predict", unit="img"):
         try:
@@ -282,10 +257,8 @@ def predict_command(args: argparse.Namespace) -> int:
 
 
 def check_command(args: argparse.Namespace) -> int:
-    """check: what each domain holds; 1 if one of them cannot be used."""
-    from setlib.experiment import Experiment
-
-    data = Experiment.build(args.profile, args.domains[0], args.domains, overrides=args.options).data
+    """Say what a domain holds, and whether it can be used."""
+    data = setlib.Experiment.build(args.profile, args.domains[0], args.domains, overrides=args.options).data
     from setlib.data import check
 
     found = []
@@ -294,12 +267,12 @@ def check_command(args: argparse.Namespace) -> int:
             parts = check.check(text, data, deep=args.deep)
         except (ValueError, OSError) as error:
             parts = [check.Check(text, problems=[sentence(error)])]
-        print("\n".join(map(describe, parts)), flush=True)
+        print(*parts, sep="\n", flush=True)
         found += parts
     unusable = [f"'{one.domain}' cannot be used: {one.problems[0].rstrip('.')}" for one in found if one.problems]
     if not unusable and len(args.domains) > 1:
         shared = check.duplicates(args.domains, data)
-        print("\n".join(f"problem: {problem}" for problem in shared[:LISTED]), end="\n" * bool(shared))
+        print("\n".join(f"problem: {problem}" for problem in shared[: check.LISTED]), end="\n" * bool(shared))
         found[0].problems += shared
         unusable += shared[:1]
     if args.json:
@@ -308,13 +281,12 @@ def check_command(args: argparse.Namespace) -> int:
 
 
 def prepare_command(args: argparse.Namespace) -> int:
-    """prepare: a resized copy."""
+    """Write a resized copy of a domain, in the same tree; goes on where it was cut short."""
     from setlib.data.prepare import prepare
-    from setlib.experiment import Experiment
 
     if args.short_edge < 1:
         raise ValueError(f"A short edge of {args.short_edge} pixels is none: expected at least 1.")
-    data = Experiment.build(overrides=args.options).data
+    data = setlib.Experiment.build(overrides=args.options).data
     pairs = prepare(args.domain, args.out, args.short_edge, data)
     spec, _, _ = args.domain.partition("@")
     print(f"{pairs} pictures in {args.out}; use it as {spec}@{args.out}")
@@ -322,39 +294,22 @@ def prepare_command(args: argparse.Namespace) -> int:
 
 
 def explore_command(args: argparse.Namespace) -> int:
-    """explore: a notebook of one cell, served until it is interrupted."""
-    import signal
-    import subprocess
-
+    """Open the explorer in the browser: JupyterLab, on this machine alone."""
     from setlib.data import domains
-    from setlib.experiment import Experiment
-    from setlib.run import Run, default_run_folder
+    from setlib.run import default_run_folder
     from setlib.workbook import serve
 
     if args.run is None:
-        experiment = Experiment.build(args.profile)
+        experiment = setlib.Experiment.build(args.profile)
         folder = default_run_folder(experiment)
-        run = Run.load(folder) if (folder / "experiment.json").is_file() else Run.open(folder, experiment)
-    else:
-        run = Run.load(args.run)
+        args.run = folder if (folder / "experiment.json").is_file() else setlib.Run.open(folder, experiment).path
+    run = setlib.Run.load(args.run)
     names = [domains.parse(name).text for name in args.target or ()]
-    with serve.this_python():
-        command, address, token = serve.lab_command(run.path, not args.no_browser, args.port, "explore.ipynb")
-        serve.write_explorer(run, names)
-        print(f"{address}/doc/tree/explore.ipynb?token={token}\nPress Ctrl-C to stop.", flush=True)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended in any way, it ends the server
-        server = subprocess.Popen(command)
-        try:
-            return server.wait()
-        except KeyboardInterrupt:
-            return 0
-        finally:
-            server.terminate()
-            server.wait()
+    return serve.explore(run, names, args.port, not args.no_browser)
 
 
 def backbones_command(args: argparse.Namespace) -> int:
-    """backbones: one row a preset."""
+    """List the backbones that are known by name, and whether their weights are on this machine."""
     from setlib.weights.presets import PRESETS, is_here
 
     rows = [["backbone", "M parameters", "patch", "layers", "here", "licence", "from"]]
@@ -370,7 +325,7 @@ def backbones_command(args: argparse.Namespace) -> int:
 
 
 def import_command(args: argparse.Namespace) -> int:
-    """import: a release as a run folder."""
+    """Read a checkpoint of Rein's or SET's release (.pth) into a run folder."""
     from setlib.release import checkpoint as release
 
     run = release.import_checkpoint(args.checkpoint, args.out, args.backbone)
@@ -381,17 +336,16 @@ def import_command(args: argparse.Namespace) -> int:
 
 
 def export_command(args: argparse.Namespace) -> int:
-    """export: a run as a release."""
+    """Write a run's model as a checkpoint under the names of the releases."""
     from setlib.release import checkpoint as release
-    from setlib.run import Run
 
-    release.export_checkpoint(Run.load(args.run), args.out)
+    release.export_checkpoint(setlib.Run.load(args.run), args.out)
     print(f"Checkpoint: {args.out}")
     return 0
 
 
 def verify_command(args: argparse.Namespace) -> int:
-    """verify: the largest difference of each item; 1 if one is above the tolerance."""
+    """Compare refiners and the mask head with golden numbers of the public releases; exit 1 above 1e-5."""
     from setlib.release import parity
 
     wrong = []
@@ -403,7 +357,7 @@ def verify_command(args: argparse.Namespace) -> int:
 
 
 def bench_command(args: argparse.Namespace) -> int:
-    """bench: seconds and peak memory of each case, and their ratios to the head alone."""
+    """Measure speed and memory of the parts, as ratios taken in one run."""
     from setlib.bench import measure as bench
 
     found = bench.bench(args.only)
@@ -415,22 +369,6 @@ def bench_command(args: argparse.Namespace) -> int:
     if args.json:
         print(f"Rows: {write_atomic(args.json, json.dumps(found, indent=1))}")
     return 0
-
-
-def describe(found: Check) -> str:
-    """One domain as text: pairs, sizes, class shares as bars, problems."""
-    kind = "pairs" if found.labelled else "pictures without labels (to predict and look at, not to score)"
-    sizes = ", ".join(f"{w} x {h} ({n})" for (w, h), n in found.sizes.most_common(5))
-    name = f"{found.domain} {found.split}".rstrip()
-    lines = [f"{name}: {found.pairs} {kind}" + (f"; sizes: {sizes}" if sizes else "")]
-    shares = found.class_pixels | {"(ignored)": found.ignored_pixels}
-    total = sum(shares.values())
-    for name, pixels in shares.items() if total else ():
-        lines.append(f"  {name:<14}{100 * pixels / total:5.1f} %  {'#' * round(BAR * pixels / total)}".rstrip())
-    lines += [f"  problem: {problem}" for problem in found.problems[:LISTED]]
-    lines += [f"  and {len(found.problems) - LISTED} more problems"] if found.problems[LISTED:] else []
-    lines += [f"  note: {note}" for note in found.notes]
-    return "\n".join(lines)
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:

@@ -27,13 +27,11 @@ class _Caught(Exception):
         raise _Caught(args, kwargs)
 
 
-def first_input(
-    model: PreTrainedModel, layer: nn.Module, pixels: Tensor, grid: Grid, patch_size: int
-) -> tuple[Tensor, Arguments]:
+def first_input(model: PreTrainedModel, layer: nn.Module, pixels: Tensor, grid: Grid) -> tuple[Tensor, Arguments]:
     """What a model hands to its first layer: all tokens, and the other arguments, which every layer gets."""
     hook = layer.register_forward_pre_hook(_Caught.throw, with_kwargs=True)
     try:
-        _call(model, pixels, grid, patch_size)
+        _call(model, pixels, grid)
     except _Caught as caught:
         (hidden, *args), kwargs = caught.args
         return hidden, (tuple(args), kwargs)
@@ -47,10 +45,7 @@ def run_layer(layer: nn.Module, hidden: Tensor, arguments: Arguments, prompts: T
     (args, kwargs), count = arguments, 0
     if prompts is not None:
         if hidden.dim() != 3:
-            grid = tuple(hidden.shape)
-            raise ValueError(
-                f"Prompts need tokens in a row, but this backbone keeps a grid {grid}: take another refiner."
-            )
+            raise ValueError("Prompts need tokens in a row, but this backbone keeps a grid: take another refiner.")
         count = len(prompts)
         hidden = torch.cat([prompts.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], dim=1)  # (B, P + N, C)
     with _more_prefix_tokens(layer, count):
@@ -59,7 +54,7 @@ def run_layer(layer: nn.Module, hidden: Tensor, arguments: Arguments, prompts: T
     return hidden[:, count:] if count else hidden
 
 
-def _call(model: PreTrainedModel, pixels: Tensor, grid: Grid, patch_size: int) -> object:
+def _call(model: PreTrainedModel, pixels: Tensor, grid: Grid) -> object:
     """The model's own forward, at any size: families differ in what they must be told."""
     known = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {}
@@ -68,7 +63,8 @@ def _call(model: PreTrainedModel, pixels: Tensor, grid: Grid, patch_size: int) -
     if "noise" in known:  # MAE: do not shuffle the patches
         options["noise"] = torch.arange(grid[0] * grid[1], device=pixels.device).expand(len(pixels), -1)
     if "spatial_shapes" in known:  # SigLIP 2 with any aspect takes patches, not pictures
-        pixels = pixels.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)
+        side = model.config.patch_size
+        pixels = pixels.unfold(2, side, side).unfold(3, side, side)
         pixels = pixels.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # (B, N, p*p*3)
         shapes = torch.tensor(grid, device=pixels.device).expand(len(pixels), 2)
         options |= {"spatial_shapes": shapes, "pixel_attention_mask": None}

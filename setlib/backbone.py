@@ -124,8 +124,7 @@ class FrozenBackbone(nn.Module):
         if not refined and set(wanted) <= set(maps):
             return {layer: maps[layer] for layer in wanted}
 
-        images, grid = self._padded(images)
-        hidden, arguments = self._first_input(images, grid)
+        hidden, arguments, grid = self._first_input(images)
         if frozen:
             if hidden.shape != frozen.hidden.shape:
                 expected, found = tuple(hidden.shape), tuple(frozen.hidden.shape)
@@ -159,8 +158,7 @@ class FrozenBackbone(nn.Module):
         images: (B, 3, h, w) in [0, 1]. layers: whose maps are kept. frozen: of the same images, to go on from.
         """
         last, maps = max(self._known((stop, *layers))), {}
-        images, grid = self._padded(images)
-        hidden, arguments = self._first_input(images, grid)
+        hidden, arguments, grid = self._first_input(images)
         done, hidden = (frozen.stop, frozen.hidden) if frozen else (0, hidden)
         for number in range(done + 1, last + 1):
             hidden = run_layer(self._layers[number - 1], hidden, arguments)
@@ -170,20 +168,17 @@ class FrozenBackbone(nn.Module):
                 maps[number] = _patches(hidden, grid)
         return FrozenFeatures(kept, maps, stop)
 
-    def _first_input(self, images: Tensor, grid: Grid) -> tuple[Tensor, Arguments]:
-        """What the model hands to its first layer: all tokens, and the other arguments, which every layer gets."""
-        self.model.eval()  # somebody may have called train() on the inner model
-        pixels = ((images - self.mean) / self.std).to(next(self.model.parameters()).dtype)
-        return first_input(self.model, self._layers[0], pixels, grid, self.patch_size)
-
-    def _padded(self, images: Tensor) -> tuple[Tensor, Grid]:
-        """The images at multiples of the patch size, the last pixels repeated, and their grid."""
+    def _first_input(self, images: Tensor) -> tuple[Tensor, Arguments, Grid]:
+        """What the model hands to its first layer: all tokens, the arguments that every layer gets, and the grid."""
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             found = f"{tuple(images.shape)} of {images.dtype}"
             raise ValueError(f"Expected images of shape (B, 3, h, w), floats in [0, 1], got {found}.")
         grid = self.grid(images.shape[2:])
         below, right = (n * self.patch_size - side for n, side in zip(grid, images.shape[2:], strict=True))
-        return (F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images), grid
+        images = F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
+        self.model.eval()  # somebody may have called train() on the inner model
+        pixels = ((images - self.mean) / self.std).to(next(self.model.parameters()).dtype)
+        return *first_input(self.model, self._layers[0], pixels, grid), grid
 
     def grid(self, size: Sequence[int]) -> Grid:
         """(H, W), the patches that cover images of size (h, w) in pixels, rounded up."""

@@ -1,4 +1,4 @@
-"""A segmenter built from an experiment, saved and loaded, and the checkpoint of a training that goes on.
+"""A segmenter built from an experiment, saved, loaded and shared, and the checkpoint of a training that goes on.
 
 What learns is kept as safetensors, the backbone by name and hash.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -22,34 +23,33 @@ from setlib._memory import keep_freed_memory
 from setlib.backbone import FrozenBackbone
 from setlib.data.labels import CITYSCAPES
 from setlib.distributed import default_device
-from setlib.experiment import Experiment, Model
-from setlib.files import hub_answers, write_atomic
+from setlib.experiment import Experiment
+from setlib.files import hub_answers, load_json, write_atomic
 from setlib.heads import PerPixelHead
-from setlib.mask2former import Mask2FormerHead
-from setlib.refiners import Refiner, build_refiner
+from setlib.mask2former import HEAD_SIZES, Mask2FormerHead
+from setlib.refiners import Options, build_refiner
 from setlib.run import Run
 from setlib.segmenter import Segmenter
+from setlib.weights.convert import under
 from setlib.weights.load import load_backbone
 
 FILES = ("config.json", "model.safetensors")
+CARD = Path(__file__).with_name("model_card.md")
 
 
-def build_segmenter(
-    experiment: Experiment, backbone: FrozenBackbone | None = None, device: torch.device | None = None
-) -> Segmenter:
+def build_segmenter(experiment: Experiment, backbone: FrozenBackbone | None = None) -> Segmenter:
     """The segmenter that an experiment describes, its refiner and head at their initial values.
 
     Parameters
     ----------
     backbone : one that is loaded already, to be shared; default: the experiment's.
-    device : default: this process's GPU, else the CPU.
 
     Raises
     ------
     ValueError : a layer that the backbone has not, or a backbone or refiner that cannot be had here.
     """
     keep_freed_memory()
-    config, device = experiment.model, device or default_device()
+    config, device = experiment.model, default_device()
     backbone = backbone or load_backbone(config.backbone, patch_size=config.patch_size)
     depth = backbone.num_layers
     read = config.feature_layers or even_layers(depth)
@@ -57,50 +57,25 @@ def build_segmenter(
     for key, layers in (("feature_layers", read), ("refined_layers", refined)):
         if max(layers) > depth:
             raise ValueError(f"Option model.{key} names {layers}, but {backbone.name} has the layers 1 to {depth}.")
+    is_mask_head = config.head == "mask2former"
+    if is_mask_head and len(read) != 4:
+        raise ValueError(f"Option model.feature_layers must name 4 layers for mask2former, got {len(read)}.")
+    options = {name: value for name, value in vars(config).items() if name in Options._fields}
+    sizes = {name: value for name, value in vars(config).items() if name in HEAD_SIZES}
     wanted = experiment.train.precision
     precision = fast_precision(device) if wanted == "auto" else wanted
+    head: PerPixelHead | Mask2FormerHead
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(experiment.seed)  # torch.manual_seed would reseed every GPU as well
-        head, refiner = _parts(config, backbone.channels, read, refined)
+        if not is_mask_head:
+            head = PerPixelHead(len(read), backbone.channels, config.head_channels, len(CITYSCAPES))
+        options["query_channels"] = config.head_channels if is_mask_head else 0
+        refiner = build_refiner(config.refiner, refined, backbone.channels, **options)
+        if is_mask_head:
+            learned = 0 if refiner.queries() is not None else config.num_tokens  # queries
+            head = Mask2FormerHead(backbone.channels, config.head_channels, len(CITYSCAPES), learned, **sizes)
         model = Segmenter(experiment, backbone, refiner, head, read, precision)  # lora draws here
     return model.to(device)
-
-
-def _parts(
-    config: Model, channels: int, feature_layers: Sequence[int], refined_layers: Sequence[int]
-) -> tuple[PerPixelHead | Mask2FormerHead, Refiner]:
-    """Head and refiner as a configuration names them, for a backbone of so many channels."""
-    head: PerPixelHead | Mask2FormerHead
-    is_mask_head = config.head == "mask2former"
-    if is_mask_head and len(feature_layers) != 4:
-        raise ValueError(f"Option model.feature_layers must name 4 layers for mask2former, got {len(feature_layers)}.")
-    if not is_mask_head:
-        head = PerPixelHead(len(feature_layers), channels, config.head_channels, len(CITYSCAPES))
-    refiner = build_refiner(
-        config.refiner,
-        refined_layers,
-        channels,
-        config.num_tokens,
-        config.rank,
-        query_channels=config.head_channels if is_mask_head else 0,
-        any_batch=config.any_batch,
-        num_prompts=config.num_prompts,
-        adapter_width=config.adapter_width,
-        lora_rank=config.lora_rank,
-    )
-    if is_mask_head:
-        head = Mask2FormerHead(
-            channels,
-            config.head_channels,
-            len(CITYSCAPES),
-            0 if refiner.queries() is not None else config.num_tokens,
-            attention_heads=config.attention_heads,
-            pixel_layers=config.pixel_layers,
-            pixel_width=config.pixel_width,
-            decoder_layers=config.decoder_layers,
-            decoder_width=config.decoder_width,
-        )
-    return head, refiner
 
 
 def even_layers(depth: int) -> tuple[int, ...]:
@@ -137,9 +112,7 @@ def write_model(
     write_atomic(Path(folder) / "config.json", json.dumps(config, indent=1) + "\n")
 
 
-def load_segmenter(
-    name: str | Path, backbone: FrozenBackbone | None = None, device: torch.device | None = None, **options: Any
-) -> Segmenter:
+def load_segmenter(name: str | Path, backbone: FrozenBackbone | None = None, **options: Any) -> Segmenter:
     """A saved model, in evaluation mode.
 
     Parameters
@@ -153,14 +126,20 @@ def load_segmenter(
     """
     folder = model_folder(name, options)
     experiment, trained_on, _, tensors = read_model(folder)
-    model = build_segmenter(experiment, backbone, device)
+    model = build_segmenter(experiment, backbone)
     found = model.backbone.fingerprint
     if trained_on not in ("", found):  # "": imported, the release does not say
         raise ValueError(
             f"{folder} was trained on a backbone with hash {trained_on}, "
             f"but {model.backbone.name} has {found}: use the same weights."
         )
-    load_state(model, tensors)
+    expected = {name: tuple(t.shape) for name, t in model.trainable_state().items()}
+    got = {name: tuple(t.shape) for name, t in tensors.items()}
+    if wrong := sorted(set(expected.items()) ^ set(got.items())):
+        raise ValueError(
+            f"Saved weights do not fit this model: {wrong[0][0]} differs or is missing ({len(wrong)} differences)."
+        )
+    model.load_state_dict(tensors, strict=False)
     return model.eval()
 
 
@@ -191,21 +170,63 @@ def read_model(folder: Path) -> tuple[Experiment, str, list[dict], dict[str, Ten
         raise ValueError(f"The model in {folder} cannot be read ({error}): delete it and train again.") from None
 
 
-def load_state(model: Segmenter, tensors: dict[str, Tensor]) -> None:
-    """Loads what `trainable_state` gave. Raises ValueError naming what does not fit."""
-    expected = {name: tuple(t.shape) for name, t in model.trainable_state().items()}
-    got = {name: tuple(t.shape) for name, t in tensors.items()}
-    if wrong := sorted(set(expected.items()) ^ set(got.items())):
-        raise ValueError(
-            f"Saved weights do not fit this model: {wrong[0][0]} differs or is missing ({len(wrong)} differences)."
-        )
-    model.load_state_dict(tensors, strict=False)
-
-
 def use(model: Segmenter, experiment: Experiment) -> None:
     """Takes over how a trained model is used: data.eval_edges, model.any_batch and inference."""
     model.experiment = experiment
     model.refiner.any_batch = experiment.model.any_batch
+
+
+def share(run: str | Path, folder: str | Path, repository: str = "", **options: Any) -> None:
+    """Writes a run's model with its results and a card into a folder, without the folders of this machine.
+
+    Parameters
+    ----------
+    run : a run folder, or that of a model.
+    repository : owner/name; the folder is then uploaded to it on the hub (options of `HfApi.create_repo`: private ...).
+    """
+    source, folder = model_folder(run, {}), Path(folder)
+    experiment, fingerprint, results, tensors = read_model(source)
+    if all((source.parent / file).is_file() for file in ("experiment.json", "metrics.json")):  # of a run
+        results = load_json(source.parent / "metrics.json")["results"]
+    own, *targets = (_public(text) for text in (experiment.data.source, *experiment.data.targets))
+    experiment = replace(experiment, data=replace(experiment.data, source=own, targets=tuple(targets)))
+    results = [result | {"domain": _public(result["domain"])} for result in results]
+    write_model(folder, tensors, experiment, fingerprint, results)
+    write_atomic(folder / "README.md", str(model_card(experiment, tensors, fingerprint, results)))
+    if repository:
+        hub = HfApi(token=options.pop("token", None))
+        hub.create_repo(repository, **{"exist_ok": True, **options})
+        hub.upload_folder(repo_id=repository, folder_path=folder)
+
+
+def model_card(experiment: Experiment, tensors: dict[str, Tensor], fingerprint: str, results: list[dict]) -> ModelCard:
+    """README.md of a shared model: what it is, how to load it, and the run's table."""
+    rows = [
+        f"| {r['domain']} | {r['class_set']} | {r['images']} | {r.get('inference', '')} | {r['miou']} |"
+        for r in results
+    ]
+    table = "\n".join(["| domain | classes | pictures | predicted in | mIoU, % |", "|---|---|---|---|---|", *rows])
+    sizes = {
+        part: sum(t.numel() for name, t in tensors.items() if name.startswith(part) and t.is_floating_point())
+        for part in ("backbone", "refiner", "head")
+    }
+    return ModelCard(
+        CARD.read_text(encoding="utf-8").format(
+            refiner=experiment.model.refiner,
+            head=experiment.model.head,
+            backbone=experiment.model.backbone,
+            fingerprint=fingerprint,
+            source=experiment.data.source or "a source that is not known",
+            known=f"Steps: {experiment.train.steps}, seed {experiment.seed}." if experiment.data.source else "",
+            counts=" + ".join(f"{number:,} ({part})" for part, number in sizes.items() if number),
+            table=table if rows else "Not scored yet.",
+        )
+    )
+
+
+def _public(text: str) -> str:
+    """A domain's name without the folder it lies in on this machine."""
+    return re.sub(r"@[^~]*", "", text)
 
 
 # Of a training
@@ -243,8 +264,7 @@ class Training:
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
         for name, p in self.parameters.items():
             tensors |= {f"optimiser.{name}.{key}": value for key, value in self.optimiser.state.get(p, {}).items()}
-        notes = {"step": str(self.step)}
-        content = save({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata=notes)
+        content = save({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata={"step": str(self.step)})
         write_atomic(self.run.path / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
         write_atomic(self.run.path / "checkpoint.safetensors", content)
 
@@ -261,9 +281,7 @@ class Training:
                 for name, value in self.model.trainable_state().items():  # buffers too
                     value.copy_(tensors[f"model.{name}"])
                 for name, p in self.parameters.items():
-                    keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimiser.{name}.{key}" in tensors]
-                    kept = {key: tensors[f"optimiser.{name}.{key}"] for key in keys}
-                    if kept:  # else it had no gradient yet
+                    if kept := under(tensors, f"optimiser.{name}."):  # else it had no gradient yet
                         self.optimiser.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in kept.items()}
                 for name, value in self.average.items():
                     value.copy_(tensors[f"average.{name}"])

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, gather_object, reduce
-from torch import Tensor
+from accelerate.utils import DistributedDataParallelKwargs
 
 if TYPE_CHECKING:
     from setlib.segmenter import Segmenter
@@ -64,13 +63,3 @@ def own_part(indices: list[int]) -> list[int]:
     """This process's crops of a step."""
     length = len(indices) // state().num_processes
     return indices[state().process_index * length :][:length]
-
-
-def all_reduce(value: Tensor) -> Tensor:
-    """The sum over all processes; exact for whole numbers."""
-    return reduce(value, "sum")
-
-
-def all_gather(values: list) -> list:
-    """The lists of all processes as one, by rank."""
-    return gather_object(values) if state().num_processes > 1 else values

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object, reduce
 from tqdm import tqdm
 
 from setlib._memory import label_map
 from setlib.data import domains
 from setlib.data.domains import Domain
 from setlib.data.labels import ClassSet
-from setlib.distributed import all_gather, all_reduce, state
+from setlib.distributed import state
 from setlib.features import SharedFeatures
 from setlib.inference import class_probabilities, cut_picture
 from setlib.metric import MeanIoU, iou_per_class, mean_iou
@@ -75,14 +76,12 @@ def evaluate(models: dict[str, Segmenter], domain: Domain, progress: bool = True
             latest = {name: f"{metric.compute()['miou']:.1f}" for name, metric in list(metrics.items())[:3]}
             bar.set_postfix(latest, refresh=False)
     for name, score in scores.items():
-        score.counts = all_reduce(torch.from_numpy(metrics[name].counts).to(any_model.device)).cpu().numpy()
-        score.pictures = sorted(all_gather(score.pictures))
+        score.counts = reduce(torch.from_numpy(metrics[name].counts).to(any_model.device), "sum").cpu().numpy()
+        score.pictures = sorted(gather_object(score.pictures))
     return scores
 
 
-def evaluate_run(
-    run: Run, models: dict[str, Segmenter], names: Sequence[str], progress: bool = True
-) -> dict[str, list[Score]]:
+def evaluate_run(run: Run, models: dict[str, Segmenter], names: Sequence[str]) -> dict[str, list[Score]]:
     """Scores the run's models on every named domain: {model: [Score, ...]}; one decode and one frozen pass for all.
 
     A domain without labels is left out.
@@ -94,6 +93,6 @@ def evaluate_run(
         if not domain.has_labels:
             tqdm.write(f"{text} has no labels: looked at, not scored")
             continue
-        for name, score in evaluate(models, domain, progress).items():
+        for name, score in evaluate(models, domain).items():
             table[name].append(score)
     return table

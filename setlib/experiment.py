@@ -5,7 +5,6 @@ Every field is checked by its type when an experiment is made; what a field may 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from setlib.files import nearest
@@ -24,8 +23,7 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]  # 0 says all, none or off
 Positive = Annotated[int, Field(gt=0, lt=2**63)]
 Width = Annotated[int, Field(gt=0, le=2**16)]  # of a part of the model
 Layers = tuple[Positive, ...]
-AboveZero = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 def _rate(text: str) -> str:
@@ -53,10 +51,10 @@ class Data:
     train_images: Count = 240  # at most this many of the source, evenly spaced; 0 = all
     eval_images: Count = 24  # at most this many of each domain, evenly spaced; 0 = all
     content_seed: Count = 0  # layouts of the rendered scenes
-    scale_min: AboveZero = 0.75  # random resize before the crop, relative to long_edge
+    scale_min: PositiveFloat = 0.75  # random resize before the crop, relative to long_edge
     scale_max: float = 1.75
     max_class_share: float = 0.75  # of one class in a training crop
-    photometric: NotNegative = 1.0  # strength of brightness, contrast, saturation and colour distortion; 0 = off
+    photometric: NonNegativeFloat = 1.0  # strength of brightness, contrast, saturation and colour distortion; 0 = off
     eval_edges: tuple[Annotated[str, AfterValidator(_edge)], ...] = ()  # long edge by data set: acdc=960; 0.5 = half
     class_set: str = ""  # a smaller convention to score the 19 classes in: synthia-16, synthia-13; empty = all
     exif_labels: Literal["shown", "stored"] = "shown"  # pixels on which labels of turned pictures were drawn
@@ -110,12 +108,12 @@ class Train:
     batch_size: Positive = 2  # crops per step, over all processes
     accumulate: Positive = 1  # parts that each process takes its crops of a step in
     views: Count = 320  # augmented crops made once, their frozen features kept; 0 = a fresh crop each time
-    learning_rate: AboveZero = 1e-3
+    learning_rate: PositiveFloat = 1e-3
     refiner_rates: tuple[Annotated[str, AfterValidator(_rate)], ...] = ("set=0.1",)  # in units of the head's rate
-    weight_decay: NotNegative = 0.05  # none on tokens, norms, biases and scales
+    weight_decay: NonNegativeFloat = 0.05  # none on tokens, norms, biases and scales
     warmup: Count = 0  # first steps, in which the learning rate rises evenly
-    power: NotNegative = 0.9  # of the polynomial decay after them
-    clip_norm: NotNegative = 1.0  # largest gradient norm; 0 = off
+    power: NonNegativeFloat = 0.9  # of the polynomial decay after them
+    clip_norm: NonNegativeFloat = 1.0  # largest gradient norm; 0 = off
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the moving average of the weights; 0 = off
     checkpoint_every: Positive = 100  # steps
     validate_every: Count = 0  # steps between scores on other source pictures, before ema; 0 = never. Chooses nothing
@@ -148,9 +146,7 @@ class Inference:
 class Ablation:
     """Variants x seeds of notebook 05; `overrides` make each training smaller than the main one."""
 
-    variants: Annotated[tuple[str, ...], Field(min_length=1)] = (
-        *("none", "rein", "set", "set-amplitude", "set-phase", "set-unnormalised"),
-    )
+    variants: Names = ("none", "rein", "set", "set-amplitude", "set-phase", "set-unnormalised")
     seeds: Annotated[tuple[Count, ...], Field(min_length=1)] = (0, 1)
     overrides: tuple[str, ...] = ("train.steps=50", "train.views=120", "train.batch_size=2", "data.eval_images=6")
 
@@ -222,7 +218,10 @@ class Experiment:
                 raise ValueError(f"Unknown option '{key}' ({nearest(key, known)}).")
             group, _, name = key.rpartition(".")
             place = values[group] if group else values
-            place[name] = _listed(key, value) if isinstance(place[name], list) else value
+            # An option in ablation.overrides may be a list itself
+            comma = r",(?=\s*(?:seed|\w+\.\w+)=)" if key == "ablation.overrides" else ","
+            parts = [part.strip() for part in re.split(comma, value) if part.strip()]
+            place[name] = parts if isinstance(place[name], list) else value
         return _checked(values, strict=False)
 
     def flat(self) -> dict[str, Any]:
@@ -234,7 +233,7 @@ class Experiment:
 
     def to_dict(self) -> dict:
         """As plain JSON types."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        return TypeAdapter(Experiment).dump_python(self, mode="json")
 
     @classmethod
     def from_dict(cls, values: dict) -> Experiment:
@@ -246,12 +245,6 @@ class Experiment:
 
 
 RETIRED = ("shard", "compile", "cache_gb")  # options of older trainings; they changed no result
-
-
-def _listed(key: str, value: str) -> list[str]:
-    """The parts of a list on the command line; an option in ablation.overrides may be a list itself."""
-    comma = r",(?=\s*(?:seed|\w+\.\w+)=)" if key == "ablation.overrides" else ","
-    return [part.strip() for part in re.split(comma, value) if part.strip()]
 
 
 def _checked(values: dict, strict: bool) -> Experiment:

@@ -42,8 +42,6 @@ class FrozenFeatures:
     @staticmethod
     def cat(parts: Sequence[FrozenFeatures]) -> FrozenFeatures:
         """Those of several batches as one."""
-        if len(parts) == 1:
-            return parts[0]
         maps = {layer: torch.cat([part.maps[layer] for part in parts]) for layer in parts[0].maps}
         return replace(parts[0], hidden=torch.cat([part.hidden for part in parts]), maps=maps)
 
@@ -91,14 +89,11 @@ class KeptCrops:
                     self.crops.append(Batch(images[i : i + 1], labels[i : i + 1], own))
                 bar.update(len(images))
 
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """Some of the crops."""
-        images, labels, frozen = zip(*(self.crops[i] for i in indices), strict=True)
-        return Batch(torch.cat(images), torch.cat(labels), FrozenFeatures.cat(frozen) if frozen[0] else None)
-
     def batches(self, chosen: Iterable[Sequence[int]]) -> Iterator[Batch]:
         """Crops by their numbers, a batch for each list."""
-        return map(self.batch, chosen)
+        for indices in chosen:
+            images, labels, frozen = zip(*(self.crops[i] for i in indices), strict=True)
+            yield Batch(torch.cat(images), torch.cat(labels), FrozenFeatures.cat(frozen) if frozen[0] else None)
 
 
 def keep_crops(models: Iterable[Segmenter], crops: RandomCrops, progress: bool = True) -> KeptCrops | RandomCrops:

@@ -62,22 +62,12 @@ def write_atomic(path: Path, content: str | bytes) -> Path:
     return path
 
 
-def plain(value: typing.Any) -> typing.Any:
-    """Dictionaries and lists of JSON's own types: numpy's numbers and arrays unpacked, NaN as None."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return None if isinstance(value, float) and value != value else value
-
-
 def load_json(path: Path) -> typing.Any:
     """JSON of a file. Raises ValueError naming the file if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}): delete the run folder or restore the file.") from None
+        raise ValueError(f"{path} cannot be read ({error}): delete the folder or restore the file.") from None
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

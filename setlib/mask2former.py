@@ -22,6 +22,7 @@ from setlib.data.labels import IGNORE
 
 CELLS = (4, 2, 1, 0.5)  # of the four maps, per patch and side: strides 4, 8, 16, 32 at patches of 16 pixels
 CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0  # of the loss, and of the costs that queries are matched by
+HEAD_SIZES = ("attention_heads", "pixel_layers", "pixel_width", "decoder_layers", "decoder_width")  # as in `Model`
 NO_OBJECT = 0.1  # weight of a query without an object in the loss of classes
 
 

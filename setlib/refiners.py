@@ -117,7 +117,7 @@ class Adapters(Refiner):
 
 
 class Options(NamedTuple):
-    """What a refiner may be built with, beside its layers and channels."""
+    """What a refiner may be built with, beside its layers and channels; named as the fields of `experiment.Model`."""
 
     num_tokens: int = 100  # M, per layer
     rank: int = 16

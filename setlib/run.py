@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_json
+
 from setlib.experiment import PROFILES, Experiment
-from setlib.files import PROJECT, VERSION, load_json, peak_bytes, plain, write_atomic
+from setlib.files import PROJECT, VERSION, load_json, peak_bytes, write_atomic
 
 SAME_NUMBERS = (  # cost time, memory or what a damaged file costs; change no number that is already made
     *("train.checkpointing", "train.accumulate", "data.workers"),
@@ -33,8 +34,10 @@ class Run:
         path = Path(path) if path else default_run_folder(experiment)
         stored = path / "experiment.json"
         if stored.is_file():
-            other = cls.load(path).experiment
-            differing = _differences(experiment, other)
+            new, old = experiment.flat(), cls.load(path).experiment.flat()
+            changed = (key for key in new if new[key] != old[key] and key not in SAME_NUMBERS)
+            other = [key for key in changed if _one_folder(new[key]) != _one_folder(old[key])]
+            differing = [f"{key} is {old[key]}, not {new[key]}" for key in other]
             if differing and any(file.name != stored.name for file in path.iterdir()):  # something was made with it
                 raise ValueError(
                     f"Run folder {path} holds another configuration ({'; '.join(differing[:3])}): "
@@ -65,14 +68,15 @@ class Run:
 
     def write_json(self, name: str, values: Any) -> Path:
         """Writes JSON into the folder, whole or not at all; NaN as null, numpy's numbers as plain ones."""
-        return write_atomic(self.path / name, json.dumps(plain(values), indent=1, allow_nan=False) + "\n")
+        content = to_json(values, indent=1, inf_nan_mode="null", fallback=lambda value: value.tolist())
+        return write_atomic(self.path / name, content + b"\n")
 
-    def read_json(self, name: str) -> Any:
-        """Reads JSON of the folder. Raises ValueError naming the step that writes it when it is missing."""
+    def read_json(self, name: str, missing: Any = None) -> Any:
+        """Reads JSON of the folder, `missing` where it is not there. Raises ValueError, naming its maker, without."""
         path = self.path / name
-        if not path.is_file():
+        if missing is None and not path.is_file():
             raise ValueError(f"{path} is missing: run the notebook or command that writes it first.")
-        return load_json(path)
+        return load_json(path) if path.is_file() else missing
 
     def finish(self, name: str, values: dict) -> dict:
         """Writes a notebook's numbers to results/<name>.json, with profile, seed and peak memory; returns them."""
@@ -90,12 +94,6 @@ class Run:
             figure.savefig(drawn := io.BytesIO(), dpi=100, bbox_inches="tight")
             write_atomic(path, drawn.getvalue())
         return figure
-
-
-def _differences(one: Experiment, other: Experiment) -> list[str]:
-    a, b = one.flat(), other.flat()
-    changed = (key for key in a if a[key] != b[key] and key not in SAME_NUMBERS)
-    return [f"{key} is {b[key]}, not {a[key]}" for key in changed if _one_folder(a[key]) != _one_folder(b[key])]
 
 
 def _one_folder(value: Any) -> str:

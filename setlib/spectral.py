@@ -156,9 +156,7 @@ def _pair(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
     """Both complex spectra, how far to go at each bin, and the size of the two axes."""
     if content.shape != style.shape:
-        raise ValueError(
-            f"Content {tuple(content.shape)} and style {tuple(style.shape)} differ in shape: resize one to the other."
-        )
+        raise ValueError(f"Content {tuple(content.shape)} and style {tuple(style.shape)} differ in shape.")
     size = (content.shape[axes[0]], content.shape[axes[1]])
     one, other = transform(content, axes), transform(style, axes)
     share = weight * band_mask(size, low, high).to(one.real)

@@ -21,7 +21,7 @@ from setlib.checkpoint import Training, build_segmenter, is_finished, load_segme
 from setlib.data import domains
 from setlib.data.crops import RandomCrops, batch_indices, held_out
 from setlib.data.domains import Domain
-from setlib.distributed import accelerator, all_reduce, own_part, state
+from setlib.distributed import accelerator, own_part, state
 from setlib.evaluation import evaluate
 from setlib.experiment import Experiment, Train
 from setlib.features import KeptCrops, keep_crops
@@ -78,7 +78,7 @@ def train(
             rate = set_learning_rate(optimiser, settings, step)
             optimiser.zero_grad()
             total = torch.zeros((), device=model.device)
-            counts, seeds = all_reduce(model.head.counts(labels)), own_part(point_seeds(experiment, step))
+            counts, seeds = engine.reduce(model.head.counts(labels), "sum"), own_part(point_seeds(experiment, step))
             for part in np.array_split(np.arange(len(images)), settings.accumulate):
                 last_part = part[-1] == len(images) - 1
                 with contextlib.nullcontext() if last_part else engine.no_sync(network):
@@ -86,7 +86,7 @@ def train(
                     part_loss = model.loss(output, labels[part], counts, [seeds[i] for i in part])
                     (part_loss * engine.num_processes).backward()  # the engine takes the processes' mean
                 total += part_loss.detach()
-            loss = all_reduce(total).item()
+            loss = engine.reduce(total, "sum").item()
             norm = nn.utils.clip_grad_norm_(training.parameters.values(), settings.clip_norm or math.inf).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise ValueError(

@@ -11,17 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from setlib import checkpoint, sharing
-from setlib.checkpoint import build_segmenter, load_segmenter, save_segmenter, use, write_model
+from setlib import checkpoint
+from setlib.checkpoint import build_segmenter, load_segmenter, save_segmenter, share, use, write_model
 from setlib.experiment import Experiment
-from setlib.sharing import share
 
 MASKS = ("model.head=mask2former", "model.head_channels=32", "model.pixel_layers=1", "model.decoder_layers=2")
-CPU = torch.device("cpu")
 
 
 def build(*overrides):
-    return build_segmenter(Experiment.build("smoke", overrides=overrides), device=CPU).eval()
+    return build_segmenter(Experiment.build("smoke", overrides=overrides)).cpu().eval()
 
 
 def images(h=64, w=128):
@@ -174,7 +172,7 @@ def test_a_strangers_metrics_are_left_alone(saved, tmp_path):
 
 def test_it_goes_to_the_hub_and_comes_back(scored, tmp_path, monkeypatch):
     hub, snapshot = Mock(), Mock(return_value=tmp_path / "shared")
-    monkeypatch.setattr(sharing, "HfApi", hub)
+    monkeypatch.setattr(checkpoint, "HfApi", hub)
     monkeypatch.setattr(checkpoint, "snapshot_download", snapshot)
     share(scored, tmp_path / "shared", "someone/set", token="mine", private=True)
     hub.assert_called_once_with(token="mine")

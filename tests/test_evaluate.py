@@ -79,13 +79,15 @@ def test_every_domain_is_scored_in_its_own_classes(folder, model, tmp_path):
     """And one without labels is left out."""
     run = Run.open(tmp_path, Experiment.build("smoke"))
     names = [f"folder@{folder}/train", f"folder@{folder}/bare", f"camvid@{folder}/camvid"]
-    scores = evaluate.evaluate_run(run, {"set": model}, names, progress=False)["set"]
+    scores = evaluate.evaluate_run(run, {"set": model}, names)["set"]
     assert [score.class_set.name for score in scores] == ["cityscapes-19", "camvid-11"]
-    metrics = shown.write_metrics(run, scores)
+    shown.write_metrics(run, scores)
+    metrics = run.read_json("metrics.json")
     assert [result["domain"] for result in metrics["results"]] == [names[0], names[2]]
     assert metrics["results"][0]["pixels"] == 4 * 64 * 128  # data.eval_images = 4 of the five
     assert set(metrics["results"][1]["per_class"]) == set(CAMVID.classes)
-    assert shown.write_metrics(run, scores[1:])["results"] == metrics["results"]  # what was scored before is kept
+    shown.write_metrics(run, scores[1:])
+    assert run.read_json("metrics.json")["results"] == metrics["results"]  # what was scored before is kept
     assert run.read_json("metrics.json")["config"] == run.experiment.to_dict()
     with pytest.raises(ValueError, match="has no labels: it can be predicted and looked at, not scored"):
         evaluate.evaluate({"set": model}, domains.load(names[1], Data()))

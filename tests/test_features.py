@@ -66,7 +66,8 @@ def test_a_head_alone_runs_no_layer(models, monkeypatch):
 def test_kept_crops_are_the_crops_and_answer_as_they_do(source, models):
     experiment = Experiment.build("smoke", source=source, targets=[source])
     crops = RandomCrops(domains.load(source, experiment.data, role="source"), experiment)
-    batch = KeptCrops([models["set"], models["none"]], crops, progress=False).batch([5, 1])
+    kept = KeptCrops([models["set"], models["none"]], crops, progress=False)
+    batch = next(kept.batches([[5, 1]]))
     ((images, labels, _),) = crops.batches([[5, 1]])
     assert torch.equal(batch.images, images) and torch.equal(batch.labels, labels)
     assert images.dtype == labels.dtype == torch.uint8

@@ -35,7 +35,6 @@ IMPORTS = {
     "explorer": {"analysis"},
     "analysis": {"training", "plots", "release"},
     "release": {"checkpoint"},
-    "sharing": {"checkpoint"},
     "training": {"evaluation"},
     "evaluation": {"inference", "checkpoint", "metric"},
     "metric": {"data"},
@@ -237,7 +236,7 @@ def test_package_stays_compact():
     lines = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
     hall = {name: count for name, count in lines.items() if find_place(ROOT / "setlib" / name) in HALL}
     assert len(hall) == len(HALL) and sum(hall.values()) < 2000, hall
-    assert sum(lines.values()) <= 11_106, lines  # it only ever goes down
+    assert sum(lines.values()) <= 10_836, lines  # it only ever goes down
     assert not {name: count for name, count in lines.items() if count > 480}
 
 

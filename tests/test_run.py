@@ -48,7 +48,7 @@ def test_one_folder_is_one_folder_however_it_is_written(tmp_path, monkeypatch):
     ("content", "message"),
     [
         (None, "is no run folder .no experiment.json.: make one with python -m setlib run --run"),
-        ("{", "cannot be read .*: delete the run folder or restore the file"),
+        ("{", "cannot be read .*: delete the folder or restore the file"),
         ('{"profile": "smoke", "colour": 1}', "not one of this version"),
     ],
 )

@@ -64,7 +64,7 @@ def test_the_loop_is_these_ten_lines(source, tmp_path, options):
 
     optimiser, crops, found = train.make_optimiser(model), KeptCrops([model], RandomCrops(domain, settings), False), []
     for step in range(settings.train.steps):
-        batch = crops.batch(batch_indices(settings, step))
+        batch = next(crops.batches([batch_indices(settings, step)]))
         images, labels, frozen = batch.to(model.device)
         train.set_learning_rate(optimiser, settings.train, step)
         optimiser.zero_grad()
@@ -127,7 +127,7 @@ def test_runs_trained_together_share_crops_and_nothing_that_learns(source, tmp_p
         alone[name], _ = train.train(Run.open(tmp_path / f"{name} alone", settings), progress=False)
     frozen = build_segmenter(experiment(source)).backbone
     weights = frozen.state_dict()
-    for name, (model, _) in train_together(runs, progress=False).items():
+    for name, (model, _) in train_together(runs).items():
         for key, value in model.state_dict().items():
             torch.testing.assert_close(value, alone[name].state_dict()[key], rtol=1e-4, atol=1e-6)
         changed = any(not torch.equal(value, weights[key]) for key, value in model.backbone.state_dict().items())

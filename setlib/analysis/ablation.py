@@ -19,7 +19,7 @@ MEAN = "mean of targets"  # with the class set's name behind it where the target
 
 
 def train_together(
-    runs: dict[str, Run], crops: KeptCrops | RandomCrops | None = None, progress: bool = True
+    runs: dict[str, Run], crops: KeptCrops | RandomCrops | None = None
 ) -> dict[str, tuple[Segmenter, list[dict]]]:
     """Trains runs that share source, crops and backbone one after the other: the frozen layers are computed once."""
     first = next(iter(runs.values())).experiment
@@ -27,13 +27,11 @@ def train_together(
     source = domains.load(first.data.source, first.data, role="source")
     if crops is None and not all(is_finished(run) for run in runs.values()):
         models = (build_segmenter(run.experiment, backbone) for run in runs.values())  # not kept
-        crops = keep_crops(models, RandomCrops(source, first), progress)
-    return {
-        name: train(run, source=source, backbone=backbone, crops=crops, progress=progress) for name, run in runs.items()
-    }
+        crops = keep_crops(models, RandomCrops(source, first))
+    return {name: train(run, source=source, backbone=backbone, crops=crops) for name, run in runs.items()}
 
 
-def run_ablation(run: Run, progress: bool = True) -> list[dict]:
+def run_ablation(run: Run) -> list[dict]:
     """Trains every variant of experiment.ablation with every seed in RUN/ablation and scores it on source and targets.
 
     The crops and their frozen features are shared by all; a seed decides initial weights and the order of the crops.
@@ -48,9 +46,9 @@ def run_ablation(run: Run, progress: bool = True) -> list[dict]:
         for seed in settings.seeds
         for variant in settings.variants
     }
-    models = {name: model for name, (model, _) in train_together(runs, progress=progress).items()}
+    models = {name: model for name, (model, _) in train_together(runs).items()}
     small = next(iter(runs.values()))
-    table = evaluate_run(small, models, list(dict.fromkeys([data.source, *data.targets])), progress)
+    table = evaluate_run(small, models, list(dict.fromkeys([data.source, *data.targets])))
     means = target_means(table, data.source)
     rows = []
     for name, scores in table.items():

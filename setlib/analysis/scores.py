@@ -13,7 +13,7 @@ import pandas
 
 from setlib.data.labels import ClassSet
 from setlib.evaluation import Score
-from setlib.experiment import Experiment, Inference
+from setlib.experiment import Experiment
 from setlib.run import Run
 from setlib.segmenter import Segmenter
 
@@ -140,38 +140,31 @@ def say_scores(table: Mapping[str, Sequence[Score]], source: str) -> str:
     return text + "One seed each: a difference of a few points can be chance (notebook 05 shows the spread)."
 
 
-def in_words(inference: Inference) -> str:
-    """How pictures were predicted."""
-    words = ["whole pictures" if inference.whole else f"windows by {inference.stride:.2f}"]
-    words += [f"scales {', '.join(f'{scale:g}' for scale in inference.scales)}"] if inference.scales != (1.0,) else []
-    return " + ".join(words + ["flip"] * inference.flip)
-
-
-def metrics_entry(score: Score) -> dict:
-    """The entry of metrics.json."""
-    iou = [round(value, 4) for value in score.iou.tolist()]
-    return {
-        "domain": score.domain,
-        "miou": round(score.miou, 4),
-        "per_class": dict(zip(score.class_set.classes, iou, strict=True)),
-        "images": len(score.pictures),
-        "pixels": int(score.counts.sum()),
-        "class_set": score.class_set.name,
-        "precision": score.precision,
-    }
-
-
-def write_metrics(run: Run, scores: Sequence[Score], used: Experiment | None = None) -> dict:
-    """RUN/metrics.json: what was scored now, and what was scored on other domains before. Returns its content.
+def write_metrics(run: Run, scores: Sequence[Score], used: Experiment | None = None) -> None:
+    """RUN/metrics.json: what was scored now, and what was scored on other domains before.
 
     used: how the pictures were chosen and predicted, where the run's configuration was overridden.
     """
-    path, experiment = run.path / "metrics.json", run.experiment
-    results = {r["domain"]: r for r in run.read_json("metrics.json")["results"]} if path.is_file() else {}
-    used = used or experiment
-    how = {"inference": in_words(used.inference), "content_seed": used.data.content_seed}
-    how["eval_edges"] = list(used.data.eval_edges)
-    results |= {score.domain: metrics_entry(score) | how for score in scores}
+    experiment, used = run.experiment, used or run.experiment
+    results = {result["domain"]: result for result in run.read_json("metrics.json", {"results": []})["results"]}
+    views = used.inference
+    words = ["whole pictures" if views.whole else f"windows by {views.stride:.2f}"]
+    words += [f"scales {', '.join(f'{scale:g}' for scale in views.scales)}"] if views.scales != (1.0,) else []
+    words += ["flip"] * views.flip
+    for score in scores:
+        iou = [round(value, 4) for value in score.iou.tolist()]
+        results[score.domain] = {
+            "domain": score.domain,
+            "miou": round(score.miou, 4),
+            "per_class": dict(zip(score.class_set.classes, iou, strict=True)),
+            "images": len(score.pictures),
+            "pixels": int(score.counts.sum()),
+            "class_set": score.class_set.name,
+            "precision": score.precision,
+            "inference": " + ".join(words),
+            "content_seed": used.data.content_seed,
+            "eval_edges": used.data.eval_edges,
+        }
     content = {
         "profile": experiment.profile,
         "seed": experiment.seed,
@@ -180,4 +173,3 @@ def write_metrics(run: Run, scores: Sequence[Score], used: Experiment | None = N
         "results": list(results.values()),
     }
     run.write_json("metrics.json", content)
-    return content

@@ -127,7 +127,5 @@ def say_survey(source: Survey, targets: Sequence[Survey], class_set: ClassSet) -
     gaps = [50 * np.abs(one.shares - source.shares).sum() for one in targets if one.shares is not None]
     if gaps:
         span = " to ".join(dict.fromkeys(f"{gap:.0f}" for gap in (min(gaps), max(gaps))))
-        lines.append(
-            f"- For the source's class shares, {span} % of a target's labelled pixels would have to change class."
-        )
+        lines.append(f"- For the source's class shares, {span} % of a target's labelled pixels would change class.")
     return "\n".join(lines)

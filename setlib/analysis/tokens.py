@@ -1,7 +1,8 @@
 """What tokens do, in numbers: where they attend, over the spectrum and over the picture, and what they change.
 
-Also what goes wrong in the released code: images of a batch that change each other's features, and attention that
-cannot leave the mean. Everything here measures; drawing is in the room `plots`, the refiners are in `tokens.py`.
+Also the shapes of a batch on its way past them, and what goes wrong in the released code: images of a batch that change
+each other's features, and attention that cannot leave the mean. Everything here measures; drawing is in the room
+`plots`, the refiners are in `tokens.py`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -152,6 +154,34 @@ def attention_table(reading: Reading, top: int = 3) -> list[dict]:
         }
         for one in reading.attention
     ]
+
+
+@torch.no_grad()
+def shape_trace(model: Segmenter, images: Tensor) -> list[dict]:
+    """What each stage hands to the next: rows of stage, axes and shape, in the order in which they are made.
+
+    images: (B, 3, h, w) in [0, 1]. Of the refined layers the first is followed inside.
+    """
+    rows: list[dict] = []
+
+    def note(stage: str, axes: str, _: object, given: tuple, answer: Tensor | None = None) -> None:
+        shape = (given[0] if answer is None else answer).shape
+        rows.append({"stage": stage, "axes": axes, "shape": " x ".join(map(str, shape))})
+
+    note("images", "B, 3, h, w", None, (images,))
+    parts = {f"the {name} tokens": ("B, positions, C", branch) for name, branch in model.refiner.branches().items()}
+    parts["the refiner"] = ("B, H, W, C", model.refiner)
+    with ExitStack() as hooks:
+        for name, (axes, module) in parts.items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(note, f"into {name}", axes)))
+            hooks.enter_context(module.register_forward_hook(partial(note, f"out of {name}", axes)))
+        maps = model.backbone(images.to(model.device), model.refiner, model.feature_layers)
+    del rows[1 + 2 * len(parts) :]  # what the other layers do is the same
+    for layer, found in maps.items():
+        note(f"features after layer {layer}, to the head", "B, H, W, C", None, (found,))
+    output = model.head(list(maps.values()), model.refiner.queries())
+    note("class probabilities", "B, K, h, w", None, (model.pixel_probabilities(output, tuple(images.shape[-2:])),))
+    return rows
 
 
 @torch.no_grad()

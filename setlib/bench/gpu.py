@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import math
 import re
 import statistics
 import sys
@@ -75,7 +74,7 @@ def training_step(model: Segmenter, images: Tensor, labels: Tensor, frozen: Froz
     def step() -> None:
         optimiser.zero_grad()
         model.loss(model(images, frozen), labels).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf)
+        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm or float("inf"))
         optimiser.step()
 
     return step
@@ -173,9 +172,8 @@ def measure() -> list[dict]:
     rows, end = [], time.monotonic() + LIMIT
     gc.freeze()  # the modules' own objects need not be looked through before every row
     for head, refiner in product(("per-pixel", "mask2former"), REFINERS):
-        rows.append(
-            measured(refiner, f"GPU against CPU, {head}", end, partial(compared, refiner, f"model.head={head}"))
-        )
+        call = partial(compared, refiner, f"model.head={head}")
+        rows.append(measured(refiner, f"GPU against CPU, {head}", end, call))
     experiment = Experiment.build(PROFILE)
     name, batch, data = experiment.model.backbone, experiment.train.batch_size, experiment.data
     name += "" if is_here(name) else " (random weights)"

@@ -35,11 +35,11 @@ Step = Callable[[], object]
 Size = tuple[int, int, int, int]  # (B, H, W, C)
 NAMES = ("refiner", "parts", "grid", "step", "cache", "checkpointing", "paper", "gpu")
 FRESH = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"))  # a process of its own
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HAS_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 TURN = 0.2  # seconds that a turn lasts at least: a short step is taken several times
 SIZES: tuple[Size, ...] = ((4, 32, 32, 1024), (2, 16, 32, 384))
 GRIDS: tuple[Size, ...] = ((16, 16, 16, 384), (4, 32, 32, 384), (1, 64, 64, 384))  # of as many patches each
-TOKENS, RANK = 100, 16
 ALL_LAYERS = ("model.refined_layers=", "train.batch_size=4", "train.precision=float32")
 BASELINES = ("none", "full", "lora", "vpt", "adaptformer", "rein", "fada", "set")
 
@@ -90,7 +90,7 @@ def _shown(size: Size) -> str:
 def refiner_step(name: str, size: Size) -> Step:
     """One layer's refiner, forward and backward, on random features of a size."""
     torch.manual_seed(0)
-    refiner = build_refiner(name, (1,), size[-1], TOKENS, RANK).to(DEVICE)
+    refiner = build_refiner(name, (1,), size[-1]).to(DEVICE)
     return _both_ways(lambda x: [refiner(x, 1)], [torch.randn(size, device=DEVICE)], refiner)
 
 
@@ -105,7 +105,7 @@ def part_step(part: str, size: Size) -> Step:
         return _both_ways(lambda y: [_kernels.join_spectrum(_kernels.split_spectrum(y), grid)], [x])
     if part == "Fourier":
         return lambda: [_kernels.from_parts(_kernels.to_parts(x), grid) for _ in range(2)]
-    refiner = build_refiner("set", (1,), size[-1], TOKENS, RANK).to(DEVICE)
+    refiner = build_refiner("set", (1,), size[-1]).to(DEVICE)
     spectrum = [half.flatten(1, 2) for half in _kernels.split_spectrum(x)]
     if part == "attention":
         calls = [partial(branch.attention, index=0) for branch in refiner.branches().values()]
@@ -145,21 +145,18 @@ def bench(only: Iterable[str] = ()) -> dict:
         for group in groups:
             bar.set_postfix_str(f"{group[0].bench}, {group[0].size}")
             rows += _measured(group, bar)
-    if "gpu" in names and has_gpu():
+    if "gpu" in names and HAS_GPU:
         rows += gpu.measure()
     add_ratios(rows)
-    card = torch.cuda.get_device_name() if has_gpu() else ""
+    card = torch.cuda.get_device_name() if HAS_GPU else ""
     return {"card": card, "torch": torch.__version__, "cuda": torch.version.cuda or "", "rows": rows}
 
 
 def add_ratios(rows: Sequence[dict]) -> None:
     """Puts the ratios of seconds and of peak memory into each row."""
-    bases: dict[tuple[str, str], dict] = {}
     for row in rows:
-        key = row["bench"], row["size"]
-        bases[key] = row if row["variant"] == "none" else bases.get(key, row)
-    for row in rows:
-        base = bases[row["bench"], row["size"]]
+        group = [one for one in rows if (one["bench"], one["size"]) == (row["bench"], row["size"])]
+        base = next((one for one in group if one["variant"] == "none"), group[0])
         for name, key in (("ratio", "seconds"), ("peak_ratio", "peak_bytes")):
             row[name] = row[key] / base[key] if base[key] else 0.0
 
@@ -175,18 +172,13 @@ def table(rows: Sequence[dict]) -> list[list[str]]:
     return shown
 
 
-def has_gpu() -> bool:
-    """Whether models run on a GPU here."""
-    return DEVICE.type == "cuda"
-
-
 def timings(step: Step, count: int, seconds: float) -> list[float]:
     """Seconds of each of at least `count` steps, taken for at least so many seconds in all."""
     taken: list[float] = []
     while len(taken) < count or sum(taken) < seconds:
         start = time.perf_counter()
         step()
-        if has_gpu():
+        if HAS_GPU:
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
     return taken
@@ -232,7 +224,7 @@ def _turn() -> float:
 
 def _peak(prepare: Callable[[], Step]) -> int:
     """Bytes that a step adds at its highest."""
-    if sys.platform != "linux" or has_gpu():
+    if sys.platform != "linux" or HAS_GPU:
         return 0
     with contextlib.suppress(AttributeError):  # another C library than GNU's
         MALLOC.clear()

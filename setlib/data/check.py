@@ -19,6 +19,7 @@ from setlib.data import domains
 from setlib.data.layouts import Listing
 from setlib.experiment import Data
 
+BAR, LISTED = 40, 10  # characters of a class that covers everything; problems of a domain that are shown
 ALONE = 200  # up to so many pairs are decoded in this process: starting others takes seconds
 GLANCE = 8  # labels that are decoded of each split when not all are
 
@@ -39,6 +40,20 @@ class Check:
     problems: list[str] = field(default_factory=list)
     ignored_pixels: int = 0
     notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """Pairs, sizes, class shares as bars, problems and notes."""
+        kind = "pairs" if self.labelled else "pictures without labels (to predict and look at, not to score)"
+        sizes = ", ".join(f"{w} x {h} ({n})" for (w, h), n in self.sizes.most_common(5))
+        name = f"{self.domain} {self.split}".rstrip()
+        lines = [f"{name}: {self.pairs} {kind}" + (f"; sizes: {sizes}" if sizes else "")]
+        shares = self.class_pixels | {"(ignored)": self.ignored_pixels}
+        total = sum(shares.values())
+        for name, pixels in shares.items() if total else ():
+            lines.append(f"  {name:<14}{100 * pixels / total:5.1f} %  {'#' * round(BAR * pixels / total)}".rstrip())
+        lines += [f"  problem: {problem}" for problem in self.problems[:LISTED]]
+        lines += [f"  and {len(self.problems) - LISTED} more problems"] if self.problems[LISTED:] else []
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
     def to_dict(self) -> dict:
         """The row of `check --json`."""

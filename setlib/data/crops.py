@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,11 +10,10 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from setlib.data import domains
 from setlib.data.augment import augment, to_tensor
-from setlib.data.domains import Domain, Sample
+from setlib.data.domains import Domain
 from setlib.experiment import Experiment
 
 if TYPE_CHECKING:
@@ -23,11 +21,10 @@ if TYPE_CHECKING:
 
 
 class Crop(NamedTuple):
-    """An augmented crop (3, h, w) uint8, its labels (h, w) uint8 train ids, and the damaged pictures passed over."""
+    """An augmented crop (3, h, w) uint8 and its labels (h, w) uint8 train ids."""
 
     image: Tensor
     label: Tensor
-    skipped: tuple[str, ...] = ()
 
 
 class Batch(NamedTuple):
@@ -56,44 +53,21 @@ class RandomCrops:
         seed = data.content_seed if train.views else self.experiment.seed  # kept crops are shared by all seeds
         epoch, place = divmod(index, len(self.domain))
         order = np.random.default_rng([seed, 0, epoch]).permutation(len(self.domain))
-        sample, skipped = self._sample(int(order[(place + i) % len(order)]) for i in range(len(order)))
+        largest = int(np.ceil(data.long_edge * data.scale_max))  # that a crop needs of its picture
+        sample = next((one for _, one in self.domain.samples(np.roll(order, -place).tolist(), largest)), None)
+        if sample is None:
+            raise ValueError(f"No picture of {self.domain.spec.text} can be decoded.")
         seed = np.random.SeedSequence([seed, 1, index]).generate_state(1, np.uint64)[0] >> 1
         generator = Generator().manual_seed(int(seed))
         image = to_tensor(sample.image)[0]
         label = torch.from_numpy(self.domain.ids.to_train[sample.label]).long()
         image, label = augment(image, label, data, generator)
-        return Crop((image * 255).round().byte(), label.byte(), skipped)
-
-    def _sample(self, order: Iterable[int]) -> tuple[Sample, tuple[str, ...]]:
-        """The first picture that can be decoded, at the size that the largest crop needs, and what is wrong before."""
-        data, skipped = self.experiment.data, []
-        for index in order:
-            try:
-                return self.domain.sample(index, math.ceil(data.long_edge * data.scale_max)), tuple(skipped)
-            except ValueError as error:
-                if data.on_error != "skip":
-                    raise
-                skipped.append(str(error))
-        raise ValueError(f"No picture of {self.domain.spec.text} can be decoded: {skipped[0]}")
+        return Crop((image * 255).round().byte(), label.byte())
 
     def batches(self, chosen: Sequence[list[int]]) -> Iterator[Batch]:
-        """Crops by their numbers, a batch for each list, made by data.workers processes.
-
-        A damaged picture that is skipped is named once.
-        """
-        named: set[str] = set()
-        workers = self.experiment.data.workers
-        for images, labels, skipped in DataLoader(self, batch_sampler=chosen, num_workers=workers, collate_fn=_collate):
-            for problem in dict.fromkeys(skipped):
-                if problem not in named:
-                    named.add(problem)
-                    tqdm.write(f"skipped ({len(named)}): {problem}")
+        """Crops by their numbers, a batch for each list, made by data.workers processes."""
+        for images, labels in DataLoader(self, batch_sampler=chosen, num_workers=self.experiment.data.workers):
             yield Batch(images, labels)
-
-
-def _collate(crops: list[Crop]) -> tuple[Tensor, Tensor, list[str]]:
-    images, labels, skipped = zip(*crops, strict=True)
-    return torch.stack(images), torch.stack(labels), [problem for problems in skipped for problem in problems]
 
 
 def batch_indices(experiment: Experiment, step: int) -> list[int]:

@@ -18,6 +18,7 @@ from setlib.data.labels import IdMap
 # what Pillow and json raise for a damaged file
 UNREADABLE = (OSError, SyntaxError, ValueError, LookupError, RecursionError, TypeError, struct.error)
 UNREADABLE += (Image.DecompressionBombError,)
+Size = tuple[int, int]  # (w, h)
 MOST_PIXELS = 2**28  # of one picture; decoded it is 0.8 GB
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses twice that
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -74,9 +75,7 @@ def read_picture(image: Any, long_edge: int = 0) -> np.ndarray:
         raise ValueError(f"{name} cannot be read as a picture ({error}).") from None
 
 
-def measure(
-    source: Any, label_size: tuple[int, int] | None = None, whole: bool = False
-) -> tuple[tuple[int, int], tuple[int, int], int]:
+def measure(source: Any, label_size: Size | None = None, whole: bool = False) -> tuple[Size, Size, int]:
     """Size (w, h) of a picture as it is shown and as it is stored, and its EXIF orientation. Reads the header.
 
     whole: decodes the picture, so that a PNG's EXIF, which may stand at the file's end, counts too. So is done where
@@ -173,8 +172,6 @@ def _draw_polygons(path: Path, ids: IdMap) -> np.ndarray:
     try:
         content = json.loads(path.read_bytes())
         size = int(content["imgWidth"]), int(content["imgHeight"])
-        if not 0 < size[0] * size[1] <= MOST_PIXELS:
-            raise LabelError(f"is {size[0]} x {size[1]}: expected the size of a picture")
         drawn = Image.new("L", size, places["unlabeled"])
         pen = ImageDraw.Draw(drawn)
         for shape in content["objects"]:

@@ -114,11 +114,11 @@ class Domain:
             sample = sample._replace(image=image)
         return sample
 
-    def samples(self, indices: Iterable[int]) -> Iterator[tuple[int, Sample]]:
-        """Those pictures that can be decoded, with their places; the first other one is an error unless skipped."""
+    def samples(self, indices: Iterable[int], long_edge: int = 0) -> Iterator[tuple[int, Sample]]:
+        """Those that can be decoded, as `sample` gives them, with their places; another is an error unless skipped."""
         for index in indices:
             try:
-                yield index, self.sample(index)
+                yield index, self.sample(index, long_edge)
             except ValueError as error:
                 if self.data.on_error != "skip":
                     raise
@@ -221,10 +221,11 @@ def load(text: str, data: Data, role: str = "target") -> Domain:
     if role == "source":
         labels = (sample.label for _, sample in domain.samples(range(len(domain))))
         if all((domain.ids.to_train[label] == IGNORE).all() for label in labels):
-            raise ValueError(
-                f"Source '{text}' teaches nothing: every pixel of its labels is ignored; are its ids right?"
-            )
+            raise ValueError(f"Source '{text}' teaches nothing: every pixel of its labels is ignored.")
     return domain
+
+
+load_domain = load  # its public name
 
 
 def _from_files(spec: Spec, data: Data, role: str, limit: int) -> Domain:

@@ -44,13 +44,13 @@ class ClassSet:
         """(256,) uint8: from train ids to places in this set."""
         return np.pad(np.array(self.places, np.uint8), (0, 256 - len(self.places)), constant_values=IGNORE)
 
-    def merge_matrix(self) -> np.ndarray:
-        """(19, K) float32 of 0 and 1; a class that the set lacks has a row of zeros: it cannot be predicted."""
-        return np.equal.outer(self.places, range(len(self))).astype(np.float32)
-
     def merge(self, probabilities: Tensor) -> Tensor:
-        """Probabilities of the 19 classes, (19, h, w), summed to those of this set, (K, h, w)."""
-        return torch.einsum("khw,kc->chw", probabilities, probabilities.new_tensor(self.merge_matrix()))
+        """Probabilities of the 19 classes, (19, h, w), summed to those of this set, (K, h, w).
+
+        A class that the set lacks cannot be predicted.
+        """
+        counted = np.equal.outer(self.places, range(len(self))).astype(np.float32)  # (19, K) of 0 and 1
+        return torch.einsum("khw,kc->chw", probabilities, probabilities.new_tensor(counted))
 
 
 @dataclass(frozen=True)

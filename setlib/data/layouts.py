@@ -259,9 +259,6 @@ def _elsewhere(root: Path, layout: Layout, images: dict) -> list[str]:
             name = glob.escape(next(iter(images.values()))["name"])
             if file := next(folder.rglob(f"{name}[._]*"), None):
                 return [f"{folder}/ holds {file.name}, but labels are expected as {root / expected}"]
-    for part in _label_roots(root.parent, layout):
-        if part.parent == root.parent and part not in _roots(part, layout, layout.images):
-            return [f"{part} holds labels: give {root.parent}, the folder of both"]
     return []
 
 

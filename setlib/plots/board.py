@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -137,19 +137,16 @@ class Board:
 
     def png(self, code: str = "") -> bytes:
         """Pictures and words. code: kept in the file, as its text entry "Source"."""
-        content, notes = io.BytesIO(), PngImagePlugin.PngInfo()
+        self.savefig(content := io.BytesIO(), code=code)
+        return content.getvalue()
+
+    def savefig(self, target: str | Path | IO, dpi: int = 100, bbox_inches: str = "tight", code: str = "") -> None:
+        """Writes the PNG to a path or a buffer; called as a figure of matplotlib is, but its size is its own."""
+        notes = PngImagePlugin.PngInfo()
         notes.add_itxt("Description", self.words)
         if code:
             notes.add_itxt("Source", code)
-        self.image().save(content, "PNG", pnginfo=notes)
-        return content.getvalue()
-
-    def savefig(self, target: str | Path | io.BytesIO, dpi: float = 100, bbox_inches: str = "tight") -> None:
-        """Writes the PNG to a path or a buffer, called as a figure of matplotlib is; a board has a size of its own."""
-        if isinstance(target, io.BytesIO):
-            target.write(self.png())
-        else:
-            Path(target).write_bytes(self.png())
+        self.image().save(target, "PNG", pnginfo=notes)
 
     def _repr_html_(self) -> str:
         told = self.words or "; ".join(panel.title for panel in self.panels if panel.title)
@@ -367,17 +364,15 @@ def spectrum_row(
     return [Panel(picture, title, band, shown) for picture, title in zip(pictures, titles, strict=True)]
 
 
-def spectra(
-    images: Sequence[np.ndarray], parts: Mapping[str, Sequence[np.ndarray]], column_titles: Sequence[str] = ()
-) -> Board:
+def spectra(images: Sequence[np.ndarray], parts: Mapping[str, Sequence[np.ndarray]], titles: Sequence[str]) -> Board:
     """Pictures above their spectra, one column a picture, one row and scale a part; zero frequency in the middle.
 
     parts: {name with unit: one (h, w) a picture}; a part whose name starts with "phase" is in radians.
     """
-    made = sheet([images], column_titles=column_titles)
+    made = sheet([images], column_titles=titles)
     for name, values in parts.items():
-        titles = [name, *[""] * (len(values) - 1)]
-        made.rows.append(spectrum_row(values, titles, name.startswith("phase"), with_scale=True))
+        names = [name, *[""] * (len(values) - 1)]
+        made.rows.append(spectrum_row(values, names, name.startswith("phase"), with_scale=True))
     return made
 
 

@@ -291,10 +291,8 @@ class Table:
     """Rows as HTML in notebooks, as aligned text elsewhere: floats with `decimals` decimals, None and NaN a dash."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], caption: str = "", decimals: int = 1) -> None:
-        rows = rows or [{"": "nothing to show"}]
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        cells = [[_text(row.get(key), decimals) for key in columns] for row in rows]
-        self.caption, self.frame = caption, pandas.DataFrame(cells, columns=columns)
+        frame = pandas.DataFrame(rows or [{"": "nothing to show"}], dtype=object)
+        self.caption, self.frame = caption, frame.map(lambda value: _text(value, decimals))
 
     def _repr_html_(self) -> str:
         caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""

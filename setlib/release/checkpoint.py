@@ -7,6 +7,7 @@ that of the frozen baseline holds the head alone.
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +21,20 @@ from setlib.experiment import PROFILES
 from setlib.files import write_atomic
 from setlib.mask2former import Mask2FormerHead
 from setlib.refiners import build_refiner
-from setlib.release.names import BRANCHES, head_from_release, head_to_release, tokens_from_release, tokens_to_release
 from setlib.run import Run
 from setlib.tokens import Refiner
-from setlib.weights.convert import count_layers, read_tensors, under
+from setlib.weights.convert import count_layers, read_tensors, rename, split_three, under
 from setlib.weights.presets import PRESETS, Preset, check_name
 
 REINS, HEAD = "backbone.reins.", "decode_head."
+BRANCHES = {"rein": "patches", "set-released": "phase"}  # refiner -> its branch of low-rank tokens
+with Path(__file__).with_name("names.csv").open(encoding="utf-8", newline="") as file:
+    ROWS = list(csv.DictReader(file))  # part, release, ours; # is a number, {branch} one of BRANCHES
+TOKEN_NAMES, HEAD_NAMES = (
+    {row["release"]: row["ours"] for row in ROWS if row["part"] == part} for part in ("tokens", "head")
+)
+PACKED = "self_attn.attn.in_proj_"  # query, key and value, one below the other
+PARTS = tuple(f"self_attn.attn.{part}_proj." for part in "qkv")
 
 
 def import_checkpoint(path: Path, out: Path, backbone: str = "") -> Run:
@@ -44,9 +52,7 @@ def import_checkpoint(path: Path, out: Path, backbone: str = "") -> Run:
     head = load_head(parameters)
     num_classes = head.classify.out_features - 1
     if num_classes != len(CITYSCAPES):
-        raise ValueError(
-            f"{path} knows {num_classes} classes: expected the {len(CITYSCAPES)} train classes of Cityscapes."
-        )
+        raise ValueError(f"{path} knows {num_classes} classes: expected the {len(CITYSCAPES)} of Cityscapes.")
     num_layers = 0  # not known
     options = {"refiner": "none", "num_tokens": len(head.query_features.weight)}
     tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
@@ -141,6 +147,38 @@ def _dinov2(channels: int, num_layers: int = 0) -> Preset | None:
     presets = [PRESETS[f"dinov2-{size}"] for size in ("small", "base", "large", "giant")]
     fitting = [p for p in presets if p.channels == channels and num_layers in (0, p.layers)]
     return fitting[0] if fitting else None
+
+
+# Parameters under our names and a release's
+
+
+def tokens_from_release(tokens: dict[str, Tensor], refiner: str) -> dict[str, Tensor]:
+    """The parameters of a release's tokens under our names; refiner: "rein" or "set-released"."""
+    return rename(tokens, {theirs: ours.format(branch=BRANCHES[refiner]) for theirs, ours in TOKEN_NAMES.items()})
+
+
+def tokens_to_release(tokens: dict[str, Tensor], refiner: str) -> dict[str, Tensor]:
+    """The parameters of our refiner under a release's names, without its note of the batch size."""
+    tokens = {name: value for name, value in tokens.items() if name != "trained_batch"}
+    return rename(tokens, {ours.format(branch=BRANCHES[refiner]): theirs for theirs, ours in TOKEN_NAMES.items()})
+
+
+def head_from_release(head: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a release's head under our names."""
+    return rename(split_three(head, PACKED, PARTS), HEAD_NAMES)
+
+
+def head_to_release(head: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of our head under a release's names."""
+    table = {ours: theirs for theirs, ours in HEAD_NAMES.items()}
+    if "query_embed.weight" in head:
+        table["query_features"] = "query_feat"
+    named = rename(head, table)
+    for name in [name for name in named if PARTS[0] in name]:
+        rows = [named.pop(name.replace(PARTS[0], part), None) for part in PARTS]
+        if all(row is not None for row in rows):
+            named[name.replace(PARTS[0], PACKED)] = torch.cat(rows)
+    return named
 
 
 # Modules of a release's parameters

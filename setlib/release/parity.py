@@ -11,9 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from setlib.release.checkpoint import load_head, load_tokens
-from setlib.release.names import tokens_to_release
-from setlib.tokens import Refiner
+from setlib.release.checkpoint import load_head, load_tokens, tokens_to_release
 from setlib.weights.convert import under
 
 TOLERANCE = 1e-5
@@ -79,7 +77,8 @@ def _of_refiners(golden: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tenso
                 yield f"{module}/{key}", refiner.queries(), expected
             elif place:
                 tokens = golden[f"input/B{place[2]}"].clone().requires_grad_()
-                output = _refine(refiner, tokens, int(place[3]))
+                patches = refiner(tokens[:, None, 1:], int(place[3]) + 1)  # (B, 1, N, C); releases count from 0
+                output = torch.cat([tokens[:, :1], patches[:, 0]], dim=1)
                 if place[1] == "output":
                     yield f"{module}/{key}", output, expected
                     continue
@@ -89,12 +88,6 @@ def _of_refiners(golden: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tenso
                 gradients = tokens_to_release({n: p.grad for n, p in refiner.named_parameters()}, name)
                 for parameter, gradient in under(part, "grad/").items():
                     yield f"{module}/grad/{parameter}", gradients[parameter], gradient
-
-
-def _refine(refiner: Refiner, tokens: Tensor, layer: int) -> Tensor:
-    """A refiner on tokens (B, 1 + N, C), class token first, after layer `layer`, counted from 0 as the releases do."""
-    patches = refiner(tokens[:, None, 1:], layer + 1)  # (B, 1, N, C)
-    return torch.cat([tokens[:, :1], patches[:, 0]], dim=1)
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

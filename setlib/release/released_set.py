@@ -19,10 +19,6 @@ class FullRankTokens(nn.Module):
         bound = math.sqrt(6 / (3 * 16**2 + channels))
         self.t = nn.Parameter(torch.empty(num_layers, num_tokens, channels).uniform_(-bound, bound))
 
-    def forward(self) -> Tensor:
-        """Tokens of all layers, (L, M, C)."""
-        return self.t
-
     def of_layer(self, index: int) -> Tensor:
         """Tokens of one layer, (M, C)."""
         return self.t[index]
@@ -61,7 +57,13 @@ class ReleasedSpectralTokens(Refiner):
     def forward(self, features: Tensor, layer: int) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C). Raises ValueError in eval mode for another batch size than that of training."""
         batch, channels = features.shape[0], features.shape[-1]
-        self._check_batch(batch)
+        if self.training:
+            self.trained_batch.fill_(batch)
+        elif not self.any_batch and self.trained_batch not in (0, batch):
+            raise ValueError(
+                f"Refiner set-released was trained with batches of {int(self.trained_batch)}, and its output depends "
+                f"on the batch: evaluate it with the same size instead of {batch}, or set model.any_batch=true."
+            )
         patches = features.flatten(1, 2).transpose(0, 1)  # (N, B, C)
         patches = patches if patches.dtype == torch.float64 else patches.float()
         spectrum, index = torch.fft.fft2(patches, dim=(1, 2)), self.layers.index(layer)
@@ -70,12 +72,3 @@ class ReleasedSpectralTokens(Refiner):
         refined = torch.complex(amplitude * phase.cos(), amplitude * phase.sin())  # polar's gradient wants them >= 0
         delta = math.sqrt(batch / 2) * torch.fft.irfft2(refined, s=(batch, channels), dim=(1, 2))  # (N, B, C)
         return features + (self.scale * delta.transpose(0, 1).reshape(features.shape)).to(features.dtype)
-
-    def _check_batch(self, batch: int) -> None:
-        if self.training:
-            self.trained_batch.fill_(batch)
-        elif not self.any_batch and self.trained_batch not in (0, batch):
-            raise ValueError(
-                f"Refiner set-released was trained with batches of {int(self.trained_batch)}, and its output depends "
-                f"on the batch: evaluate it with the same size instead of {batch}, or set model.any_batch=true."
-            )

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from setlib.files import PROJECT, write_atomic
+from setlib.files import PROJECT, load_json, write_atomic
 from setlib.scenes.render import VERSION, render_scene
 
 WORKER = """
@@ -31,7 +31,12 @@ def cached_scenes(
     Returns (image path, label path, name) per index.
     Raises ValueError if the folder holds scenes of another seed, size or version, or cannot be written.
     """
-    _claim(folder, {"seed": seed, "size": list(size), "version": VERSION})
+    notes, content = folder / "scenes.json", {"seed": seed, "size": list(size), "version": VERSION}
+    if not notes.exists():
+        write_atomic(notes, json.dumps(content))
+    if (held := load_json(notes)) != content:
+        cure = f"name another folder or delete the folder {folder}"
+        raise ValueError(f"{folder} holds rendered scenes of {held}, asked for {content}; {cure}")
     paths = {index: _paths(folder, style, index) for index in indices}
     missing = [index for index, pair in paths.items() if not all(path.exists() for path in pair)]
     with tqdm(total=len(missing), desc=f"render {style}", unit="scene", disable=not missing) as bar:
@@ -43,20 +48,6 @@ def cached_scenes(
         for _ in store(folder, style, missing, seed, size):  # what a worker could not do is done here, and says why
             bar.update()
     return [(*paths[index], f"{style}/{index:05d}") for index in indices]
-
-
-def _claim(folder: Path, content: dict):
-    """Writes scenes.json, or checks that it names the same content."""
-    path = folder / "scenes.json"
-    if not path.exists():
-        write_atomic(path, json.dumps(content))
-    try:
-        held = json.loads(path.read_text())
-    except ValueError:
-        held = "an unreadable scenes.json"
-    if held != content:
-        cure = f"name another folder or delete the folder {folder}"
-        raise ValueError(f"{folder} holds rendered scenes of {held}, asked for {content}; {cure}")
 
 
 def _paths(folder: Path, style: str, index: int) -> tuple[Path, Path]:

@@ -9,14 +9,14 @@ faces need no clipping; they are drawn from near to far.
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy import ndarray
 
 from setlib.files import nearest
 from setlib.scenes import street as streets
-from setlib.scenes.street import LANE, ROAD, SKY, Street, stream
+from setlib.scenes.street import LANE, ROAD, SKY, Street
 from setlib.scenes.texture import noise, surface
 
 VERSION = 2  # of the rendered content; a cache of another version is refused
@@ -25,8 +25,7 @@ NEAR = 0.4  # metres; nothing closer is drawn
 GROUND, OPEN = -1, -2  # what a pixel shows where it shows no face
 
 
-@dataclass(frozen=True)
-class Scene:
+class Scene(NamedTuple):
     """One rendered street: image uint8 (h, w, 3), label uint8 (h, w) Cityscapes train ids 0..18, depth float32 (h, w).
 
     Depth is in metres along the optical axis, infinite for sky.
@@ -197,8 +196,7 @@ class Camera:
         return colour + (white - colour) * cover[..., None]
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """Light, weather and camera of one style; colours are linear, float32 (3,)."""
 
     sun: ndarray
@@ -341,7 +339,6 @@ NUMBERS = {  # the other fields of Look
     "snow": (0.8, 0.0075, 0.0, "snow", 0.6, 1.0, 0.9, 0.015, 0.2, -0.03),
 }
 STYLES = tuple(COLOURS)
-LOOKS = {style: Look(*np.float32(COLOURS[style]), *NUMBERS[style]) for style in STYLES}
 
 
 def render_scene(seed: int, index: int, style: str, size: tuple[int, int] = (224, 448)) -> Scene:
@@ -354,7 +351,8 @@ def render_scene(seed: int, index: int, style: str, size: tuple[int, int] = (224
         raise ValueError(f"style is one of {', '.join(STYLES)}; got {style!r}, {nearest(str(style), STYLES)}")
     if min(size) < MIN_SIDE:
         raise ValueError(f"size (h, w) needs at least {MIN_SIDE} pixels a side; got {tuple(size)}")
-    camera, look, rng = Camera(Street(seed, index), size), LOOKS[style], stream(seed, index, 1, STYLES.index(style))
+    camera, look = Camera(Street(seed, index), size), Look(*np.float32(COLOURS[style]), *NUMBERS[style])
+    rng = np.random.default_rng((seed, index, 1, STYLES.index(style)))
     image = look.fog(camera, look.shade(camera, rng), rng)
     look.glows(camera, image)
     faces = camera.face[..., None].astype(np.float32)

@@ -75,11 +75,6 @@ TREES = {"blocks": (), "houses": (1.5,), "park": (2.0, 4.0, 9.0), "rail": (9.0, 
 BICYCLE_FRAME = ((-0.5, 0.34, 0.9, 0.5), (-0.1, 0.34, -0.1, 0.58), (0.54, 0.34, -0.14, 0.68))  # c, b and their steps
 
 
-def stream(*key: int) -> np.random.Generator:
-    """Random numbers that depend on the whole numbers `key` alone."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
-
-
 class Thing:
     """An object at (x, z) of the camera's metres, turned by `angle` radians; its faces and lights go to its street."""
 
@@ -146,7 +141,7 @@ class Street:
     """
 
     def __init__(self, seed: int, index: int):
-        self.rng = rng = stream(seed, index, 0)
+        self.rng = rng = np.random.default_rng((seed, index, 0))
         self.kind = str(rng.choice(list(KINDS), p=[row[0] for row in KINDS.values()]))
         _, lanes, parked, verge, walk, left, right = KINDS[self.kind]
         self.lanes, self.has_parking = int(rng.choice(lanes)), rng.random() < parked

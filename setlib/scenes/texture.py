@@ -9,7 +9,7 @@ import numpy as np
 from numpy import ndarray
 
 from setlib.scenes import street as streets
-from setlib.scenes.street import LANE, ROAD, SIDEWALK, stream
+from setlib.scenes.street import LANE, ROAD, SIDEWALK
 
 WINDOWS = np.float32(  # by the kind of a facade: distance in metres, share of it, share of the floor, sill
     [
@@ -45,7 +45,7 @@ DECALS = (  # materials, |q| from, to, t from, to, colour, gloss, glow: q is -1.
 @lru_cache
 def _tile(slope: float) -> ndarray:
     """Periodic fractal noise (512 * 512,), float32 in 0..1; each octave is `slope` times the one before."""
-    rng, size = stream(7, int(slope * 100)), 512
+    rng, size = np.random.default_rng((7, int(slope * 100))), 512
     rows, cols = np.fft.fftfreq(size)[:, None] * size, np.arange(size // 2 + 1)
     radius = np.sqrt(rows * rows + cols * cols)
     power = np.where(radius < 3, 0, np.maximum(radius, 1) ** (np.log2(slope) - 1))

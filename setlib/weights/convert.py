@@ -68,8 +68,6 @@ def resize_patches(model: nn.Module, size: int) -> None:
     projection = patch_convolution(model)
     if projection is None:
         raise ValueError(f"{type(model).__name__} cuts its patches without a convolution: leave model.patch_size at 0.")
-    if projection.kernel_size == (size, size):
-        return
     kernel = F.interpolate(projection.weight.float(), (size, size), mode="bicubic", align_corners=False)
     projection.weight = nn.Parameter(kernel.to(projection.weight.dtype), requires_grad=projection.weight.requires_grad)
     projection.kernel_size = projection.stride = (size, size)
@@ -157,9 +155,7 @@ def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if is_dinov2 and first is not None and len(first) == 2 * second.shape[1]:
         weights = rename(weights, TIMM_SWIGLU)
     weights = rename(weights, DINOV2 if is_dinov2 else VIT)
-    positions = weights.get("embeddings.position_embeddings")
-    if positions is None or "embeddings.cls_token" not in weights:
-        raise ValueError("it has no class token or no positions")
+    positions = weights["embeddings.position_embeddings"]
     count = positions.shape[1]
     if math.isqrt(count) ** 2 == count:  # timm adds the class token's to the token itself where there are registers
         weights["embeddings.position_embeddings"] = F.pad(positions, (0, 0, 1, 0))

@@ -25,12 +25,12 @@ if TYPE_CHECKING:  # transformers takes 3 s to import: it is imported where a mo
     from transformers import PreTrainedModel
 
 
-def load_backbone(name: str, seed: int = 0, patch_size: int = 0) -> FrozenBackbone:
+def load_backbone(name: str, patch_size: int = 0) -> FrozenBackbone:
     """The frozen backbone of a preset, folder, file or hub id; see `load_model`.
 
     patch_size: pixels, to resize its patches to, see `convert.resize_patches`; 0 keeps them.
     """
-    model = load_model(name, seed)
+    model = load_model(name)
     if patch_size:
         resize_patches(model, patch_size)
     return FrozenBackbone(model, name, *normalisation(name))

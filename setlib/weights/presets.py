@@ -6,7 +6,7 @@ import csv
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 from setlib.files import cache_folder, nearest
 
@@ -28,10 +28,9 @@ class Preset(NamedTuple):
     licence: str
 
 
-NUMBERS = {"millions": float, "patch": int, "layers": int, "channels": int}
 with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as _file:
     PRESETS = {
-        row.pop("name"): Preset(**row | {key: kind(row[key]) for key, kind in NUMBERS.items()})
+        row["name"]: Preset(*(kind(row[key]) for key, kind in get_type_hints(Preset).items()))
         for row in csv.DictReader(_file)
     }
 

@@ -88,9 +88,8 @@ def run_notebooks(run: Run, only: Sequence[str] = ()) -> None:
     notebooks, values, began = find_notebooks(only), notebook_parameters(run), time.monotonic()
     for notebook in notebooks:
         check_parameters(notebook, list(values))
-    usual = SHARES[run.experiment.profile.partition("-")[0]]
-    by_number = {f"{number:02}": share for number, share in enumerate(usual, start=1)}
-    shares = [by_number.get(notebook.stem[:2], 1) for notebook in notebooks]
+    usual = dict(enumerate(SHARES[run.experiment.profile.partition("-")[0]], start=1))
+    shares = [usual.get(int(notebook.stem[:2]), 1) for notebook in notebooks]
     with this_python(headless=True):
         for number, notebook in enumerate(notebooks, start=1):
             print(f"[{number}/{len(notebooks)}] {notebook.stem}", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from setlib.data.decode import read_picture
-from setlib.data.labels import CITYSCAPES, IGNORE, LABELS, id_map, read_rows
+from setlib.data.labels import CITYSCAPES, IGNORE, LABELS, id_map
 from setlib.data.layouts import LAYOUTS
 from setlib.files import nearest
 from setlib.inference import predict
@@ -42,16 +42,13 @@ def label_ids(name: str) -> tuple[np.ndarray, np.ndarray]:
     maps |= {known: layouts[0].labels[0][1] for known, layouts in LAYOUTS.items()}
     if name not in maps:
         raise ValueError(f"Unknown data set '{name}' of --labels ({nearest(name, maps)}).")
-    ids, colours = id_map(maps[name]), np.zeros((256, 3), np.uint8)
-    for row in read_rows(maps[name]):
-        colours[row["id"]] = row["red"], row["green"], row["blue"]
-    to_ids = np.full(256, IGNORE, np.uint8)
+    ids, to_ids = id_map(maps[name]), np.full(256, IGNORE, np.uint8)
     for train_id, place in enumerate(ids.class_set.places):
         colour, name = ids.class_set.colours[place], ids.class_set.classes[place].lower()
         scored = {raw: text.partition(" (")[0].lower() for raw, text in ids.names.items() if ids.to_score[raw] == place}
-        own = sorted(scored, key=lambda raw: (tuple(colours[raw]) != colour, scored[raw] != name))
+        own = sorted(scored, key=lambda raw: (tuple(ids.palette[raw]) != colour, scored[raw] != name))
         to_ids[train_id] = (own or [IGNORE])[0]
-    return to_ids, colours
+    return to_ids, ids.palette
 
 
 def predict_picture(model: Segmenter, path: Path, labels: tuple | None = None) -> dict[str, bytes]:

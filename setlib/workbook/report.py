@@ -32,11 +32,6 @@ def command(run: Run) -> str:
     return shlex.join([*words, "-o", *overrides] if overrides else words)
 
 
-def _stored(run: Run, name: str) -> dict:
-    """JSON of the run folder; empty where it is not there."""
-    return run.read_json(name) if (run.path / name).is_file() else {}
-
-
 def executed(run: Run) -> list[dict]:
     """Per executed copy: name, title, captions, said, seconds, peak_bytes (None without results), and whether it ended.
 
@@ -56,7 +51,10 @@ def executed(run: Run) -> list[dict]:
                 title = above.splitlines()[0].lstrip("# ")
             for output in cell.get("outputs", ()):
                 said = "".join(output.get("data", {}).get("text/markdown", said))
-        peak, notes = _stored(run, f"results/{path.stem}.json").get("peak_bytes"), notebook["metadata"]["papermill"]
+        peak, notes = (
+            run.read_json(f"results/{path.stem}.json", {}).get("peak_bytes"),
+            notebook["metadata"]["papermill"],
+        )
         entry = {"name": path.stem, "title": title or path.stem, "captions": captions, "said": said}
         found.append(entry | {"seconds": notes["duration"], "peak_bytes": peak, "ended": not notes["exception"]})
     return found
@@ -74,15 +72,15 @@ def cost_rows(run: Run) -> list[list[str]]:
 
 def _scores(run: Run) -> dict[str, dict[str, float | None]]:
     """mIoU by model and domain: of the run's own model also what `evaluate` has added to metrics.json."""
-    refiner, miou = run.experiment.model.refiner, _stored(run, "results/04_cross_domain.json").get("miou", {})
-    results = _stored(run, "metrics.json").get("results", ())
+    refiner, miou = run.experiment.model.refiner, run.read_json("results/04_cross_domain.json", {}).get("miou", {})
+    results = run.read_json("metrics.json", {}).get("results", ())
     own = miou.pop(refiner, {}) | {result["domain"]: result["miou"] for result in results}
     return miou | ({refiner: own} if own else {})
 
 
 def metric_rows(run: Run) -> list[list[str]]:
     """Header and rows: mIoU of each scored domain by model, class set, pictures, precision; [] if nothing is scored."""
-    metrics, miou = _stored(run, "metrics.json"), _scores(run)
+    metrics, miou = run.read_json("metrics.json", {}), _scores(run)
     if not metrics:
         return []
     scored = {result["domain"]: result for result in metrics["results"]}
@@ -129,7 +127,7 @@ def write_report(run: Run) -> Path:
         for domain, value in by_domain.items()
         if value is not None
     ]
-    variants = _stored(run, "results/05_ablations.json").get("spread", ())
+    variants = run.read_json("results/05_ablations.json", {}).get("spread", ())
     versions = {"setlib": VERSION} | {name: metadata.version(name) for name in ("torch", "transformers")}
     versions["python"] = sys.version.split()[0]
     values = {
@@ -141,7 +139,7 @@ def write_report(run: Run) -> Path:
         ],
         "notebooks": notebooks,
         "results": metric_rows(run),
-        "scored": _stored(run, "metrics.json").get("results", []),
+        "scored": run.read_json("metrics.json", {}).get("results", []),
         "cost": cost_rows(run),
         "differing": [["option", "value"], *differing(experiment).items()],
         "options": [["option", "value"], *options(experiment).items()],

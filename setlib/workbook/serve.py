@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -53,6 +55,23 @@ def this_python(headless: bool = False) -> Iterator[dict[str, str]]:
             os.environ["JUPYTER_PATH"] = before  # empty means none
 
 
+def explore(run: Run, domains: Sequence[str], port: int, open_browser: bool) -> int:
+    """Serves the explorer's notebook until it is interrupted. Raises ValueError as `lab_command` does."""
+    with this_python():
+        command, address, token = lab_command(run.path, open_browser, port, "explore.ipynb")
+        write_explorer(run, domains)
+        print(f"{address}/doc/tree/explore.ipynb?token={token}\nPress Ctrl-C to stop.", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended in any way, it ends the server
+        server = subprocess.Popen(command)
+        try:
+            return server.wait()
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            server.terminate()
+            server.wait()
+
+
 def lab_command(
     folder: Path, open_browser: bool = True, port: int = 0, notebook: str = ""
 ) -> tuple[list[str], str, str]:
@@ -61,12 +80,10 @@ def lab_command(
     port: 0 = a free one. notebook: is opened, in JupyterLab's simple mode, with nothing around it.
     Raises ValueError for a port that cannot be had.
     """
-    if not 0 <= port < 65536:
-        raise ValueError(f"There is no port {port}: give one from 1 to 65535, or leave it out.")
     with socket.socket() as free:
         try:
             free.bind(("127.0.0.1", port))
-        except OSError:
+        except (OSError, OverflowError):
             raise ValueError(f"Port {port} is in use or not allowed: give another, or leave it out.") from None
         port = free.getsockname()[1]
     token = secrets.token_hex(16)

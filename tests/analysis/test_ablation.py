@@ -37,8 +37,8 @@ def test_a_domain_without_a_labelled_pixel_is_out_of_the_table_and_said_once():
 def test_variants_and_seeds_are_trained_and_scored(tmp_path):
     options = ["ablation.variants=none,set", "ablation.overrides=train.steps=2,data.eval_images=2"]
     run = Run.open(tmp_path, Experiment.build("smoke", targets=["scenes:night"], overrides=options))
-    found = ablation.run_ablation(run, progress=False)
+    found = ablation.run_ablation(run)
     assert {(row["variant"], row["seed"]) for row in found} == {("none", 0), ("none", 1), ("set", 0), ("set", 1)}
     assert [row["domain"] for row in found[:3]] == ["scenes:game", "scenes:night", ablation.MEAN]
     assert found[1]["miou"] == found[2]["miou"]
-    assert ablation.run_ablation(run, progress=False) == found  # loaded, not trained again
+    assert ablation.run_ablation(run) == found  # loaded, not trained again

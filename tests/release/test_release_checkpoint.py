@@ -21,7 +21,7 @@ from setlib.inference import predict
 from setlib.mask2former import Mask2FormerHead
 from setlib.refiners import build_refiner
 from setlib.release import checkpoint as release
-from setlib.release.names import head_to_release, tokens_to_release
+from setlib.release.checkpoint import head_to_release, tokens_to_release
 from setlib.run import Run
 from setlib.weights.convert import under
 

@@ -136,7 +136,7 @@ WRONG = {
     "missing": (lambda w: {k: v for k, v in w.items() if k != "blocks.1.attn.proj.bias"}, r"o_proj.bias missing"),
     "left over": (lambda w: w | {"blocks.0.extra.weight": torch.ones(1)}, "extra.weight left over for Dinov2Model"),
     "grid": (lambda w: w | {"pos_embed": torch.zeros(1, 7, 192)}, "has 7 positions, which are not"),
-    "token": (lambda w: {k: v for k, v in w.items() if k != "cls_token"}, "no class token or no positions"),
+    "token": (lambda w: {k: v for k, v in w.items() if k != "cls_token"}, "cls_token missing"),
     "shape": (lambda w: w | {"blocks.0.norm1.weight": torch.ones(5)}, "the sizes of its tensors do not fit"),
     "half a block": (lambda w: {k: v for k, v in w.items() if "0.mlp.fc2.weight" not in k}, "do not fit together"),
     "flat": (lambda w: w | {"pos_embed": torch.ones(())}, "do not fit together"),

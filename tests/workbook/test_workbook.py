@@ -393,8 +393,8 @@ def test_domains_of_several_class_sets_and_without_labels(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--port", "99999"], "There is no port 99999"),
-        (["--port", "-1"], "There is no port -1"),
+        (["--port", "99999"], "Port 99999 is in use or not allowed"),
+        (["--port", "-1"], "Port -1 is in use or not allowed"),
         (["nope"], "nope is no run folder"),
         ([""], "is no run folder"),
         (["--target", "scenes:dawn"], "Unknown style 'dawn'"),
