@@ -85,6 +85,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     argument("domain", metavar="DOMAIN", help="name[:split]@folder")
     argument("--out", metavar="DIR", type=Path, required=True, help="folder for the copy")
     argument("--short-edge", metavar="N", type=int, required=True, help="pixels; smaller ones stay")
+    argument = add("premise", premise_command, profile, options, made)
+    argument("--layouts", metavar="N", type=int, default=64, help="streets, each in eight styles; default 64")
+    argument("--places", metavar="N", type=int, default=10, help="places of swaps, from the pixels on; default 10")
+    text = "default: the profile's; each is measured beside one of its shape with random weights"
+    argument("--backbone", metavar="NAME", default=[], help=text, **many)
     argument = add("explore", explore_command, profile, target)
     argument("run", metavar="RUN", nargs="?", help="run folder; default: runs/<profile>")
     argument("--port", metavar="N", type=int, default=0, help="default: a free one")
@@ -168,6 +173,32 @@ def run_command(args: argparse.Namespace) -> int:
             print(f"\n{text_table(rows)}", flush=True)
     print(f"\nReport: {shown(report.write_report(run))}")
     return fail(stopped, 1) if stopped else 0
+
+
+def premise_command(args: argparse.Namespace) -> int:
+    """Measure whether amplitude is style and phase content, at full size; goes on where it was cut short."""
+    args.target = None
+    run = open_run(args)
+    from setlib import plots
+    from setlib.analysis import premise, verdict
+    from setlib.weights.presets import check_name
+
+    for name in args.backbone:
+        check_name(name)
+    own = run.experiment.model.backbone
+    for name in args.backbone or [own]:
+        one = run if name == own else run.nested(f"backbones/{Path(name).name}", f"model.backbone={name}")
+        for is_control in (False, True):
+            found = premise.measure(one, args.layouts, args.places, is_control)
+            kind = "random weights" if is_control else "as trained"
+            print(f"\n{name}, {kind}, {args.layouts} layouts in {len(found.about['asked']['styles'])} styles\n")
+            rows = verdict.share_table(found.shares)
+            print(text_table([list(rows[0]), *(list(row.values()) for row in rows)]))
+            print(f"\n{verdict.say_verdict(found)}\n{verdict.say_atlas(found)}")
+            for title, figure in (("shares", plots.share_maps(found.shares)), ("atlas", plots.atlas(found.atlas))):
+                one.save_figure(figure, f"premise_{title}{'_control' * is_control}")
+        print(f"\nRows: {shown(one.path / 'premise')}, figures: {shown(one.path / 'figures')}")
+    return 0
 
 
 def train_command(args: argparse.Namespace) -> int:

@@ -220,8 +220,12 @@ def measure(
 
     Shares are measured in the pixels and after every layer, swaps in `places` places evenly from the pixels to the
     readout, the layer at three quarters of the depth. is_control: a backbone of the same shape with random weights in
-    the place of the run's, kept in RUN/premise-control.
+    the place of the run's, kept in RUN/premise-control. Raises ValueError for fewer than 3 layouts or styles, or no
+    place.
     """
+    if min(layouts, len(styles)) < 3 or places < 1:
+        got = f"{layouts} layouts, {len(styles)} styles, {places} places"
+        raise ValueError(f"The premise needs at least 3 layouts, 3 styles and 1 place of a swap, got {got}.")
     config, data = run.experiment.model, run.experiment.data
     backbone = load_backbone(config.backbone, patch_size=config.patch_size)
     if is_control:
