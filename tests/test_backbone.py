@@ -196,6 +196,15 @@ def test_frozen_features_give_the_same_values_and_gradients(family, stop):
     torch.testing.assert_close(resumed.step.grad, plain.step.grad, rtol=1e-5, atol=1e-5)
 
 
+@every_family
+def test_frozen_features_go_on_from_earlier_ones(family):
+    backbone = build(family)
+    first = backbone.frozen_features(images(), 1)
+    on, whole = (backbone.frozen_features(images(), 3, ALL[2:], frozen) for frozen in (first, None))
+    assert on.stop == 3 and first.stop == 1
+    close({3: on.hidden} | on.maps, {3: whole.hidden} | whole.maps)
+
+
 def test_only_the_layers_asked_for_run_and_they_may_answer_with_a_tuple():
     (backbone, layers), ran = opened("dinov2"), []
     expected = backbone(images(), layers=(3,))

@@ -62,13 +62,16 @@ def fit_lenses(
 ) -> dict[int, Lens]:
     """A lens for each layer, fitted to a labelled domain of the 19 train classes: {layer: Lens}.
 
-    refiner: the features are those that it leaves.
+    Pictures are as large as they are predicted. refiner: the features are those that it leaves.
     """
     maps, labels = [], []
     for _, sample in domain.samples(evenly(len(domain), pictures)):
-        found = backbone(to_tensor(sample.image).to(backbone.mean.device), refiner, layers=layers)
+        image, label = to_tensor(sample.image), torch.from_numpy(domain.ids.to_train[sample.label])
+        size = fit(image, domain.data.long_edge)
+        found = backbone(resize(image, size).to(backbone.mean.device), refiner, layers=layers)
         maps.append({layer: features.cpu().float() for layer, features in found.items()})
-        labels.append(at_patches(domain.ids.to_train[sample.label], backbone.patch_size))
+        label = F.interpolate(label[None, None].float(), size=size, mode="nearest-exact")[0, 0].byte()
+        labels.append(at_patches(label.numpy(), backbone.patch_size))
     return {layer: fit_lens(torch.cat([one[layer] for one in maps]), torch.stack(labels)) for layer in layers}
 
 

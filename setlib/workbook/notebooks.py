@@ -16,8 +16,14 @@ from setlib.run import Run
 from setlib.workbook.serve import this_python
 
 NOTEBOOKS = PROJECT / "notebooks"
-MAIN = ("01_styles", "02_swap", "03_predictions", "04_domains", "05_ablation")  # the figure that shows what each found
-SHARES = {"smoke": (10, 14, 26, 18, 32), "quick": (6, 6, 37, 14, 37), "paper": (1, 1, 14, 2, 82)}  # % of a run's time
+MAIN = (
+    "01_styles",
+    "02_premise",
+    "03_predictions",
+    "04_domains",
+    "05_ablation",
+)  # the figure that shows what each found
+SHARES = {"smoke": (8, 27, 22, 15, 28), "quick": (5, 28, 28, 10, 29), "paper": (1, 1, 14, 2, 82)}  # % of a run's time
 NAMED = ("seed", "data.source", "data.targets")  # fields that have a parameter, and an option, of their own
 
 
