@@ -167,6 +167,22 @@ def test_train_says_where_the_model_is(trained, capsys):
     assert not (trained / "metrics.json").exists()
 
 
+def test_premise_measures_each_backbone_beside_its_control_once(capsys, tmp_path):
+    command = ["premise", "--profile", "smoke", "--run", str(tmp_path / "run"), "--layouts", "3", "--places", "1"]
+    assert cli.main(command) == 0
+    first = capsys.readouterr().out
+    assert "tiny-random, as trained, 3 layouts in 8 styles" in first and "tiny-random, random weights" in first
+    assert len([line for line in first.splitlines() if line.startswith("layer 4")]) == 2
+    assert first.count("*Phase is content*") == 2
+    names = [f"premise_{kind}{control}.png" for kind in ("atlas", "shares") for control in ("", "_control")]
+    assert sorted(names) == sorted(path.name for path in (tmp_path / "run" / "figures").iterdir())
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("premise*/*.json")}
+    assert cli.main(command) == 0 and capsys.readouterr().out == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("premise*/*.json")} == kept
+    assert cli.main([*command[:-3], "2"]) == 2
+    assert "at least 3 layouts, 3 styles and 1 place" in read_error(capsys)
+
+
 def test_evaluate_adds_to_the_metrics(trained, capsys, tmp_path):
     own = f"folder@{trained.parent / 'domain'}"
     other = f"folder@{make_domain(tmp_path / 'other', count=1)}"
