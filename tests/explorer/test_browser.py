@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from setlib import Studio
 from setlib import __main__ as cli
+from setlib.analysis.transplant import SPANS
 from setlib.plots import GAP
 from setlib.run import Run
 from setlib.workbook import serve as workbook
@@ -41,6 +43,10 @@ def run(tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("browser") / "run"
     words = ["train", "--profile", "smoke", "--run", str(folder), "-o", "train.steps=4", "train.views=0", *SIZE]
     assert cli.main(words) == 0
+    assert (
+        cli.main(["premise", "--run", str(folder), *words[1:3], "--layouts", "3", "--places", "2", "-o", *words[6:]])
+        == 0
+    )
     return Run.load(folder)
 
 
@@ -273,4 +279,19 @@ def test_the_other_views(lab, run):
     lab.wait_for_words("browse", r"road: \d+\.\d % of the labelled pixels")
     open_tab(lab, "Lens", "lens", "what a linear head, fitted to")
     take_screenshot(lab, "lens")
+    lab.check()
+
+
+def test_a_click_on_a_cell_of_the_atlas_opens_its_swap(lab, run):
+    open_tab(lab, "Atlas", "atlas", "In brackets: swaps that close no more than their placebo")
+    take_screenshot(lab, "atlas")
+    (panel,) = Studio(run).atlas().panels
+    cells, picture = panel.cells[1], lab.view("atlas").locator("img").first  # phase
+    x, y, width, height = cells.box
+    box, column = picture.bounding_box(), list(SPANS).index("low")
+    place = x + width * (column + 0.5) / cells.columns, y + height * 0.5 / cells.rows  # low frequencies in the pixels
+    picture.click(position={"x": place[0] * box["width"], "y": place[1] * box["height"]})
+    low, high = SPANS["low"]
+    lab.wait_for_words("swap", rf"takes 100 % of the style's phase at frequencies from {low:.3f} to {high:.3f}")
+    assert lab.page.get_by_role("tab", name="Swap", exact=True).get_attribute("aria-selected") == "true"
     lab.check()
