@@ -19,6 +19,11 @@ def percent(row: dict, name: str = "share", ends: str = "") -> str:
     return f"{100 * row[name]:.0f} % [{low:.0f}, {high:.0f}]"
 
 
+def carries(row: dict) -> bool:
+    """Whether a part carries style: it closes some of the way, and more than the best of its placebos."""
+    return row["closed low"] > 0 and row["gain low"] > 0
+
+
 def share_table(rows: Sequence[dict], band: str = factorial.ALL) -> list[dict]:
     """One row a layer: the shares of style, content and interaction in amplitude and phase, with their intervals."""
     table: dict[int, dict] = {}
@@ -86,14 +91,13 @@ def say_yardstick(rows: Sequence[dict], donor: str = DONORS[0]) -> str:
     for layer in dict.fromkeys(row["layer"] for row in rows):
         own = [row for row in rows if row["layer"] == layer and row["donor"] == donor]
         best = max(own, key=lambda row: row["closed"])
-        beaten = [row for row in own if row["gain low"] > 0]
-        named = ", ".join(f"{row['part']} ({100 * row['gain']:+.1f} points)" for row in beaten) or "none"
+        named = ", ".join(f"{r['part']} ({100 * r['gain']:+.1f} points)" for r in own if carries(r)) or "none"
         amplitude = next(row for row in own if row["part"] == "amplitude")
         lines.append(
             f"- In **{place(layer)}** the amplitudes of {donor} close {percent(amplitude, 'closed', 'closed ')} of the "
             f"way to A in B's style, their best placebo ({amplitude['best placebo']}) "
             f"{100 * (amplitude['closed'] - amplitude['gain']):.0f} %; most closes **{best['part']}**, "
-            f"{percent(best, 'closed', 'closed ')}. Beyond their placebos: {named}."
+            f"{percent(best, 'closed', 'closed ')}. Closer to it than A was, and beyond their placebos: {named}."
         )
     return "\n".join(lines)
 
@@ -109,13 +113,12 @@ def say_atlas(found: Findings) -> str:
     for part in factorial.PARTS:
         own = [row for row in found.atlas if row["part"] == part]
         whole = [row for row in own if row["band"] == "all"]
-        best, ahead = max(own, key=lambda row: row["closed"]), sum(row["gain low"] > 0 for row in own)
+        best, ahead = max(own, key=lambda row: row["closed"]), sum(map(carries, own))
         span, kept = (_span([100 * row[name] for row in whole]) for name in ("closed", "content kept"))
         lines.append(
-            f"- All of B's **{part}** closes {span} % of the way, by where it is put; "
-            f"{ahead} of {len(own)} cells lie above their placebo. The best cell is {best['band']} frequencies in "
-            f"{place(best['layer'])}: {percent(best, 'closed', 'closed ')}. A's layout is still found in {kept} % of "
-            "the streets."
+            f"- All of B's **{part}** closes {span} % of the way, by where it is put; {ahead} of {len(own)} cells lie "
+            f"above 0 and above their placebo. The best cell: {best['band']} frequencies in {place(best['layer'])}, "
+            f"{percent(best, 'closed', 'closed ')}. A's layout is still found in {kept} % of the streets."
         )
     return "\n".join(lines)
 
@@ -124,11 +127,11 @@ def say_verdict(found: Findings) -> str:
     """The answer, place by place where swaps were made, as Markdown sentences."""
     counts, cells = tally(found.shares), [row for row in found.atlas if row["band"] != "mean"]
     total = sum(counts["phase"].values())
-    ahead = {part: sum(row["gain low"] > 0 for row in cells if row["part"] == part) for part in factorial.PARTS}
-    mean = [
-        r for r in found.shares if (r["part"], r["band"], r["factor"]) == ("amplitude", factorial.BANDS[0], "style")
-    ]
-    best = max((row for row in found.yardstick if row["donor"] == DONORS[0]), key=lambda row: row["gain"])
+    ahead = {part: sum(carries(row) for row in cells if row["part"] == part) for part in factorial.PARTS}
+    wanted = "amplitude", factorial.BANDS[0], "style"
+    mean = [row for row in found.shares if (row["part"], row["band"], row["factor"]) == wanted]
+    parts = [row for row in found.yardstick if row["donor"] == DONORS[0]]
+    best = max([row for row in parts if carries(row)] or parts, key=lambda row: row["gain"])
     lines = []
     for part, half, other in (("phase", "content", "style"), ("amplitude", "style", "content")):
         lines.append(
@@ -140,9 +143,10 @@ def say_verdict(found: Findings) -> str:
         f"the pixels and {100 * mean[-1]['share']:.0f} % after the last layer."
     )
     lines.append(
-        f"- Swapped, amplitude beats the same swap in a random basis in {ahead['amplitude']} of {len(cells) // 2} "
-        f"cells (without the mean alone), phase in {ahead['phase']}. Furthest beyond its placebos is {best['part']} in "
-        f"{place(best['layer'])} ({100 * best['gain']:+.0f} points)."
+        f"- Swapped, amplitude brings A closer to A in B's style, and closer than its placebo does, in "
+        f"{ahead['amplitude']} of {len(cells) // 2} cells (without the mean alone), phase in {ahead['phase']}. Where it "
+        f"is put itself, {best['part']} in {place(best['layer'])} goes furthest beyond its placebos "
+        f"({100 * best['gain']:+.0f} points)."
     )
     return "\n".join(lines)
 

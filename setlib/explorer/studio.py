@@ -245,7 +245,7 @@ class Studio(Material):
         picture, rows, columns = figure.pixels(), *(len({row[key] for row in found.atlas}) for key in ("layer", "band"))
         boxes = [ax.get_position() for ax in figure.axes[: len(PARTS)]]
         cells = tuple(Cells(rows, columns, (box.x0, 1 - box.y1, box.width, box.height)) for box in boxes)
-        words = "In brackets: swaps that close no more than their placebo, the same swap in a random basis."
+        words = "In brackets: swaps that close nothing, or no more than their placebo, the same swap in a random basis."
         for row in found.atlas:
             if (row["part"], row["layer"], row["band"]) == (part, layer, band):
                 where = f"after layer {layer}" if layer else "in the pixels"

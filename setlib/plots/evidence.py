@@ -84,17 +84,17 @@ def share_maps(rows: Sequence[Mapping], factors: Sequence[str] = ("style", "cont
 def atlas(
     rows: Sequence[Mapping],
     value: str = "closed",
-    beside: str = "gain low",
     label: str = "of the way (%)",
     chosen: tuple[str, int, str] | None = None,
 ) -> AnyFigure:
-    """What a transplant does by layer and band, amplitude beside phase; in brackets where `beside` is not above 0.
+    """What a transplant does by layer and band, amplitude beside phase.
 
+    In brackets: what carries no style, because its interval, or what it closes beyond its placebo, reaches 0.
     chosen: part, layer and band of a cell that is framed.
     """
     parts = {part: [row for row in rows if row["part"] == part] for part in dict.fromkeys(r["part"] for r in rows)}
     panels = {part: _frame(own, value) for part, own in parts.items()}
-    doubtful = {part: _frame(own, beside) <= 0 for part, own in parts.items()}
+    doubtful = {part: (_frame(own, "gain low") <= 0) | (_frame(own, "closed low") <= 0) for part, own in parts.items()}
     reach = max(0.1, *(float(frame.abs().max().max()) for frame in panels.values()))
     made = heat_maps(panels, label, -reach, reach, "PuOr", doubtful)
     for ax, (part, frame) in zip(made.axes, panels.items(), strict=False):  # the last axes are the scale's

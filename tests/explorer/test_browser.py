@@ -283,7 +283,7 @@ def test_the_other_views(lab, run):
 
 
 def test_a_click_on_a_cell_of_the_atlas_opens_its_swap(lab, run):
-    open_tab(lab, "Atlas", "atlas", "In brackets: swaps that close no more than their placebo")
+    open_tab(lab, "Atlas", "atlas", "In brackets: swaps that close nothing")
     take_screenshot(lab, "atlas")
     (panel,) = Studio(run).atlas().panels
     cells, picture = panel.cells[1], lab.view("atlas").locator("img").first  # phase

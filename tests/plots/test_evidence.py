@@ -45,12 +45,12 @@ def test_share_maps_put_each_share_into_its_cell_on_one_scale():
     assert {ax.images[0].get_clim() for ax in panels} == {(0, 100)}
 
 
-def test_atlas_brackets_what_does_not_beat_its_placebo():
+def test_atlas_brackets_what_carries_no_style():
     rows = [
-        {"layer": layer, "part": part, "band": "all", "closed": closed, "gain low": gain}
-        for part, layer, closed, gain in (
-            ("amplitude", 0, 0.2, 0.1), ("amplitude", 3, -0.3, -0.2),
-            ("phase", 0, -0.001, 0.0), ("phase", 3, 0.05, 0.01),
+        {"layer": layer, "part": part, "band": "all", "closed": closed, "closed low": low, "gain low": gain}
+        for part, layer, closed, low, gain in (
+            ("amplitude", 0, 0.2, 0.1, 0.1), ("amplitude", 3, -0.3, -0.4, 0.2),
+            ("phase", 0, -0.001, -0.1, 0.0), ("phase", 3, 0.05, 0.02, 0.01),
         )
     ]  # fmt: skip
     left, right = drawn(plots.atlas(rows)).axes[:2]
