@@ -144,8 +144,8 @@ def say_verdict(found: Findings) -> str:
     )
     lines.append(
         f"- Swapped, amplitude brings A closer to A in B's style, and closer than its placebo does, in "
-        f"{ahead['amplitude']} of {len(cells) // 2} cells (without the mean alone), phase in {ahead['phase']}. Where it "
-        f"is put itself, {best['part']} in {place(best['layer'])} goes furthest beyond its placebos "
+        f"{ahead['amplitude']} of {len(cells) // 2} cells (without the mean alone), phase in {ahead['phase']}. Of all "
+        f"parts, where they are put, {best['part']} in {place(best['layer'])} goes furthest beyond its placebos "
         f"({100 * best['gain']:+.0f} points)."
     )
     return "\n".join(lines)
