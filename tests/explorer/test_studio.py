@@ -298,7 +298,7 @@ def test_two_styles_are_parted_into_shares_and_real_pictures_into_distances(stud
 
 
 def test_distances_are_those_of_the_analysis(studio):
-    table, size = studio.distances("", GAME, 0, NIGHT, 0), tuple(studio.image(GAME, 0).shape[-2:])
+    table, size = studio.distances("", (GAME, 0), (NIGHT, 0)), tuple(studio.image(GAME, 0).shape[-2:])
     assert [row["layer"] for row in table] == studio.spaces()
     x, y = (studio.maps("", name, 0, size)[3] for name in (GAME, NIGHT))
     assert {"layer": "layer 3", **analysis.compare(x, y)} == table[3]
