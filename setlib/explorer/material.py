@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -130,8 +129,7 @@ class Material:
         Raises ValueError if it is no picture, or is too large or too narrow.
         """
         try:
-            with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as opened:
-                warnings.simplefilter("ignore")  # of many pixels: they are counted here
+            with Image.open(io.BytesIO(content)) as opened:
                 width, height = opened.size
                 has_many = width * height > MOST_PIXELS
                 is_usable = min(width, height) >= 8 and max(width, height) <= NARROWEST * min(width, height)

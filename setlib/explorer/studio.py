@@ -327,6 +327,7 @@ class Studio(Material):
     ) -> tuple[np.ndarray, Segmented]:
         """How far a patch's features change behind a layer, (H, W) in units of their length, and what is seen then."""
         refiner, changes = self.model(run).refiner, []
+        token_map = refiner.branches()[branch].token_map
 
         def silence(_: object, __: object, values: Tensor) -> Tensor:
             """Values of the tokens 1 to M - 1 with one at zero; token 0 has none."""
@@ -335,11 +336,8 @@ class Studio(Material):
         def without(features: Tensor, at: int) -> Tensor:
             """The refiner's answer without the token."""
             own = refiner(features, at)
-            hook = refiner.branches()[branch].token_map.register_forward_hook(silence)
-            try:
+            with token_map.register_forward_hook(silence):
                 silent = refiner(features, at)
-            finally:
-                hook.remove()
             changes.append((own - silent).norm(dim=-1) / own.norm(dim=-1).clamp(min=1e-12))
             return silent
 

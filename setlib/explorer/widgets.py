@@ -16,6 +16,7 @@ from itertools import count
 from typing import Any
 
 import ipywidgets
+import numpy as np
 import traitlets
 from IPython.display import HTML, display
 
@@ -80,14 +81,20 @@ class Explorer:
             spaces = self.studio.spaces(self.arguments()["run"])
             offer(self.controls["space"], {space.removeprefix(self.unsaid): space for space in spaces})
 
+    def state(self) -> dict[str, Any]:
+        """What the controls say, for JSON: as keywords it makes the explorer again."""
+        said = {name: widget.value for name, widget in self.controls.items()}
+        for name, value in said.items():
+            if isinstance(value, float | tuple):
+                said[name] = np.round(value, 3).tolist()
+        if "run" in said:
+            run = said["run"].strip().strip("'\"")  # as it is pasted
+            said["run"] = run and shown(find_folder(run))
+        return said
+
     def arguments(self) -> dict[str, Any]:
         """What the controls say, as the view's arguments."""
-        values = {name: widget.value for name, widget in self.controls.items()}
-        given = {name: round(value, 2) if isinstance(value, float) else value for name, value in values.items()}
-        if "run" in given:
-            run = given["run"].strip().strip("'\"")  # as it is pasted
-            given["run"] = run and shown(find_folder(run))
-        return given
+        return self.state()
 
     def choose(self, box: int, cells: Cells, row: int, column: int) -> None:
         """What a click on a cell does; box: which of a panel's, all of whose cells are `cells`."""
@@ -113,13 +120,6 @@ class Explorer:
                 except (traitlets.TraitError, ValueError) as error:
                     raise ValueError(f"The control {name} cannot be {state[name]!r} ({error}).") from None
         self.update()
-
-    def state(self) -> dict[str, Any]:
-        """What the controls say, for JSON: as keywords it makes the explorer again."""
-        said = {name: widget.value for name, widget in self.controls.items()} | self.arguments()
-        if "low" in said:
-            said["band"] = [said.pop("low"), said.pop("high")]
-        return said
 
     def line(self) -> str:
         """One line of Python that makes the picture shown."""
@@ -268,9 +268,9 @@ class LensExplorer(Explorer):
 
     def arguments(self) -> dict[str, Any]:
         """The band as its two ends."""
-        given = super().arguments()
-        low, high = given.pop("band")
-        return given | {"low": round(low, 3), "high": round(high, 3)}
+        given = self.state()
+        given["low"], given["high"] = given.pop("band")
+        return given
 
 
 class SwapExplorer(LensExplorer):
