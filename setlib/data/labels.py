@@ -92,10 +92,7 @@ def read_rows(name: str) -> tuple[dict, ...]:
 
 
 def _class_set(name: str, file: str, left_out: Sequence[str] = (), merged: str = "") -> ClassSet:
-    """The classes of an id map that are not ignored. merged: the one that each of the 19 counts as, in their order.
-
-    left_out: classes that are ignored in labels and cannot be predicted.
-    """
+    """The classes of an id map but those left out. merged: the one that each of the 19 counts as, in their order."""
     rows = [row for row in read_rows(file) if row["train_id"] != IGNORE and row["name"] not in left_out]
     names = [row["name"] for row in rows]
     train_classes = merged.split(", ") if merged else [row["name"] for row in read_rows("cityscapes")]

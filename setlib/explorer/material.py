@@ -77,7 +77,7 @@ class Material:
         self.image = lru_cache(64)(self._image)
         self.frozen = lru_cache(1)(lambda: load_backbone(config.backbone, patch_size=config.patch_size))
         self.model = lru_cache(3)(lambda run: load_segmenter(find_folder(run)))
-        self.maps = lru_cache(6)(self._maps)
+        self.maps = lru_cache(6)(lambda run, name, index, size: self.features(run, self.image(name, index, size)))
         self.distances = lru_cache(16)(self._distances)
         self.shares = lru_cache(16)(self._shares)
         self.segmented = lru_cache(16)(self.segment)  # of pictures as they are
@@ -93,10 +93,7 @@ class Material:
         return domain.sample(index)
 
     def _image(self, name: str, index: int, size: tuple[int, int] | None = None) -> Tensor:
-        """Picture `index` of a domain, (1, 3, h, w) in [0, 1], at the views' size, or cut around its middle to `size`.
-
-        Raises ValueError if there is no such picture, or it is too narrow.
-        """
+        """Picture `index` of a domain, (1, 3, h, w) in [0, 1], at the views' size, or its middle at `size`."""
         image = to_tensor(self.sample(name, index).image)
         h, w = image.shape[-2:]
         if max(h, w) > NARROWEST * min(h, w):
@@ -227,10 +224,6 @@ class Material:
         maps = backbone(image.to(default_device()), refiner or self.refiner(run), layers=layers)
         return {layer: features.cpu().float() for layer, features in maps.items()}
 
-    def _maps(self, run: str, name: str, index: int, size: tuple[int, int]) -> dict[int, Tensor]:
-        """The features of a picture as it is."""
-        return self.features(run, self.image(name, index, size))
-
     def grid(self, run: str, name: str, index: int) -> tuple[int, int]:
         """Rows and columns of a picture's patches; (0, 0) where no backbone is."""
         has_patches = run or not self.missing
@@ -272,10 +265,7 @@ class Material:
         return one.name == other.name == "scenes" and one != other
 
     def _shares(self, run: str, styles: tuple[str, str], layouts: tuple[int, int]) -> list[dict]:
-        """Shares of style, content and interaction in two layouts x two styles, in the pixels and after every layer.
-
-        Rows with layer ("pixels" or "layer 9"), part, factor, share (1 = all of the variance).
-        """
+        """Shares of style, content and interaction in two layouts x two styles, as `plots.share_lines` draws them."""
         rows = []
         for layer, space in enumerate(self.spaces(run)):
             pairs = (self.pair(run, layer, *((style, layout) for style in styles))[1] for layout in layouts)

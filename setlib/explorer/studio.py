@@ -368,10 +368,7 @@ class Studio(Material):
     def _covered(
         self, place: Place, seen: Mapping[str, tuple[np.ndarray, Segmented]]
     ) -> tuple[list[Panel], dict[str, tuple[int, int, int]]]:
-        """A picture's label, if it has one, and what is seen of it, each over a picture; and the legend of all.
-
-        seen: by the titles, which the score ends.
-        """
+        """A picture's label, if it has one, and what is `seen` of it, by titles, over a picture; the legend of all."""
         classes, label = self.domain(place[0]).class_set, self.label(*place)
         if label is not None:
             seen = {"ground truth": (to_image(self.image(*place)), Segmented(label, math.nan)), **seen}
@@ -384,21 +381,15 @@ class Studio(Material):
     def _compared(
         self, run: str, place: Place, after: Segmented, titles: tuple[str, str], changed: np.ndarray
     ) -> Board:
-        """What is seen of a picture as it is and after a change, beside its label; below, where the two differ.
-
-        changed: the picture to show after the change.
-        """
+        """What is seen of a picture, and of the `changed` one, beside the label; below, where the two differ."""
         before, scene = self.segmented(run, *place), to_image(self.image(*place))
         panels, legend = self._covered(place, {titles[0]: (scene, before), titles[1]: (changed, after)})
         flipped = before.places != after.places
         share = _percent(flipped.mean())
         flips = Panel(plots.marked(scene, flipped), f"pixels that flipped (orange): {share}")
-        if self.label(*place) is None:
-            said = "This domain has no labels, so there is no mIoU."
-        elif math.isnan(before.miou):
-            said = "No pixel of this picture has a label, so there is no mIoU."
-        else:
-            said = f"mIoU of this picture, at the size shown: {before.miou:.1f} % before, {after.miou:.1f} % after."
+        said = f"mIoU of this picture, at the size shown: {before.miou:.1f} % before, {after.miou:.1f} % after."
+        if math.isnan(before.miou):
+            said = "This picture has no labels, so there is no mIoU."
         return Board([panels, [flips]], 3, f"{said} {share} of the pixels change their class.", legend)
 
 

@@ -7,7 +7,6 @@ show the chosen state as a picture.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from setlib.explorer.guess import Guess  # noqa: F401  (notebooks name it so)
 from setlib.explorer.material import find_folder, shown
 from setlib.explorer.studio import ALL, HIGHEST, MEASURES, Studio
 from setlib.files import STATIC
-from setlib.plots import WIDTH, Board, Cells
+from setlib.plots import WIDTH, Board
 
 DOMAINS = ("content", "style", "first", "second", "domain")  # controls that name one
 
@@ -96,8 +95,8 @@ class Explorer:
         """What the controls say, as the view's arguments."""
         return self.state()
 
-    def choose(self, box: int, cells: Cells, row: int, column: int) -> None:
-        """What a click on a cell does; box: which of a panel's, all of whose cells are `cells`."""
+    def choose(self, box: int, cell: int) -> None:
+        """What a click on a cell does; box: which of a panel's `cells`."""
 
     # What all share
 
@@ -150,25 +149,22 @@ class Explorer:
             self.follow()
         self.shown, given = self.board(), self.arguments()
         self.picture.value, self.words.value = self.shown.jpeg(), sentence(self.shown.words)
-        self.code.value, self.kept.value = self.line(), self._state_line()
+        self.code.value, self.kept.value = self.line(), f"{self.view.upper()} = {self.state()!r}"
         if "space" in given and not given["run"] and self.studio.missing:
             self.say(f"Only pixels can be looked at: {self.studio.missing}", is_problem=True)
-
-    def _state_line(self) -> str:
-        return f"{self.view.upper()} = {self.state()!r}"
 
     def _click(self, x: float, y: float) -> None:
         """A click into the picture, in fractions of it."""
         found = self.shown.locate(x, y)
         for number, cells in enumerate(found[0].cells if found else ()):
-            if cell := cells.at(*found[1:]):
-                self.choose(number, cells, *cell)
+            if (cell := cells.at(*found[1:])) is not None:
+                self.choose(number, cell)
 
     def _save(self) -> None:
         names = (f"saved/{self.view}-{number}" for number in count(1))
         name = next(name for name in names if not (self.studio.run.path / f"{name}.png").exists())
         path = self.studio.keep(f"{name}.png", self.board().png(self.line()))
-        self.studio.keep(f"{name}.py", f"{self.line()}.savefig({path.name!r})\n{self._state_line()}\n")
+        self.studio.keep(f"{name}.py", f"{self.line()}.savefig({path.name!r})\n{self.kept.value}\n")
         self.say(f"Saved {shown(path)}, and the lines of Python that make it beside it.")
 
     @contextlib.contextmanager
@@ -226,7 +222,10 @@ class Explorer:
         self.add_row(titled("upload"), self.upload, note="upload")
 
     def _choose(self, control: str, domain: str) -> None:
-        """Shows a domain that has just become a choice."""
+        """Makes a domain a choice, if it is none, and shows it."""
+        if not domain:  # a field was emptied
+            return
+        self.studio.add_domain(domain)
         with self._quietly():
             self.follow()
             self.controls[control].value = domain
@@ -290,9 +289,9 @@ class SwapExplorer(LensExplorer):
         rows, columns = self.studio.grid(given["run"], given["content"], given["content_index"])
         self.controls["patch"].max = rows * columns - 1
 
-    def choose(self, box: int, cells: Cells, row: int, column: int) -> None:
+    def choose(self, box: int, cell: int) -> None:
         """The patch that is clicked."""
-        self.controls["patch"].value = row * math.ceil(cells.columns) + column
+        self.controls["patch"].value = cell
 
 
 class LayerExplorer(Explorer):
@@ -356,13 +355,8 @@ class DomainBrowser(Explorer):
         self.add_upload("domain")
         example = "acdc:night-val@FOLDER"
         self.other = ipywidgets.Text(placeholder=example, description="other", continuous_update=False, **WIDE)
-        self.other.observe(lambda change: self._guarded(self._add, change.new.strip()), names="value")
+        self.other.observe(lambda change: self._guarded(self._choose, "domain", change.new.strip()), names="value")
         self.add_row(self.other, note="other")
-
-    def _add(self, domain: str) -> None:
-        if domain:
-            self.studio.add_domain(domain)
-            self._choose("domain", domain)
 
     def follow(self) -> None:
         """The classes to choose from are the domain's."""
@@ -402,10 +396,11 @@ class AtlasExplorer(Explorer):
         offer(self.controls["layer"], layers)
         offer(self.controls["band"], {row["band"]: row["band"] for row in rows})
 
-    def choose(self, box: int, cells: Cells, row: int, column: int) -> None:
+    def choose(self, box: int, cell: int) -> None:
         """The cell that is clicked, opened."""
-        layer, band = (self.controls[name].options[n][1] for name, n in (("layer", row), ("band", column)))
-        self.set(part=PARTS[box], layer=layer, band=band)
+        layers, bands = ([value for _, value in self.controls[name].options] for name in ("layer", "band"))
+        layer, band = divmod(cell, len(bands))
+        self.set(part=PARTS[box], layer=layers[layer], band=bands[band])
         self._open()
 
     def _open(self) -> None:
