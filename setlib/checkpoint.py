@@ -127,7 +127,7 @@ def load_segmenter(name: str | Path, backbone: FrozenBackbone | None = None, **o
     got = {name: tuple(t.shape) for name, t in tensors.items()}
     if wrong := sorted(set(expected.items()) ^ set(got.items())):
         raise ValueError(
-            f"Saved weights do not fit this model: {wrong[0][0]} differs or is missing ({len(wrong)} differences)."
+            f"Weights do not fit this model: {wrong[0][0]} differs or is missing ({len(wrong)} differences)."
         )
     model.load_state_dict(tensors, strict=False)
     return model.eval()

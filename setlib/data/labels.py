@@ -45,10 +45,7 @@ class ClassSet:
         return np.pad(np.array(self.places, np.uint8), (0, 256 - len(self.places)), constant_values=IGNORE)
 
     def merge(self, probabilities: Tensor) -> Tensor:
-        """Probabilities of the 19 classes, (19, h, w), summed to those of this set, (K, h, w).
-
-        A class that the set lacks cannot be predicted.
-        """
+        """Probabilities of the 19 classes, (19, h, w), summed to this set's, (K, h, w); what it lacks is left out."""
         counted = np.equal.outer(self.places, range(len(self))).astype(np.float32)  # (19, K) of 0 and 1
         return torch.einsum("khw,kc->chw", probabilities, probabilities.new_tensor(counted))
 

@@ -1,7 +1,4 @@
-"""What the explorer works on: the domains, the backbone and the trained models of a run, kept in memory; uploads.
-
-The views of it are in `studio.py`.
-"""
+"""What the explorer's views (`studio.py`) work on, kept in memory: a run's domains, backbone and models; uploads."""
 
 from __future__ import annotations
 

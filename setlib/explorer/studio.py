@@ -46,7 +46,7 @@ class Swapped(NamedTuple):
     """A swap as it was made, in the pixels (layer 0) or after a layer.
 
     first, style: the content, and the style's domain; run: whose features they are; maps: content, style and mixture,
-    (1, H, W, C) each; band: None for all frequencies; change: (x, y) -> mixture; panels: the pictures that there are.
+    (1, H, W, C) each; band: low and high end; change: (x, y) -> mixture; panels: the pictures that there are.
     """
 
     first: Place
@@ -54,7 +54,7 @@ class Swapped(NamedTuple):
     run: str
     layer: int
     maps: tuple[Tensor, Tensor, Tensor]
-    band: tuple[float, float] | None
+    band: tuple[float, float]
     change: partial[Tensor]
     panels: list[Panel]
     words: str
@@ -74,10 +74,7 @@ class Studio(Material):
 
     @classmethod
     def open(cls, folder: str | Path, *more: str) -> Studio:
-        """Of a run folder, here or in the project. more: names of domains beside those of the run.
-
-        Raises ValueError as `Run.load` does.
-        """
+        """Of a run folder, here or in the project, with `more` domains. Raises ValueError as `Run.load` does."""
         return cls(Run.load(find_folder(folder)), more)
 
     @torch.no_grad()
@@ -108,16 +105,16 @@ class Studio(Material):
         images, (x, y) = self.pair(run, layer, *places.values())
         change = partial(swap_spectrum, part=part, low=low, high=high, weight=weight)
         share = f"{100 * weight:.0f} % of the style's {part}"
-        band = None if low <= 0 and high >= math.sqrt(2) else (low, high)
         panels = [
             Panel(to_image(image), f"{kind}: {short_name(name)} {index}")
             for image, (kind, (name, index)) in zip(images, places.items(), strict=True)
         ]
         kept = "phase" if part == "amplitude" else "amplitude"
-        where = f"at frequencies from {low:.3f} to {high:.3f}" if band else "at all frequencies"
+        is_whole = low <= 0 and high >= math.sqrt(2)
+        where = "at all frequencies" if is_whole else f"at frequencies from {low:.3f} to {high:.3f}"
         words = f"The mixture keeps the content's {kept} and takes {share} {where}."
         maps = x, y, change(x, y)
-        done = Swapped(places["content"], style, run, layer, maps, band, change, panels, words)
+        done = Swapped(places["content"], style, run, layer, maps, (low, high), change, panels, words)
         if not layer:
             panels.append(Panel(to_image(done.picture), f"mixture: {share}"))
         return done
@@ -188,9 +185,9 @@ class Studio(Material):
             f" Of the way to this street in {short_name(done.style)} it closes {_whole(own)} where it is made, and the "
             f"same swap in a random basis, which moves as far, {_whole(other)}."
         )
-        part, low, high, weight = (done.change.keywords[name] for name in ("part", "low", "high", "weight"))
+        part, weight = (done.change.keywords[name] for name in ("part", "weight"))
         if weight == 1 and not done.run and (found := premise.read(self.run)):
-            band = next((band for band, span in SPANS.items() if span == (low, high)), "")
+            band = next((band for band, span in SPANS.items() if span == done.band), "")
             if said := _measured(found, part, layer, band):
                 words += f" Notebook 02 {said}."
         return words

@@ -32,7 +32,7 @@ DOMAINS = ("content", "style", "first", "second", "domain")  # controls that nam
 
 
 class Explorer:
-    """Base of all: controls whose values are the arguments of one view, and what the view shows.
+    """Base of all: controls, made by `build`, whose values are the arguments of one view, and what the view shows.
 
     `show` displays the widgets, which draw again on every change. A front end sends a slider's next position once the
     last one is drawn, so positions in between are dropped, not queued. A problem is a sentence above the picture, which
@@ -65,10 +65,6 @@ class Explorer:
         self.set(**state)
 
     # Subclasses
-
-    def build(self) -> None:
-        """Makes the controls, with `add`."""
-        raise NotImplementedError
 
     def follow(self) -> None:
         """Fits the controls' choices to each other's values and to what is known by now, before a drawing."""

@@ -77,10 +77,7 @@ Piece = tuple[Image.Image, int, int, Panel | None]  # of a board: where it lies,
 
 @dataclass(repr=False, eq=False)
 class Board:
-    """Rows of panels in so many columns, all equally wide; None leaves a place empty.
-
-    words: what they show; legend: colours by their names.
-    """
+    """Rows of panels in equally wide columns (None: an empty place), words on what they show, colours by name."""
 
     rows: list[list[Panel | None]]
     columns: int
@@ -344,10 +341,7 @@ def spectrum_row(
     band: tuple[float, float] | None = None,
     with_scale: bool = False,
 ) -> list[Panel]:
-    """Spectra (h, w), zero frequency in the middle, in the colours of one scale.
-
-    Log amplitudes, or phases in radians: cyclic, grey where there is none (NaN).
-    """
+    """Log amplitudes, or phases in radians (NaN: none), (h, w), zero frequency in the middle, on one colour scale."""
     if is_phase:
         scale = Scale("twilight", -math.pi, math.pi, {-math.pi: "-π", 0: "0", math.pi: "π"})
     else:
