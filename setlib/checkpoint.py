@@ -40,13 +40,8 @@ CARD = Path(__file__).with_name("model_card.md")
 def build_segmenter(experiment: Experiment, backbone: FrozenBackbone | None = None) -> Segmenter:
     """The segmenter that an experiment describes, its refiner and head at their initial values.
 
-    Parameters
-    ----------
-    backbone : one that is loaded already, to be shared; default: the experiment's.
-
-    Raises
-    ------
-    ValueError : a layer that the backbone has not, or a backbone or refiner that cannot be had here.
+    backbone: one that is loaded already, to be shared; default: the experiment's.
+    Raises ValueError for a layer that the backbone has not, or a backbone or refiner that cannot be had here.
     """
     keep_freed_memory()
     config, device = experiment.model, default_device()
@@ -115,14 +110,9 @@ def write_model(
 def load_segmenter(name: str | Path, backbone: FrozenBackbone | None = None, **options: Any) -> Segmenter:
     """A saved model, in evaluation mode.
 
-    Parameters
-    ----------
-    name : its folder, a run's, or a repository of the hub (options: revision, token, cache_dir ... of the hub's).
-    backbone : one that is loaded already, to be shared.
-
-    Raises
-    ------
-    ValueError : files are missing or damaged, the backbone differs, or the hub does not have it.
+    name: its folder, a run's, or a repository of the hub (options: revision, token, cache_dir ... of the hub's);
+    backbone: one that is loaded already, to be shared.
+    Raises ValueError if files are missing or damaged, the backbone differs, or the hub does not have it.
     """
     folder = model_folder(name, options)
     experiment, trained_on, _, tensors = read_model(folder)
@@ -137,7 +127,7 @@ def load_segmenter(name: str | Path, backbone: FrozenBackbone | None = None, **o
     got = {name: tuple(t.shape) for name, t in tensors.items()}
     if wrong := sorted(set(expected.items()) ^ set(got.items())):
         raise ValueError(
-            f"Saved weights do not fit this model: {wrong[0][0]} differs or is missing ({len(wrong)} differences)."
+            f"Weights do not fit this model: {wrong[0][0]} differs or is missing ({len(wrong)} differences)."
         )
     model.load_state_dict(tensors, strict=False)
     return model.eval()
@@ -179,10 +169,8 @@ def use(model: Segmenter, experiment: Experiment) -> None:
 def share(run: str | Path, folder: str | Path, repository: str = "", **options: Any) -> None:
     """Writes a run's model with its results and a card into a folder, without the folders of this machine.
 
-    Parameters
-    ----------
-    run : a run folder, or that of a model.
-    repository : owner/name; the folder is then uploaded to it on the hub (options of `HfApi.create_repo`: private ...).
+    run: a run folder, or that of a model; repository: owner/name, to which the folder is then uploaded on the hub
+    (options of `HfApi.create_repo`: private ...).
     """
     source, folder = model_folder(run, {}), Path(folder)
     experiment, fingerprint, results, tensors = read_model(source)

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from full_spectrum import full_spectrum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from setlib import spectral
-from setlib.analysis.spectra import full_spectrum
 
 sizes = st.tuples(st.integers(1, 13), st.integers(1, 13))
 seeds = st.integers(0, 2**31)

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from full_spectrum import full_spectrum
 
 from setlib import spectral
-from setlib.analysis.spectra import full_spectrum
 from setlib.refiners import REFINERS, build_refiner
 from setlib.tokens import LowRankTokens, TokenBranch
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pandas
 
 from setlib.analysis.scores import target_means
@@ -39,13 +41,10 @@ def run_ablation(run: Run) -> list[dict]:
     mean over the targets of each class set after each model's domains.
     """
     settings, data = run.experiment.ablation, run.experiment.data
-    runs = {
-        f"{variant}, seed {seed}": run.nested(
-            f"ablation/{variant}-seed{seed}", f"model.refiner={variant}", f"seed={seed}", *settings.overrides
-        )
-        for seed in settings.seeds
-        for variant in settings.variants
-    }
+    runs = {}
+    for seed, variant in product(settings.seeds, settings.variants):
+        options = f"model.refiner={variant}", f"seed={seed}", *settings.overrides
+        runs[f"{variant}, seed {seed}"] = run.nested(f"ablation/{variant}-seed{seed}", *options)
     models = {name: model for name, (model, _) in train_together(runs).items()}
     small = next(iter(runs.values()))
     table = evaluate_run(small, models, list(dict.fromkeys([data.source, *data.targets])))

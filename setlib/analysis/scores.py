@@ -80,7 +80,7 @@ def score_summary(table: Mapping[str, Sequence[Score]], source: str) -> list[dic
 
 def unseen(scores: Iterable[Score], source: str) -> dict[ClassSet, list[Score]]:
     """The scores of all domains but the source in which a pixel is labelled, by class set."""
-    return by_class_set([score for score in scores if score.domain != source and score.counts.any()])
+    return by_class_set(score for score in scores if score.domain != source and score.counts.any())
 
 
 def by_class_set(scores: Iterable[Score]) -> dict[ClassSet, list[Score]]:

@@ -31,12 +31,6 @@ def spectrum_pictures(x: Tensor) -> dict[str, np.ndarray]:
     return {name: part.numpy() for name, part in (parts | {"phase - first's (rad)": against}).items()}
 
 
-def full_spectrum(half: Tensor, width: int) -> Tensor:
-    """The full complex spectrum (B, H, W, C) of a half one (B, H, W // 2 + 1, C), by Hermitian symmetry."""
-    rest = half[:, :, 1 : (width + 1) // 2].conj().resolve_conj()
-    return torch.cat([half, spectral.mirror_rows(rest).flip(2)], dim=2)
-
-
 def phase_picture(x: Tensor) -> Tensor:
     """Phase (radians, -pi to pi) of the full spectra of (B, h, w), zero frequency in the middle; NaN where it is empty.
 

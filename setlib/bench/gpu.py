@@ -36,7 +36,7 @@ DINOV2 = {"tiny": (24, 6, 2), "S": (384, 12, 6), "L": (1024, 24, 16)}  # channel
 REFINERS = ("none", "rein", "set", "set-released")
 PROFILE = "quick"  # of the step on the offline backbone
 BACKBONE, CROPS, BATCHES = "L", (512, 1024), (4, 2, 1)  # of the paper's model; pixels; images, the first that fit
-PRECISIONS = ("bfloat16", "float32")
+PRECISIONS, KINDS = ("bfloat16", "float32"), ("step", "prediction")  # kinds: of `paper_step`
 WARM_UP, STEPS, SECONDS = 2, 3, 1.0  # steps before those that are measured, of which at least so many for so long
 LIMIT = 265.0  # seconds; what was not reached by then is left out
 NO_END = "train.steps=1000000"  # the learning rate stays where it starts
@@ -88,20 +88,17 @@ def paper_model(size: str, refiner: str, *options: str) -> Segmenter:
     return build_segmenter(experiment, random_backbone(size, experiment.model.patch_size))
 
 
-def paper_step(size: str, refiner: str, batch: int, crop: int, *options: str) -> Step:
-    """One step of the paper's training on random images: forward, loss, backward, optimiser."""
-    model = paper_model(size, refiner, f"train.batch_size={batch}", NO_END, *options).train()
-    return training_step(model, *random_batch(batch, crop, crop))
+def paper_step(kind: str, size: str, refiner: str, batch: int, crop: int, *options: str) -> Step:
+    """One step of the paper's training, or one prediction, on random images.
 
-
-def paper_prediction(size: str, refiner: str, batch: int, crop: int, *options: str) -> Step:
-    """Class probabilities (B, 19, h, w) of windows, before these are blended on the CPU."""
-    model = paper_model(size, refiner, *options).eval()
-    images = random_batch(batch, crop, crop)[0]
+    kind: "step": forward, loss, backward, optimiser; "prediction": class probabilities (B, 19, h, w) of windows, before
+    these are blended on the CPU.
+    """
+    model = paper_model(size, refiner, f"train.batch_size={batch}", NO_END, *options).train(kind == "step")
+    images, labels = random_batch(batch, crop, crop)
+    if kind == "step":
+        return training_step(model, images, labels)
     return torch.no_grad()(lambda: model.pixel_probabilities(model(images), (crop, crop)))
-
-
-PAPER = {"step": paper_step, "prediction": paper_prediction}
 
 
 def profile_step(refiner: str, *options: str, kept: bool = True) -> Step:
@@ -181,7 +178,7 @@ def measure() -> list[dict]:
         size = f"{PROFILE} step, {name}, B={batch}, {data.height} x {data.width}, {precision}"
         prepare = partial(profile_step, refiner, f"train.precision={precision}")
         rows.append(measured(refiner, size, end, partial(timed, prepare, batch)))
-    for crop, precision, kind in product(CROPS, PRECISIONS, PAPER):
+    for crop, precision, kind in product(CROPS, PRECISIONS, KINDS):
         rows += paper_rows(kind, crop, precision, end)
     gc.unfreeze()
     return rows
@@ -192,7 +189,7 @@ def paper_rows(kind: str, crop: int, precision: str, end: float) -> list[dict]:
 
     def row(refiner: str, batch: int) -> dict:
         size = f"{kind}, DINOv2-{BACKBONE}, B={batch}, {crop} x {crop}, {precision}"
-        prepare = partial(PAPER[kind], BACKBONE, refiner, batch, crop, f"train.precision={precision}")
+        prepare = partial(paper_step, kind, BACKBONE, refiner, batch, crop, f"train.precision={precision}")
         return measured(refiner, size, end, partial(timed, prepare, batch))
 
     rows, largest = [], {}

@@ -80,7 +80,7 @@ def cases() -> Iterator[Case]:
     for kind, backbone, batch in (("step", "S", 2), ("step", "L", 1), ("prediction", "L", 1)):
         for name in ("none", "rein", "set"):
             size = f"DINOv2-{backbone}, {kind}, B={batch}, {crop} x {crop}"
-            yield Case("paper", name, size, partial(gpu.PAPER[kind], backbone, name, batch, crop), repeats=3)
+            yield Case("paper", name, size, partial(gpu.paper_step, kind, backbone, name, batch, crop), repeats=3)
 
 
 def _shown(size: Size) -> str:

@@ -64,10 +64,7 @@ def augment(image: Tensor, label: Tensor, data: Data, generator: Generator) -> t
 
 
 def choose_crop(label: Tensor, data: Data, generator: Generator) -> tuple[int, int]:
-    """Top left corner of a crop in which no class fills more than data.max_class_share of the labelled pixels.
-
-    The last of ten tries is taken if none fits.
-    """
+    """Top left corner of a crop in which no class fills more than data.max_class_share, or of the last of ten tries."""
     for _ in range(CROP_TRIES):
         top = int(torch.randint(label.shape[0] - data.height + 1, (), generator=generator))
         left = int(torch.randint(label.shape[1] - data.width + 1, (), generator=generator))

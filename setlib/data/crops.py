@@ -76,10 +76,8 @@ def batch_indices(experiment: Experiment, step: int) -> list[int]:
     positions = range(step * size, (step + 1) * size)
     if not views:
         return list(positions)
-    orders = {
-        e: np.random.default_rng([experiment.seed, 2, e]).permutation(views) for e in {p // views for p in positions}
-    }
-    return [int(orders[p // views][p % views]) for p in positions]
+    orders = (np.random.default_rng([experiment.seed, 2, p // views]).permutation(views) for p in positions)
+    return [int(order[p % views]) for order, p in zip(orders, positions, strict=True)]
 
 
 def held_out(experiment: Experiment, source: Domain) -> Domain:

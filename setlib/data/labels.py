@@ -45,10 +45,7 @@ class ClassSet:
         return np.pad(np.array(self.places, np.uint8), (0, 256 - len(self.places)), constant_values=IGNORE)
 
     def merge(self, probabilities: Tensor) -> Tensor:
-        """Probabilities of the 19 classes, (19, h, w), summed to those of this set, (K, h, w).
-
-        A class that the set lacks cannot be predicted.
-        """
+        """Probabilities of the 19 classes, (19, h, w), summed to this set's, (K, h, w); what it lacks is left out."""
         counted = np.equal.outer(self.places, range(len(self))).astype(np.float32)  # (19, K) of 0 and 1
         return torch.einsum("khw,kc->chw", probabilities, probabilities.new_tensor(counted))
 
@@ -92,10 +89,7 @@ def read_rows(name: str) -> tuple[dict, ...]:
 
 
 def _class_set(name: str, file: str, left_out: Sequence[str] = (), merged: str = "") -> ClassSet:
-    """The classes of an id map that are not ignored. merged: the one that each of the 19 counts as, in their order.
-
-    left_out: classes that are ignored in labels and cannot be predicted.
-    """
+    """The classes of an id map but those left out. merged: the one that each of the 19 counts as, in their order."""
     rows = [row for row in read_rows(file) if row["train_id"] != IGNORE and row["name"] not in left_out]
     names = [row["name"] for row in rows]
     train_classes = merged.split(", ") if merged else [row["name"] for row in read_rows("cityscapes")]

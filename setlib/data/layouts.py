@@ -208,10 +208,7 @@ def _read_split(root: Path, split: str) -> set[str]:
 
 
 def _labels(root: Path, layout: Layout, images: dict, formats: tuple[str, ...]) -> tuple[str, str, dict]:
-    """The pattern and id map of the labels that serve most pictures, and these: {pattern filled: (path, fields)}.
-
-    Train ids that were written beside labels are looked for only where labels are missing. The first of equals.
-    """
+    """The pattern and id map of the labels that serve most pictures, and these: {pattern filled: (path, fields)}."""
     best, most = (*layout.labels[0], {}), -1
     converted = [(f"{os.path.splitext(p)[0]}{end}.png", "cityscapes") for end in CONVERTED for p, _ in layout.labels]
     for pattern, ids in (*layout.labels, *converted):
@@ -229,10 +226,7 @@ def _labels(root: Path, layout: Layout, images: dict, formats: tuple[str, ...]) 
 
 
 def _join(root: Path, layout: Layout, images: dict, pattern: str, labels: dict) -> tuple[list[Pair], dict, list[str]]:
-    """Pictures with their labels, {name: sentence} of those whose label is missing, and what is wrong beside.
-
-    A split in which nothing is labelled has no labels. One label may serve several pictures (fog of several strengths).
-    """
+    """Pictures with labels (which several may share), {name: sentence} where one is missing, and what else is wrong."""
     pairs, bare, problems, seen = [], {}, [], {}
     labelled = {fields.get("split", "") for _, fields in labels.values()}
     for path, fields in sorted(images.items()):
@@ -312,10 +306,7 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _match(root: Path, layout: Layout, pattern: str, formats: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """{path below root: fields} of the files that fit a pattern of a layout; links are followed.
-
-    formats: endings that stand in for the pattern's own where a file is missing.
-    """
+    """{path below root: fields} of the files that fit a pattern; formats: what stands in for its own."""
     stem, own = os.path.splitext(pattern)
     parts = {"group": ".+?", "split": "|".join(layout.splits.values()) or "[^/]+?"}
     text = re.escape(stem).replace(r"\*", "[^/]*")

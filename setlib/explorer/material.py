@@ -1,18 +1,14 @@
-"""What the explorer works on: the domains, the backbone and the trained models of a run, kept in memory; uploads.
-
-The views of it are in `studio.py`.
-"""
+"""What the explorer's views (`studio.py`) work on, kept in memory: a run's domains, backbone and models; uploads."""
 
 from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from hashlib import sha256
-from itertools import chain, count, product
+from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from setlib import spectral
 from setlib.analysis import factorial, premise
 from setlib.analysis.premise import Findings
 from setlib.analysis.probe import Lens, fit_lenses
@@ -48,6 +43,7 @@ ALL = "all classes"  # no class alone
 FITTED = 24  # pictures of the source that a lens is fitted to
 UNNAMED = ("scenes:game", "scenes:night")  # where a run names no domains
 GREYS = {"1", "L", "I", "F", "A"}  # the bands of pictures without colour
+Place = tuple[str, int]  # of a picture: a domain and its number
 
 
 class Segmented(NamedTuple):
@@ -78,7 +74,7 @@ class Material:
         self.image = lru_cache(64)(self._image)
         self.frozen = lru_cache(1)(lambda: load_backbone(config.backbone, patch_size=config.patch_size))
         self.model = lru_cache(3)(lambda run: load_segmenter(find_folder(run)))
-        self.maps = lru_cache(6)(self._maps)
+        self.maps = lru_cache(6)(lambda run, name, index, size: self.features(run, self.image(name, index, size)))
         self.distances = lru_cache(16)(self._distances)
         self.shares = lru_cache(16)(self._shares)
         self.segmented = lru_cache(16)(self.segment)  # of pictures as they are
@@ -94,10 +90,7 @@ class Material:
         return domain.sample(index)
 
     def _image(self, name: str, index: int, size: tuple[int, int] | None = None) -> Tensor:
-        """Picture `index` of a domain, (1, 3, h, w) in [0, 1], at the views' size, or cut around its middle to `size`.
-
-        Raises ValueError if there is no such picture, or it is too narrow.
-        """
+        """Picture `index` of a domain, (1, 3, h, w) in [0, 1], at the views' size, or its middle at `size`."""
         image = to_tensor(self.sample(name, index).image)
         h, w = image.shape[-2:]
         if max(h, w) > NARROWEST * min(h, w):
@@ -130,8 +123,7 @@ class Material:
         Raises ValueError if it is no picture, or is too large or too narrow.
         """
         try:
-            with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as opened:
-                warnings.simplefilter("ignore")  # of many pixels: they are counted here
+            with Image.open(io.BytesIO(content)) as opened:
                 width, height = opened.size
                 has_many = width * height > MOST_PIXELS
                 is_usable = min(width, height) >= 8 and max(width, height) <= NARROWEST * min(width, height)
@@ -229,10 +221,6 @@ class Material:
         maps = backbone(image.to(default_device()), refiner or self.refiner(run), layers=layers)
         return {layer: features.cpu().float() for layer, features in maps.items()}
 
-    def _maps(self, run: str, name: str, index: int, size: tuple[int, int]) -> dict[int, Tensor]:
-        """The features of a picture as it is."""
-        return self.features(run, self.image(name, index, size))
-
     def grid(self, run: str, name: str, index: int) -> tuple[int, int]:
         """Rows and columns of a picture's patches; (0, 0) where no backbone is."""
         has_patches = run or not self.missing
@@ -250,28 +238,23 @@ class Material:
         return known
 
     def pair(
-        self, run: str, layer: int, first: tuple[str, int], second: tuple[str, int]
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[int, int]]:
-        """Two pictures, each a domain and an index, at the first one's size; what is compared of them; over which axes.
+        self, run: str, layer: int, first: Place, second: Place
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Two pictures at the first one's size, (1, 3, h, w), and what is compared of them, (1, H, W, C).
 
-        Compared are the pictures themselves (layer 0), or their features after a layer.
+        Compared are the pixels (layer 0), or the features after a layer.
         """
         here = self.image(*first)
         size = tuple(here.shape[-2:])
         images = here, self.image(*second, size)
         if not layer:
-            return images, images, spectral.PIXELS
-        return images, (self.maps(run, *first, size)[layer], self.maps(run, *second, size)[layer]), spectral.GRID
+            return images, tuple(image.permute(0, 2, 3, 1) for image in images)
+        return images, tuple(self.maps(run, *place, size)[layer] for place in (first, second))
 
-    def _distances(self, run: str, first: str, first_index: int, second: str, second_index: int) -> list[dict]:
+    def _distances(self, run: str, first: Place, second: Place) -> list[dict]:
         """Rows of `compare` for the pixels and every layer; for the pixels alone where no backbone is."""
-        one = self.image(first, first_index)
-        size = tuple(one.shape[-2:])
-        table = [{"layer": "pixels", **compare(one, self.image(second, second_index, size), spectral.PIXELS)}]
-        if not run and self.missing:
-            return table
-        x, y = self.maps(run, first, first_index, size), self.maps(run, second, second_index, size)
-        return table + [{"layer": f"layer {layer}", **compare(x[layer], y[layer])} for layer in x]
+        spaces = enumerate(self.spaces(run))
+        return [{"layer": space, **compare(*self.pair(run, layer, first, second)[1])} for layer, space in spaces]
 
     def has_styles(self, first: str, second: str) -> bool:
         """Whether two domains are the same rendered streets in two styles."""
@@ -279,20 +262,15 @@ class Material:
         return one.name == other.name == "scenes" and one != other
 
     def _shares(self, run: str, styles: tuple[str, str], layouts: tuple[int, int]) -> list[dict]:
-        """Shares of style, content and interaction in two layouts x two styles, in the pixels and after every layer.
-
-        Rows with layer ("pixels" or "layer 9"), part, factor, share (1 = all of the variance).
-        """
-        cells = [(style, layout) for layout in layouts for style in styles]
-        spaces = {"pixels": torch.cat([self.image(*cell).permute(0, 2, 3, 1) for cell in cells])}
-        if run or not self.missing:
-            maps = [self.maps(run, *cell, tuple(spaces["pixels"].shape[1:3])) for cell in cells]
-            spaces |= {f"layer {layer}": torch.cat([one[layer] for one in maps]) for layer in maps[0]}
+        """Shares of style, content and interaction in two layouts x two styles, as `plots.share_lines` draws them."""
         rows = []
-        for (layer, x), part in product(spaces.items(), PARTS):
-            found = factorial.shares(factorial.band_products(x, part)[factorial.ALL], len(layouts)).tolist()
-            for factor, share in zip(factorial.FACTORS, found, strict=True):
-                rows.append({"layer": layer, "part": part, "factor": factor, "share": share})
+        for layer, space in enumerate(self.spaces(run)):
+            pairs = (self.pair(run, layer, *((style, layout) for style in styles))[1] for layout in layouts)
+            x = torch.cat(list(chain.from_iterable(pairs)))
+            for part in PARTS:
+                found = factorial.shares(factorial.band_products(x, part)[factorial.ALL], len(layouts))
+                for factor, share in zip(factorial.FACTORS, found.tolist(), strict=True):
+                    rows.append({"layer": space, "part": part, "factor": factor, "share": share})
         return rows
 
     def study(self) -> Findings:

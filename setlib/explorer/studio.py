@@ -8,10 +8,10 @@ before and after a swap; atlas: the swaps of a whole study. Widgets are in `widg
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,16 +19,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from setlib import plots, spectral
-from setlib.analysis import premise
+from setlib.analysis import premise, spectra
 from setlib.analysis.premise import Findings
-from setlib.analysis.spectra import PARTS, feature_pictures, log_amplitude_picture, phase_picture, similarities
+from setlib.analysis.spectra import PARTS, compare
 from setlib.analysis.survey import evenly
 from setlib.analysis.tokens import Intervened
 from setlib.analysis.transplant import SPANS, closed, placebo, swap_spectrum
 from setlib.data.augment import to_image
 from setlib.data.domains import short_name
 from setlib.data.labels import IGNORE
-from setlib.explorer.material import ALL, Material, Segmented, find_folder, place_of
+from setlib.explorer.material import ALL, Material, Place, Segmented, find_folder, place_of
 from setlib.plots import Board, Cells, Panel, framed
 from setlib.run import Run
 
@@ -40,22 +40,29 @@ MEASURES = {  # of the atlas, with their units
     "content kept": "streets whose content is kept (%)",
 }
 CLICKABLE = ("content", "mixture", "features", "similarity", "segmentation", "ground truth", "pixels that flipped")
-Place = tuple[str, int]  # of a picture: a domain and its number
 
 
 class Swapped(NamedTuple):
-    """A swap as it was made: after a layer (0: in the pixels), on the content `here` (1, 3, h, w).
+    """A swap as it was made, in the pixels (layer 0) or after a layer.
 
-    maps: content, style and mixture, transformed over axes; band: None for all; change: (x, y) -> mixture.
+    first, style: the content, and the style's domain; run: whose features they are; maps: content, style and mixture,
+    (1, H, W, C) each; band: low and high end; change: (x, y) -> mixture; panels: the pictures that there are.
     """
 
+    first: Place
+    style: str
+    run: str
     layer: int
-    here: Tensor
     maps: tuple[Tensor, Tensor, Tensor]
-    axes: spectral.Axes
-    band: tuple[float, float] | None
-    change: Callable[[Tensor, Tensor], Tensor]
+    band: tuple[float, float]
+    change: partial[Tensor]
+    panels: list[Panel]
     words: str
+
+    @property
+    def picture(self) -> Tensor:
+        """The mixture of pixels, (1, 3, h, w) in [0, 1]."""
+        return self.maps[2].permute(0, 3, 1, 2).clamp(0, 1)
 
 
 class Studio(Material):
@@ -67,11 +74,50 @@ class Studio(Material):
 
     @classmethod
     def open(cls, folder: str | Path, *more: str) -> Studio:
-        """Of a run folder, here or in the project. more: names of domains beside those of the run.
-
-        Raises ValueError as `Run.load` does.
-        """
+        """Of a run folder, here or in the project, with `more` domains. Raises ValueError as `Run.load` does."""
         return cls(Run.load(find_folder(folder)), more)
+
+    @torch.no_grad()
+    def swapped(
+        self,
+        content: str,
+        style: str,
+        content_index: int = 0,
+        style_index: int = 0,
+        part: str = "amplitude",
+        space: str = "pixels",
+        low: float = 0.0,
+        high: float = HIGHEST,
+        weight: float = 1.0,
+        run: str = "",
+    ) -> Swapped:
+        """The content picture with one part of its spectrum moved towards the style's: what `swap` and `lens` show.
+
+        part: "amplitude" or "phase"; space: "pixels", or "layer 9" for the features after a layer (after the refiner,
+        where the run has one there); low, high: the frequencies low < r <= high move, from 0 on with the mean, 1 = the
+        highest along an axis; weight: how far, 0 to 1. Raises ValueError for what does not exist.
+        """
+        if not (0 <= weight <= 1 and 0 <= low <= high):
+            got = f"{weight}, {low} to {high}"
+            raise ValueError(f"Expected a weight from 0 to 1 and a band from low to high, got {got}.")
+        self.renew(run)
+        layer, places = self.layer_of(space, run), {"content": (content, content_index), "style": (style, style_index)}
+        images, (x, y) = self.pair(run, layer, *places.values())
+        change = partial(swap_spectrum, part=part, low=low, high=high, weight=weight)
+        share = f"{100 * weight:.0f} % of the style's {part}"
+        panels = [
+            Panel(to_image(image), f"{kind}: {short_name(name)} {index}")
+            for image, (kind, (name, index)) in zip(images, places.items(), strict=True)
+        ]
+        kept = "phase" if part == "amplitude" else "amplitude"
+        is_whole = low <= 0 and high >= math.sqrt(2)
+        where = "at all frequencies" if is_whole else f"at frequencies from {low:.3f} to {high:.3f}"
+        words = f"The mixture keeps the content's {kept} and takes {share} {where}."
+        maps = x, y, change(x, y)
+        done = Swapped(places["content"], style, run, layer, maps, (low, high), change, panels, words)
+        if not layer:
+            panels.append(Panel(to_image(done.picture), f"mixture: {share}"))
+        return done
 
     @torch.no_grad()
     def swap(
@@ -88,82 +134,52 @@ class Studio(Material):
         run: str = "",
         patch: int = -1,
     ) -> Board:
-        """The content picture with one part of its spectrum moved towards the style's.
+        """A swap in pictures; its arguments are those of `swapped`, and patch.
 
-        part: "amplitude" or "phase"; space: "pixels", or "layer 9" for the features after a layer (after the refiner,
-        where the run has one there); low, high: the frequencies low < r <= high move, from 0 on with the mean, 1 = the
-        highest along an axis; weight: how far, 0 to 1; patch: one of the content's, row by row, whose similarity to all
-        others is shown before and after, -1 for none. With a run: what its model says of content and mixture, at the
-        views' size and in one piece, against the label. Raises ValueError for what does not exist.
+        patch: one of the content's, row by row, whose similarity to all others is shown before and after, -1 for none.
+        With a run: what its model says of content and mixture, at the views' size and in one piece, against the label.
+        Raises ValueError as `swapped` does, and for a patch that does not exist.
         """
-        first, second = (content, content_index), (style, style_index)
-        done, top = self._swapped(first, second, part, space, low, high, weight, run)
-        layer, (x, y, mixed), axes, names = done.layer, done.maps, done.axes, ("content", "style", "mixture")
-        rows = [top]
+        done = self.swapped(content, style, content_index, style_index, part, space, low, high, weight, run)
+        layer, top, names = done.layer, done.panels, ("content", "style", "mixture")
+        rows, words, legend = [top], done.words + self._beside(done), {}
         if layer:
-            rows.append(_features((x, y, mixed), [f"features after {space}, {name}" for name in names]))
-        rows += [_amplitudes(done.maps, axes, names, done.band), _phases(done.maps, axes, names, done.band)]
-        words, legend = done.words + self._beside(done, first, style, run), {}
+            rows.append(_features(done.maps, [f"features after layer {layer}, {name}" for name in names]))
         if patch >= 0:
-            similar, said = self._similar(done, first, patch, run)
-            rows.insert(2 if layer else 1, similar)
+            similar, said = self._similar(done, patch)
+            rows.append(similar)
             words += said
+        rows += [_amplitudes(done.maps, layer, names, done.band), _phases(done.maps, layer, names, done.band)]
         if run:
+            changed = {"refiner": self._replaced(done)} if layer else {"image": done.picture}
+            after = self.segment(run, *done.first, **changed)
+            titles = "segmentation of the content", "segmentation of the mixture"
+            compared = self._compared(run, done.first, after, titles, top[0 if layer else 2].picture)
             if layer:  # the mixture has no picture of its own
-                mixture, after = done.here, self.segment(run, *first, refiner=self._replaced(done, run))
-            else:
-                mixture, after = mixed, self.segment(run, *first, mixed.clamp(0, 1))
-            pictures = {" of the content": top[0].picture, " of the mixture": to_image(mixture)}
-            compared = self._compared(run, *first, after, pictures)
-            if layer:
                 top += compared.rows.pop()
             rows, words, legend = rows + compared.rows, f"{words} {compared.words}", compared.legend
         side = self.backbone(run).patch_size if run or not self.missing else 0
         return Board([[_clickable(panel, side) for panel in row] for row in rows], 3, words, legend)
 
-    def _swapped(
-        self, first: Place, second: Place, part: str, space: str, low: float, high: float, weight: float, run: str
-    ) -> tuple[Swapped, list[Panel]]:
-        """A swap between two pictures, each a domain and an index, and the pictures that it has."""
-        if not (0 <= weight <= 1 and 0 <= low <= high):
-            got = f"{weight}, {low} to {high}"
-            raise ValueError(f"Expected a weight from 0 to 1 and a band from low to high, got {got}.")
-        self.renew(run)
-        layer = self.layer_of(space, run)
-        (here, there), (x, y), axes = self.pair(run, layer, first, second)
-        change = partial(swap_spectrum, part=part, low=low, high=high, weight=weight)
-        mixed = change(x, y, axes=axes)
-        share = f"{100 * weight:.0f} % of the style's {part}"
-        band = None if low <= 0 and high >= math.sqrt(2) else (low, high)
-        shown = {"content": (here, *first), "style": (there, *second)}
-        top = [Panel(to_image(z), f"{kind}: {short_name(name)} {index}") for kind, (z, name, index) in shown.items()]
-        if not layer:
-            top.append(Panel(to_image(mixed), f"mixture: {share}"))
-        kept = "phase" if part == "amplitude" else "amplitude"
-        where = f"at frequencies from {low:.3f} to {high:.3f}" if band else "at all frequencies"
-        words = f"The mixture keeps the content's {kept} and takes {share} {where}."
-        return Swapped(layer, here, (x, y, mixed), axes, band, change, words), top
-
-    def _replaced(self, done: Swapped, run: str) -> Intervened:
+    def _replaced(self, done: Swapped) -> Intervened:
         """A refiner that leaves the mixture behind the layer of the swap."""
-        return Intervened(self.refiner(run), done.layer, lambda features, _: done.maps[2].to(features))
+        return Intervened(self.refiner(done.run), done.layer, lambda features, _: done.maps[2].to(features))
 
-    def _both(self, done: Swapped, first: Place, run: str) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    def _both(self, done: Swapped) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """The features of the content after every layer, before and after the swap."""
-        before = self.maps(run, *first, tuple(done.here.shape[-2:]))
-        if done.layer:
-            return before, self.features(run, done.here, self._replaced(done, run))
-        return before, self.features(run, done.maps[2].clamp(0, 1))
+        image, run = self.image(*done.first), done.run
+        after = self.features(run, image, self._replaced(done)) if done.layer else self.features(run, done.picture)
+        return self.maps(run, *done.first, tuple(image.shape[-2:])), after
 
-    def _similar(self, done: Swapped, first: Place, patch: int, run: str) -> tuple[list[Panel], str]:
+    def _similar(self, done: Swapped, patch: int) -> tuple[list[Panel], str]:
         """How similar every patch is to one of them, before and after the swap; and in a sentence."""
-        backbone, both, panels = self.backbone(run), (done.maps[0], done.maps[2]), []
+        backbone, both, panels = self.backbone(done.run), (done.maps[0], done.maps[2]), []
         layer, side = done.layer or max(1, backbone.num_layers - 1), backbone.patch_size
         if not done.layer:
-            both = [maps[layer] for maps in self._both(done, first, run)]
-        found, (row, column) = similarities(both, patch), divmod(patch, both[0].shape[2])
+            both = [maps[layer] for maps in self._both(done)]
+        found, (row, column) = spectra.similarities(both, patch), divmod(patch, both[0].shape[2])
         for values, when in zip(found, ("before", "after"), strict=True):
-            picture = framed(plots.over_grey(to_image(done.here), values, 0, 1, side), row, column, side)
+            picture = framed(plots.over_grey(done.panels[0].picture, values, 0, 1, side), row, column, side)
             panels.append(Panel(picture, f"similarity to patch {patch} {when}, layer {layer}"))
         alike = [int((values > ALIKE).sum()) for values in found]
         return panels, (
@@ -171,66 +187,47 @@ class Studio(Material):
             f"{ALIKE} before the swap, {alike[1]} after it (dark: 0 or less; bright: 1, equal)."
         )
 
-    def _beside(self, done: Swapped, first: Place, style: str, run: str) -> str:
+    def _beside(self, done: Swapped) -> str:
         """How far the swap goes towards the same street in the style's style, beside its placebo and other streets."""
-        if not self.has_styles(first[0], style):
+        first, layer, (x, y, mixed) = done.first, done.layer, done.maps
+        if not self.has_styles(first[0], done.style):
             return ""
-        goal = self.pair(run, done.layer, first, (style, first[1]))[1][1]
-        x, y, mixed, goal = (z if done.layer else z.permute(0, 2, 3, 1) for z in (*done.maps, goal))
+        goal = self.pair(done.run, layer, first, (done.style, first[1]))[1][1]
         own, other = (closed(z, x, goal).item() for z in (mixed, placebo(done.change, "random basis", x, y)))
         words = (
-            f" Of the way to this street in {short_name(style)} it closes {_whole(own)} where it is made, and the same "
-            f"swap in a random basis, which moves as far, {_whole(other)}."
+            f" Of the way to this street in {short_name(done.style)} it closes {_whole(own)} where it is made, and the "
+            f"same swap in a random basis, which moves as far, {_whole(other)}."
         )
-        part, low, high, weight = (done.change.keywords[name] for name in ("part", "low", "high", "weight"))
-        if weight == 1 and not run and (found := premise.read(self.run)):
-            for row in found.atlas:
-                if (row["part"], row["layer"], *SPANS.get(row["band"], ())) == (part, done.layer, low, high):
-                    words += f" Notebook 02 {_measured(row, found)}."
+        part, weight = (done.change.keywords[name] for name in ("part", "weight"))
+        if weight == 1 and not done.run and (found := premise.read(self.run)):
+            band = next((band for band, span in SPANS.items() if span == done.band), "")
+            if said := _measured(found, part, layer, band):
+                words += f" Notebook 02 {said}."
         return words
 
     @torch.no_grad()
-    def lens(
-        self,
-        content: str,
-        style: str,
-        content_index: int = 0,
-        style_index: int = 0,
-        part: str = "amplitude",
-        space: str = "pixels",
-        low: float = 0.0,
-        high: float = HIGHEST,
-        weight: float = 1.0,
-        run: str = "",
-    ) -> Board:
+    def lens(self, content: str, style: str, **more: Any) -> Board:
         """What a linear head would say of the content after the layers from the swap on, before and after it.
 
-        The arguments are those of `swap`. The head of each layer is a ridge regression on the features of the run's
-        labelled source. Raises ValueError as `swap` does, and where the run has no source.
+        more: what `swapped` takes. The head of each layer is a ridge regression on the features of the run's labelled
+        source. Raises ValueError as `swapped` does, and where the run has no source.
         """
-        first = (content, content_index)
-        done, top = self._swapped(first, (style, style_index), part, space, low, high, weight, run)
-        both, classes, label = self._both(done, first, run), self.domain(content).class_set, self.label(*first)
-        start, side = max(done.layer, 1), self.backbone(run).patch_size
+        done = self.swapped(content, style, **more)
+        both, (h, w), picture = self._both(done), self.image(*done.first).shape[-2:], done.panels[0].picture
+        start, side, seen = max(done.layer, 1), self.backbone(done.run).patch_size, {}
         layers = [start + place for place in evenly(len(both[0]) - start + 1, LENSES)]
-        lenses, (h, w), panels, places = self.lenses(run, layers), done.here.shape[-2:], [], set()
+        lenses = self.lenses(done.run, layers)
         for layer in layers:
             for features, when in zip(both, ("before", "after"), strict=True):
                 scores = F.interpolate(lenses[layer](features[layer]), scale_factor=side, mode="bilinear")[0, :, :h, :w]
-                seen = self.judge(scores, *first)
-                score = "" if math.isnan(seen.miou) else f": mIoU {seen.miou:.1f} %"
-                picture = plots.coloured(top[0].picture, seen.places, classes, 0.75)
-                panels.append(Panel(picture, f"layer {layer}, {when}{score}"))
-                places |= {*np.unique(seen.places).tolist()}
-        if label is not None:
-            top.append(Panel(plots.coloured(top[0].picture, label, classes, 0.75), "ground truth"))
-            places |= {*np.unique(label).tolist()}
+                seen[f"layer {layer}, {when}"] = picture, self.judge(scores, *done.first)
+        panels, legend = self._covered(done.first, seen)
+        top, panels = done.panels + panels[: -len(seen)], panels[-len(seen) :]
         words = (
             f"{done.words} Below: what a linear head, fitted to {short_name(self.experiment.data.source)}, reads from "
             f"the features after a layer, before and after the swap."
         )
-        rows = [top, *(panels[place : place + 4] for place in range(0, len(panels), 4))]
-        return Board(rows, 4, words, plots.class_colours(classes, sorted(places)))
+        return Board([top, *(panels[place : place + 4] for place in range(0, len(panels), 4))], 4, words, legend)
 
     def atlas(self, measure: str = "closed", part: str = "", layer: int = 0, band: str = "") -> Board:
         """The swaps of the premise's study (notebook 02) as heat maps, layers x bands, for amplitude and for phase.
@@ -246,10 +243,9 @@ class Studio(Material):
         boxes = [ax.get_position() for ax in figure.axes[: len(PARTS)]]
         cells = tuple(Cells(rows, columns, (box.x0, 1 - box.y1, box.width, box.height)) for box in boxes)
         words = "In brackets: swaps that close nothing, or no more than their placebo, the same swap in a random basis."
-        for row in found.atlas:
-            if (row["part"], row["layer"], row["band"]) == (part, layer, band):
-                where = f"after layer {layer}" if layer else "in the pixels"
-                words += f" The {part} {where}, band '{band}': the study {_measured(row, found)}."
+        if said := _measured(found, part, layer, band):
+            where = f"after layer {layer}" if layer else "in the pixels"
+            words += f" The {part} {where}, band '{band}': the study {said}."
         return Board([[Panel(picture, is_wide=True, cells=cells)]], 1, words)
 
     def layers(
@@ -261,14 +257,14 @@ class Studio(Material):
         its refiner leaves them, in place of the frozen ones.
         """
         self.renew(run)
-        layer, crossed, added = self.layer_of(space, run), self.has_styles(first, second), ""
-        table = self.distances(run, first, first_index, second, second_index)
-        images, (x, y), axes = self.pair(run, layer, (first, first_index), (second, second_index))
-        titles = [f"{short_name(first)} {first_index}", f"{short_name(second)} {second_index}"]
+        layer, places = self.layer_of(space, run), ((first, first_index), (second, second_index))
+        images, (x, y) = self.pair(run, layer, *places)
+        titles = [f"{short_name(name)} {index}" for name, index in places]
         top = [Panel(to_image(image), title) for image, title in zip(images, titles, strict=True)]
         if layer:
             top += _features((x, y), [f"features after {space}, {title}" for title in titles])
-        if crossed:
+        added = ""
+        if self.has_styles(first, second):
             is_alone = first_index == second_index  # then the next street is the second layout
             layouts = first_index, (second_index + 1) % len(self.domain(second)) if is_alone else second_index
             shares = self.shares(run, (first, second), layouts)
@@ -277,20 +273,19 @@ class Studio(Material):
             added = f" Streets {layouts[0]} and {second_one} in both styles, {space}: {_explained(shares, space)}"
             about = "what style and content explain, by layer (what is left is their interaction)"
         else:
-            chart = plots.distances(table, chosen=space)
+            chart = plots.distances(self.distances(run, *places), chosen=space)
             about = "distance by layer (0: equal; amplitude 0.69: a factor of two; phase 1: unrelated)"
-        moves = {part: _moved(x, y, part, axes) for part in PARTS}
+        moves = {part: _moved(x, y, part) for part in PARTS}
         high, patch = max(float(move.max()) for move in moves.values()), self.backbone(run).patch_size if layer else 1
         bottom = [
             Panel(plots.over_grey(top[0].picture, move, 0, high, patch), f"where the other's {part} changes {space}")
             for part, move in moves.items()
         ]
-        bottom += _amplitudes((x, y), axes, [f"{title}, {space}" for title in titles])
-        row = next(row for row in table if row["layer"] == space)
-        what = "patch" if layer else "pixel"
+        bottom += _amplitudes((x, y), layer, [f"{title}, {space}" for title in titles])
+        apart, what = compare(x, y), "patch" if layer else "pixel"
         words = (
-            f"{f'After {space}' if layer else 'In the pixels'} the two lie {row['amplitude']:.2f} apart in amplitude "
-            f"and {row['phase']:.2f} in phase. Taking the other's amplitude changes a {what}, on average, by "
+            f"{f'After {space}' if layer else 'In the pixels'} the two lie {apart['amplitude']:.2f} apart in amplitude "
+            f"and {apart['phase']:.2f} in phase. Taking the other's amplitude changes a {what}, on average, by "
             f"{100 * moves['amplitude'].mean():.0f} % of a {what}'s mean length, taking its phase by "
             f"{100 * moves['phase'].mean():.0f} % (bright: more)."
         )
@@ -320,8 +315,8 @@ class Studio(Material):
             raise ValueError(f"The tokens of {branch} after layer {layer} are 0 to {count - 1}, not {token}.")
         scene, patch = to_image(self.image(domain, index)), self.backbone(run).patch_size
         change, after = self._without(run, domain, index, layer, branch, token)
-        pictures = {", all tokens": scene, ", without the token": scene}
-        compared = self._compared(run, domain, index, after, pictures)
+        titles = "segmentation, all tokens", "segmentation, without the token"
+        compared = self._compared(run, (domain, index), after, titles, scene)
         most, mean = float(change.max()), float(change.mean())
         changed = plots.over_grey(scene, change, 0, most, patch)
         compared.rows[-1].append(Panel(changed, f"what it changes after layer {layer}: up to {_percent(most)}"))
@@ -342,6 +337,7 @@ class Studio(Material):
     ) -> tuple[np.ndarray, Segmented]:
         """How far a patch's features change behind a layer, (H, W) in units of their length, and what is seen then."""
         refiner, changes = self.model(run).refiner, []
+        token_map = refiner.branches()[branch].token_map
 
         def silence(_: object, __: object, values: Tensor) -> Tensor:
             """Values of the tokens 1 to M - 1 with one at zero; token 0 has none."""
@@ -350,11 +346,8 @@ class Studio(Material):
         def without(features: Tensor, at: int) -> Tensor:
             """The refiner's answer without the token."""
             own = refiner(features, at)
-            hook = refiner.branches()[branch].token_map.register_forward_hook(silence)
-            try:
+            with token_map.register_forward_hook(silence):
                 silent = refiner(features, at)
-            finally:
-                hook.remove()
             changes.append((own - silent).norm(dim=-1) / own.norm(dim=-1).clamp(min=1e-12))
             return silent
 
@@ -382,30 +375,31 @@ class Studio(Material):
             words += f" {only}: {percent[place]:.1f} % of the labelled pixels."
         return Board([[panel, Panel(plots.coloured(image, label, classes, opacity), title)]], 2, words, legend)
 
-    def _compared(self, run: str, domain: str, index: int, after: Segmented, pictures: dict[str, np.ndarray]) -> Board:
-        """What is seen of a picture as it is and after a change, beside its label; below, where the two differ.
-
-        pictures: the two, by their titles.
-        """
-        classes, label = self.domain(domain).class_set, self.label(domain, index)
-        before, scene = self.segmented(run, domain, index), next(iter(pictures.values()))
-        maps, panels = [before.places, after.places], []
+    def _covered(
+        self, place: Place, seen: Mapping[str, tuple[np.ndarray, Segmented]]
+    ) -> tuple[list[Panel], dict[str, tuple[int, int, int]]]:
+        """A picture's label, if it has one, and what is `seen` of it, by titles, over a picture; the legend of all."""
+        classes, label = self.domain(place[0]).class_set, self.label(*place)
         if label is not None:
-            maps.append(label)
-            panels.append(Panel(plots.coloured(scene, label, classes, 0.75), "ground truth"))
-        for one, (title, picture) in zip((before, after), pictures.items(), strict=True):
+            seen = {"ground truth": (to_image(self.image(*place)), Segmented(label, math.nan)), **seen}
+        panels = []
+        for title, (picture, one) in seen.items():
             score = "" if math.isnan(one.miou) else f": mIoU {one.miou:.1f} %"
-            panels.append(Panel(plots.coloured(picture, one.places, classes, 0.75), f"segmentation{title}{score}"))
+            panels.append(Panel(plots.coloured(picture, one.places, classes, 0.75), f"{title}{score}"))
+        return panels, plots.class_colours(classes, np.unique([one.places for _, one in seen.values()]))
+
+    def _compared(
+        self, run: str, place: Place, after: Segmented, titles: tuple[str, str], changed: np.ndarray
+    ) -> Board:
+        """What is seen of a picture, and of the `changed` one, beside the label; below, where the two differ."""
+        before, scene = self.segmented(run, *place), to_image(self.image(*place))
+        panels, legend = self._covered(place, {titles[0]: (scene, before), titles[1]: (changed, after)})
         flipped = before.places != after.places
         share = _percent(flipped.mean())
         flips = Panel(plots.marked(scene, flipped), f"pixels that flipped (orange): {share}")
-        if label is None:
-            said = "This domain has no labels, so there is no mIoU."
-        elif math.isnan(before.miou):
-            said = "No pixel of this picture has a label, so there is no mIoU."
-        else:
-            said = f"mIoU of this picture, at the size shown: {before.miou:.1f} % before, {after.miou:.1f} % after."
-        legend = plots.class_colours(classes, np.unique(np.stack(maps)))
+        said = f"mIoU of this picture, at the size shown: {before.miou:.1f} % before, {after.miou:.1f} % after."
+        if math.isnan(before.miou):
+            said = "This picture has no labels, so there is no mIoU."
         return Board([panels, [flips]], 3, f"{said} {share} of the pixels change their class.", legend)
 
 
@@ -426,46 +420,46 @@ def _explained(rows: Sequence[Mapping], space: str) -> str:
     return f"{'; '.join(said)} (of its variance)."
 
 
-def _measured(row: Mapping, found: Findings) -> str:
-    """A row of the atlas in words."""
-    return (
-        f"found, over {row['streets']} streets and read out after layer {found.about['readout']}, "
-        f"{_whole(row['closed'])} [{_whole(row['closed low'])}, {_whole(row['closed high'])}] of the way closed, "
-        f"{_whole(row['placebo'])} by the placebo, and the content kept in {_whole(row['content kept'])}"
-    )
+def _measured(found: Findings, part: str, layer: int, band: str) -> str:
+    """A cell of the atlas in words; "" where it holds none."""
+    for row in found.atlas:
+        if (row["part"], row["layer"], row["band"]) == (part, layer, band):
+            return (
+                f"found, over {row['streets']} streets and read out after layer {found.about['readout']}, "
+                f"{_whole(row['closed'])} [{_whole(row['closed low'])}, {_whole(row['closed high'])}] of the way "
+                f"closed, {_whole(row['placebo'])} by the placebo, and the content kept in "
+                f"{_whole(row['content kept'])}"
+            )
+    return ""
 
 
 def _features(maps: Sequence[Tensor], titles: Sequence[str]) -> list[Panel]:
     """Feature maps (1, H, W, C) in common colours, those of the first two."""
-    pictures = feature_pictures(maps, 2)
+    pictures = spectra.feature_pictures(maps, 2)
     return [Panel(np.uint8(255 * picture), title) for picture, title in zip(pictures, titles, strict=True)]
 
 
 def _amplitudes(
-    maps: Sequence[Tensor], axes: tuple[int, int], names: Sequence[str], band: tuple[float, float] | None = None
+    maps: Sequence[Tensor], layer: int, names: Sequence[str], band: tuple[float, float] | None = None
 ) -> list[Panel]:
     """Log amplitudes, mean over the channels, on one scale; those of pixels are of values from 0 to 255."""
-    scale = 255 if axes == spectral.PIXELS else 1
-    values = [log_amplitude_picture(scale * one, axes)[0].numpy() for one in maps]
+    scale = 1 if layer else 255
+    values = [spectra.log_amplitude_picture(scale * one, spectral.GRID)[0].numpy() for one in maps]
     return plots.spectrum_row(values, [f"log amplitude, {name}" for name in names], band=band)
 
 
-def _phases(
-    maps: Sequence[Tensor], axes: tuple[int, int], names: Sequence[str], band: tuple[float, float] | None
-) -> list[Panel]:
+def _phases(maps: Sequence[Tensor], layer: int, names: Sequence[str], band: tuple[float, float] | None) -> list[Panel]:
     """Phases of the channel in which the first map varies most: a mean over channels would have a phase of its own."""
-    channel = int(maps[0].var(axes).argmax())
-    called = ("red", "green", "blue")[channel] if axes == spectral.PIXELS else f"channel {channel}"
-    chosen = [one.select(spectral.CHANNEL_AXIS[axes], channel) for one in maps]
-    values = [phase_picture(one - one.mean())[0].numpy() for one in chosen]
+    channel = int(maps[0].var((0, 1, 2)).argmax())
+    called = f"channel {channel}" if layer else ("red", "green", "blue")[channel]
+    values = [spectra.phase_picture(one - one.mean())[0].numpy() for one in (m[..., channel] for m in maps)]
     return plots.spectrum_row(values, [f"phase ({called}), {name}" for name in names], is_phase=True, band=band)
 
 
-def _moved(x: Tensor, y: Tensor, part: str, axes: tuple[int, int]) -> np.ndarray:
+def _moved(x: Tensor, y: Tensor, part: str) -> np.ndarray:
     """How far each place of x moves when it takes y's amplitude or phase, in units of the mean length of x."""
-    channels = spectral.CHANNEL_AXIS[axes]
-    moved = (swap_spectrum(x, y, part, axes=axes) - x).norm(dim=channels)[0]
-    return (moved / x.norm(dim=channels).mean().clamp(min=1e-12)).numpy()
+    moved = (swap_spectrum(x, y, part) - x).norm(dim=-1)[0]
+    return (moved / x.norm(dim=-1).mean().clamp(min=1e-12)).numpy()
 
 
 def _whole(share: float) -> str:

@@ -7,7 +7,6 @@ show the chosen state as a picture.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from itertools import count
 from typing import Any
 
 import ipywidgets
+import numpy as np
 import traitlets
 from IPython.display import HTML, display
 
@@ -26,13 +26,13 @@ from setlib.explorer.guess import Guess  # noqa: F401  (notebooks name it so)
 from setlib.explorer.material import find_folder, shown
 from setlib.explorer.studio import ALL, HIGHEST, MEASURES, Studio
 from setlib.files import STATIC
-from setlib.plots import WIDTH, Board, Cells
+from setlib.plots import WIDTH, Board
 
 DOMAINS = ("content", "style", "first", "second", "domain")  # controls that name one
 
 
 class Explorer:
-    """Base of all: controls whose values are the arguments of one view, and what the view shows.
+    """Base of all: controls, made by `build`, whose values are the arguments of one view, and what the view shows.
 
     `show` displays the widgets, which draw again on every change. A front end sends a slider's next position once the
     last one is drawn, so positions in between are dropped, not queued. A problem is a sentence above the picture, which
@@ -66,10 +66,6 @@ class Explorer:
 
     # Subclasses
 
-    def build(self) -> None:
-        """Makes the controls, with `add`."""
-        raise NotImplementedError
-
     def follow(self) -> None:
         """Fits the controls' choices to each other's values and to what is known by now, before a drawing."""
         for name in DOMAINS:
@@ -80,17 +76,23 @@ class Explorer:
             spaces = self.studio.spaces(self.arguments()["run"])
             offer(self.controls["space"], {space.removeprefix(self.unsaid): space for space in spaces})
 
+    def state(self) -> dict[str, Any]:
+        """What the controls say, for JSON: as keywords it makes the explorer again."""
+        said = {name: widget.value for name, widget in self.controls.items()}
+        for name, value in said.items():
+            if isinstance(value, float | tuple):
+                said[name] = np.round(value, 3).tolist()
+        if "run" in said:
+            run = said["run"].strip().strip("'\"")  # as it is pasted
+            said["run"] = run and shown(find_folder(run))
+        return said
+
     def arguments(self) -> dict[str, Any]:
         """What the controls say, as the view's arguments."""
-        values = {name: widget.value for name, widget in self.controls.items()}
-        given = {name: round(value, 2) if isinstance(value, float) else value for name, value in values.items()}
-        if "run" in given:
-            run = given["run"].strip().strip("'\"")  # as it is pasted
-            given["run"] = run and shown(find_folder(run))
-        return given
+        return self.state()
 
-    def choose(self, box: int, cells: Cells, row: int, column: int) -> None:
-        """What a click on a cell does; box: which of a panel's, all of whose cells are `cells`."""
+    def choose(self, box: int, cell: int) -> None:
+        """What a click on a cell does; box: which of a panel's `cells`."""
 
     # What all share
 
@@ -113,13 +115,6 @@ class Explorer:
                 except (traitlets.TraitError, ValueError) as error:
                     raise ValueError(f"The control {name} cannot be {state[name]!r} ({error}).") from None
         self.update()
-
-    def state(self) -> dict[str, Any]:
-        """What the controls say, for JSON: as keywords it makes the explorer again."""
-        said = {name: widget.value for name, widget in self.controls.items()} | self.arguments()
-        if "low" in said:
-            said["band"] = [said.pop("low"), said.pop("high")]
-        return said
 
     def line(self) -> str:
         """One line of Python that makes the picture shown."""
@@ -150,25 +145,22 @@ class Explorer:
             self.follow()
         self.shown, given = self.board(), self.arguments()
         self.picture.value, self.words.value = self.shown.jpeg(), sentence(self.shown.words)
-        self.code.value, self.kept.value = self.line(), self._state_line()
+        self.code.value, self.kept.value = self.line(), f"{self.view.upper()} = {self.state()!r}"
         if "space" in given and not given["run"] and self.studio.missing:
             self.say(f"Only pixels can be looked at: {self.studio.missing}", is_problem=True)
-
-    def _state_line(self) -> str:
-        return f"{self.view.upper()} = {self.state()!r}"
 
     def _click(self, x: float, y: float) -> None:
         """A click into the picture, in fractions of it."""
         found = self.shown.locate(x, y)
         for number, cells in enumerate(found[0].cells if found else ()):
-            if cell := cells.at(*found[1:]):
-                self.choose(number, cells, *cell)
+            if (cell := cells.at(*found[1:])) is not None:
+                self.choose(number, cell)
 
     def _save(self) -> None:
         names = (f"saved/{self.view}-{number}" for number in count(1))
         name = next(name for name in names if not (self.studio.run.path / f"{name}.png").exists())
         path = self.studio.keep(f"{name}.png", self.board().png(self.line()))
-        self.studio.keep(f"{name}.py", f"{self.line()}.savefig({path.name!r})\n{self._state_line()}\n")
+        self.studio.keep(f"{name}.py", f"{self.line()}.savefig({path.name!r})\n{self.kept.value}\n")
         self.say(f"Saved {shown(path)}, and the lines of Python that make it beside it.")
 
     @contextlib.contextmanager
@@ -226,7 +218,10 @@ class Explorer:
         self.add_row(titled("upload"), self.upload, note="upload")
 
     def _choose(self, control: str, domain: str) -> None:
-        """Shows a domain that has just become a choice."""
+        """Makes a domain a choice, if it is none, and shows it."""
+        if not domain:  # a field was emptied
+            return
+        self.studio.add_domain(domain)
         with self._quietly():
             self.follow()
             self.controls[control].value = domain
@@ -268,9 +263,9 @@ class LensExplorer(Explorer):
 
     def arguments(self) -> dict[str, Any]:
         """The band as its two ends."""
-        given = super().arguments()
-        low, high = given.pop("band")
-        return given | {"low": round(low, 3), "high": round(high, 3)}
+        given = self.state()
+        given["low"], given["high"] = given.pop("band")
+        return given
 
 
 class SwapExplorer(LensExplorer):
@@ -290,9 +285,9 @@ class SwapExplorer(LensExplorer):
         rows, columns = self.studio.grid(given["run"], given["content"], given["content_index"])
         self.controls["patch"].max = rows * columns - 1
 
-    def choose(self, box: int, cells: Cells, row: int, column: int) -> None:
+    def choose(self, box: int, cell: int) -> None:
         """The patch that is clicked."""
-        self.controls["patch"].value = row * math.ceil(cells.columns) + column
+        self.controls["patch"].value = cell
 
 
 class LayerExplorer(Explorer):
@@ -356,13 +351,8 @@ class DomainBrowser(Explorer):
         self.add_upload("domain")
         example = "acdc:night-val@FOLDER"
         self.other = ipywidgets.Text(placeholder=example, description="other", continuous_update=False, **WIDE)
-        self.other.observe(lambda change: self._guarded(self._add, change.new.strip()), names="value")
+        self.other.observe(lambda change: self._guarded(self._choose, "domain", change.new.strip()), names="value")
         self.add_row(self.other, note="other")
-
-    def _add(self, domain: str) -> None:
-        if domain:
-            self.studio.add_domain(domain)
-            self._choose("domain", domain)
 
     def follow(self) -> None:
         """The classes to choose from are the domain's."""
@@ -402,10 +392,11 @@ class AtlasExplorer(Explorer):
         offer(self.controls["layer"], layers)
         offer(self.controls["band"], {row["band"]: row["band"] for row in rows})
 
-    def choose(self, box: int, cells: Cells, row: int, column: int) -> None:
+    def choose(self, box: int, cell: int) -> None:
         """The cell that is clicked, opened."""
-        layer, band = (self.controls[name].options[n][1] for name, n in (("layer", row), ("band", column)))
-        self.set(part=PARTS[box], layer=layer, band=band)
+        layers, bands = ([value for _, value in self.controls[name].options] for name in ("layer", "band"))
+        layer, band = divmod(cell, len(bands))
+        self.set(part=PARTS[box], layer=layers[layer], band=bands[band])
         self._open()
 
     def _open(self) -> None:

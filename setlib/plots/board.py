@@ -49,11 +49,12 @@ class Cells(NamedTuple):
     columns: float
     box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
 
-    def at(self, x: float, y: float) -> tuple[int, int] | None:
-        """Row and column at a place of the picture, in fractions from its upper left corner; None beside the box."""
+    def at(self, x: float, y: float) -> int | None:
+        """The cell, row by row, at a place of the picture, in fractions of it; None beside the box."""
         left, top, width, height = self.box
         row, column = (y - top) / height * self.rows, (x - left) / width * self.columns
-        return (int(row), int(column)) if 0 <= row < self.rows and 0 <= column < self.columns else None
+        is_inside = 0 <= row < self.rows and 0 <= column < self.columns
+        return int(row) * math.ceil(self.columns) + int(column) if is_inside else None
 
 
 class Panel(NamedTuple):
@@ -71,15 +72,12 @@ class Panel(NamedTuple):
     cells: tuple[Cells, ...] = ()
 
 
-Block = tuple[Image.Image, list[tuple[Panel, int, int, int, int]]]  # a row, and where its pictures lie: x, y, w, h
+Piece = tuple[Image.Image, int, int, Panel | None]  # of a board: where it lies, and whose picture it is
 
 
 @dataclass(repr=False, eq=False)
 class Board:
-    """Rows of panels in so many columns, all equally wide; None leaves a place empty.
-
-    words: what they show; legend: colours by their names.
-    """
+    """Rows of panels in equally wide columns (None: an empty place), words on what they show, colours by name."""
 
     rows: list[list[Panel | None]]
     columns: int
@@ -100,33 +98,45 @@ class Board:
 
     def image(self, with_words: bool = True) -> Image.Image:
         """The whole board as one picture, `WIDTH` pixels wide."""
-        blocks, top = [block for block, _ in self._blocks(with_words)], 0
-        whole = Image.new("RGB", (WIDTH, sum(b.height for b in blocks) + GAP * (len(blocks) - 1)), "white")
-        for block in blocks:
-            whole.paste(block, (0, top))
-            top += block.height + GAP
+        pieces = self._pieces(with_words)
+        whole = Image.new("RGB", (WIDTH, max(top + piece.height for piece, _, top, _ in pieces)), "white")
+        for piece, left, top, _ in pieces:
+            whole.paste(piece, (left, top))
         return whole
 
-    def _blocks(self, with_words: bool) -> list[Block]:
-        """What the picture is made of, from top to bottom."""
+    def _pieces(self, with_words: bool) -> list[Piece]:
+        """What the picture is made of, row by row: titles above panels, a scale behind the last column."""
         right = SCALE if any(panel.scale for panel in self.panels) else 0
         width = (WIDTH - right - GAP * (self.columns - 1)) // self.columns
-        blocks = [_row(row, width) for row in self.rows if any(row)]
-        blocks += [(_legend(self.legend), [])] if self.legend else []
-        return blocks + ([(_text(self.words, WIDTH), [])] if with_words and self.words else [])
+        pieces, top = [], 0
+        for row in filter(any, self.rows):
+            widths = {place: WIDTH if panel.is_wide else width for place, panel in enumerate(row) if panel}
+            titles = {place: _text(row[place].title, own) for place, own in widths.items()}
+            pictures = {place: _drawn(row[place], own) for place, own in widths.items()}
+            top += max(title.height for title in titles.values())  # of the pictures
+            height = max(picture.height for picture in pictures.values())
+            for place, title in titles.items():
+                left = place * (width + GAP)
+                pieces += [(title, left, top - title.height, None), (pictures[place], left, top, row[place])]
+            if scale := next((panel.scale for panel in row if panel and panel.scale), None):
+                pieces.append((_bar(scale, height), WIDTH - SCALE + GAP, top, None))
+            top += height + GAP
+        if self.legend:
+            pieces.append((_legend(self.legend), 0, top, None))
+            top += pieces[-1][0].height + GAP
+        return pieces + ([(_text(self.words, WIDTH), 0, top, None)] if with_words and self.words else [])
 
     def locate(self, x: float, y: float) -> tuple[Panel, float, float] | None:
         """The panel at a place of the picture without words, and the place inside the panel's own picture.
 
         Places are fractions from the upper left corner. None beside the pictures of the panels.
         """
-        blocks = self._blocks(with_words=False)
-        x, y = x * WIDTH, y * (sum(block.height for block, _ in blocks) + GAP * (len(blocks) - 1))
-        for block, places in blocks:
-            for panel, left, top, width, height in places:
-                if left <= x < left + width and top <= y < top + height:
-                    return panel, (x - left) / width, (y - top) / height
-            y -= block.height + GAP
+        pieces = self._pieces(with_words=False)
+        x, y = x * WIDTH, y * max(top + piece.height for piece, _, top, _ in pieces)
+        for piece, left, top, panel in pieces:
+            right, down = (x - left) / max(piece.width, 1), (y - top) / max(piece.height, 1)
+            if panel and 0 <= right < 1 and 0 <= down < 1:
+                return panel, right, down
         return None
 
     def jpeg(self) -> bytes:
@@ -179,24 +189,6 @@ def _text(text: str, width: int) -> Image.Image:
     for place, line in enumerate(lines):
         pen.text((0, place * LINE), line, INK, _font())
     return made
-
-
-def _row(row: Sequence[Panel | None], width: int) -> Block:
-    """Panels in columns of a width, their titles above them, a scale behind the last column."""
-    blocks = []
-    for place, panel in enumerate(row):
-        if panel:
-            own = WIDTH if panel.is_wide else width
-            blocks.append((place * (width + GAP), _text(panel.title, own), _drawn(panel, own), panel))
-    head = max(title.height for _, title, *_ in blocks)
-    made = Image.new("RGB", (WIDTH, head + max(picture.height for _, _, picture, _ in blocks)), "white")
-    for x, title, picture, _ in blocks:
-        made.paste(title, (x, head - title.height))
-        made.paste(picture, (x, head))
-    scale = next((panel.scale for panel in row if panel and panel.scale), None)
-    if scale:
-        made.paste(_bar(scale, made.height - head), (WIDTH - SCALE + GAP, head))
-    return made, [(panel, x, head, *picture.size) for x, _, picture, panel in blocks]
 
 
 def _drawn(panel: Panel, width: int) -> Image.Image:
@@ -349,10 +341,7 @@ def spectrum_row(
     band: tuple[float, float] | None = None,
     with_scale: bool = False,
 ) -> list[Panel]:
-    """Spectra (h, w), zero frequency in the middle, in the colours of one scale.
-
-    Log amplitudes, or phases in radians: cyclic, grey where there is none (NaN).
-    """
+    """Log amplitudes, or phases in radians (NaN: none), (h, w), zero frequency in the middle, on one colour scale."""
     if is_phase:
         scale = Scale("twilight", -math.pi, math.pi, {-math.pi: "-π", 0: "0", math.pi: "π"})
     else:

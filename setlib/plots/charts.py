@@ -205,10 +205,7 @@ def stacked(draw: Callable[..., Axes], groups: Sequence[tuple[ClassSet, Mapping[
 
 @quiet
 def confusion(counts: np.ndarray, class_set: ClassSet, ax: Axes | None = None) -> Axes:
-    """Where the pixels of each class (rows) went (columns), percent of the row; grey rows have no labelled pixel.
-
-    counts: (K, K) pixels, label x prediction.
-    """
+    """Where each class's pixels (rows) went (columns), percent; grey: none. counts: (K, K), label x prediction."""
     total = counts.sum(1, keepdims=True)
     percent = np.where(total > 0, 100 * counts / np.maximum(total, 1), np.nan)
     ax = _heatmap(percent, class_set.classes, class_set.classes, ax, "share of the label's pixels (%)")

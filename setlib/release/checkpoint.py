@@ -152,20 +152,10 @@ def _dinov2(channels: int, num_layers: int = 0) -> Preset | None:
 # Parameters under our names and a release's
 
 
-def tokens_from_release(tokens: dict[str, Tensor], refiner: str) -> dict[str, Tensor]:
-    """The parameters of a release's tokens under our names; refiner: "rein" or "set-released"."""
-    return rename(tokens, {theirs: ours.format(branch=BRANCHES[refiner]) for theirs, ours in TOKEN_NAMES.items()})
-
-
 def tokens_to_release(tokens: dict[str, Tensor], refiner: str) -> dict[str, Tensor]:
     """The parameters of our refiner under a release's names, without its note of the batch size."""
     tokens = {name: value for name, value in tokens.items() if name != "trained_batch"}
     return rename(tokens, {ours.format(branch=BRANCHES[refiner]): theirs for theirs, ours in TOKEN_NAMES.items()})
-
-
-def head_from_release(head: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters of a release's head under our names."""
-    return rename(split_three(head, PACKED, PARTS), HEAD_NAMES)
 
 
 def head_to_release(head: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -195,7 +185,8 @@ def load_tokens(refiner: str, parameters: dict[str, Tensor]) -> Refiner:
         sizes = {"query_channels": len(parameters.get("transform.weight", ())), "any_batch": True}
         made = build_refiner(refiner, range(1, num_layers + 1), channels, num_tokens, rank, **sizes)
     _check(parameters, tokens_to_release(dict(made.named_parameters()), refiner), refiner)
-    made.load_state_dict(tokens_from_release(parameters, refiner), strict=False)
+    ours = {theirs: name.format(branch=BRANCHES[refiner]) for theirs, name in TOKEN_NAMES.items()}
+    made.load_state_dict(rename(parameters, ours), strict=False)
     return made.eval()
 
 
@@ -213,7 +204,7 @@ def load_head(parameters: dict[str, Tensor]) -> Mask2FormerHead:
             **head_sizes(parameters),
         )
     _check(parameters, head_to_release(dict(made.named_parameters())), "a Mask2Former head")
-    made.load_state_dict(head_from_release(parameters))
+    made.load_state_dict(rename(split_three(parameters, PACKED, PARTS), HEAD_NAMES))
     return made.eval()
 
 

@@ -39,13 +39,7 @@ class ReleasedSpectralTokens(Refiner):
     linked = "phase"
 
     def __init__(
-        self,
-        layers: Sequence[int],
-        channels: int,
-        num_tokens: int,
-        rank: int,
-        query_channels: int,
-        any_batch: bool,
+        self, layers: Sequence[int], channels: int, num_tokens: int, rank: int, query_channels: int, any_batch: bool
     ) -> None:
         super().__init__(layers, channels, query_channels)
         self.any_batch = any_batch

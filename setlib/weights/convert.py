@@ -178,10 +178,7 @@ class Inert:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, or of a .pth or .bin, whatever holds them there; nothing is unpickled.
-
-    Raises ValueError if the file cannot be read.
-    """
+    """The tensors in a .safetensors, .pth or .bin, however nested; unpickles nothing. ValueError for another file."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

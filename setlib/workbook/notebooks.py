@@ -57,10 +57,7 @@ def notebook_parameters(run: Run) -> dict[str, Any]:
 
 
 def find_notebooks(only: Sequence[str] = ()) -> list[Path]:
-    """The notebooks in order, or those that `only` names ("01", "1" or "01_data").
-
-    Raises ValueError if there are none or a name is unknown.
-    """
+    """The notebooks in order, or those that `only` names ("1" or "01_data"). Raises ValueError for an unknown one."""
     found = {path.stem: path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
     if not found:
         raise ValueError(f"There are no notebooks in {NOTEBOOKS}: run setlib from a clone of the project.")

@@ -51,10 +51,8 @@ def executed(run: Run) -> list[dict]:
                 title = above.splitlines()[0].lstrip("# ")
             for output in cell.get("outputs", ()):
                 said = "".join(output.get("data", {}).get("text/markdown", said))
-        peak, notes = (
-            run.read_json(f"results/{path.stem}.json", {}).get("peak_bytes"),
-            notebook["metadata"]["papermill"],
-        )
+        peak = run.read_json(f"results/{path.stem}.json", {}).get("peak_bytes")
+        notes = notebook["metadata"]["papermill"]
         entry = {"name": path.stem, "title": title or path.stem, "captions": captions, "said": said}
         found.append(entry | {"seconds": notes["duration"], "peak_bytes": peak, "ended": not notes["exception"]})
     return found

@@ -101,7 +101,7 @@ def test_what_a_gpu_is_asked_runs_on_a_cpu(small, monkeypatch, tmp_path, capsys)
 def test_what_does_not_fit_or_fails_or_is_not_reached_is_a_row(small, monkeypatch):
     made = []
 
-    def step(size, refiner, batch, crop, *options):
+    def step(kind, size, refiner, batch, crop, *options):
         made.append((refiner, batch))
         if refiner == "set" and batch > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
@@ -109,7 +109,7 @@ def test_what_does_not_fit_or_fails_or_is_not_reached_is_a_row(small, monkeypatc
             raise RuntimeError("CUFFT_INTERNAL_ERROR\nin a plan")
         return lambda: None
 
-    monkeypatch.setattr(gpu, "PAPER", {"step": step})
+    monkeypatch.setattr(gpu, "paper_step", step)
     monkeypatch.setattr(gpu, "timed", lambda prepare, images: {"seconds": float(callable(prepare()))})
     rows = gpu.paper_rows("step", 32, "float32", end=float("inf"))
     assert made == [("none", 2), ("rein", 2), ("set", 2), ("set", 1), ("set-released", 2), ("none", 1)]

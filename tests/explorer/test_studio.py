@@ -204,8 +204,8 @@ def test_every_patch_can_be_clicked_in_what_shows_the_content(studio, trained):
     assert not any("style" in title or "log amplitude" in title or "phase" in title for title in titles)
     for panel in clickable:
         (cells,) = panel.cells
-        assert cells.at(0, 0) == (0, 0) and cells.at(0.999, 0.999) == (rows - 1, columns - 1)
-        assert cells.at(0.501, 0.501) == (int(0.501 * cells.rows), int(0.501 * cells.columns))
+        assert cells.at(0, 0) == 0 and cells.at(0.999, 0.999) == rows * columns - 1
+        assert cells.at(0.501, 0.501) == int(0.501 * cells.rows) * columns + int(0.501 * cells.columns)
 
 
 def test_a_street_that_exists_in_the_style_tells_how_far_the_swap_goes(studio):
@@ -298,7 +298,7 @@ def test_two_styles_are_parted_into_shares_and_real_pictures_into_distances(stud
 
 
 def test_distances_are_those_of_the_analysis(studio):
-    table, size = studio.distances("", GAME, 0, NIGHT, 0), tuple(studio.image(GAME, 0).shape[-2:])
+    table, size = studio.distances("", (GAME, 0), (NIGHT, 0)), tuple(studio.image(GAME, 0).shape[-2:])
     assert [row["layer"] for row in table] == studio.spaces()
     x, y = (studio.maps("", name, 0, size)[3] for name in (GAME, NIGHT))
     assert {"layer": "layer 3", **analysis.compare(x, y)} == table[3]

@@ -27,7 +27,7 @@ from setlib.explorer.widgets import (
     Tabs,
     TokenExplorer,
 )
-from setlib.plots import GAP, WIDTH
+from setlib.plots import WIDTH
 from setlib.run import Run
 from setlib.workbook import serve as workbook
 
@@ -79,13 +79,11 @@ def write_atlas(run: Run) -> None:
 
 def click(explorer, panel, right: float, down: float) -> None:
     """What the browser sends for a click on a place of a panel's picture."""
-    height, top = explorer.shown.image(with_words=False).height, 0
-    for block, places in explorer.shown._blocks(with_words=False):
-        for one, x, y, w, h in places:
-            if one is panel:
-                told = {"x": (x + right * w) / WIDTH, "y": (top + y + down * h) / height}
-                explorer.picture._handle_custom_msg(told, [])
-        top += block.height + GAP
+    height = explorer.shown.image(with_words=False).height
+    for piece, x, y, one in explorer.shown._pieces(with_words=False):
+        if one is panel:
+            told = {"x": (x + right * piece.width) / WIDTH, "y": (y + down * piece.height) / height}
+            explorer.picture._handle_custom_msg(told, [])
 
 
 # Controls

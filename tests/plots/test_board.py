@@ -63,8 +63,8 @@ def test_a_place_of_the_board_is_a_place_of_a_panels_picture():
 
 def test_cells_are_counted_in_their_box_and_cut_ones_count():
     cells = plots.Cells(1.5, 2, (0.5, 0.0, 0.5, 1.0))
-    assert cells.at(0.4, 0.5) is None and cells.at(0.5, 0.0) == (0, 0)
-    assert cells.at(0.99, 0.7) == (1, 1) and cells.at(0.7, 1.0) is None
+    assert cells.at(0.4, 0.5) is None and cells.at(0.5, 0.0) == 0
+    assert cells.at(0.99, 0.7) == 3 and cells.at(0.7, 1.0) is None
 
 
 def test_a_frame_goes_around_one_square():
