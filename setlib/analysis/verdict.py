@@ -114,11 +114,13 @@ def say_atlas(found: Findings) -> str:
         own = [row for row in found.atlas if row["part"] == part]
         whole = [row for row in own if row["band"] == "all"]
         best, ahead = max(own, key=lambda row: row["closed"]), sum(map(carries, own))
-        span, kept = (_span([100 * row[name] for row in whole]) for name in ("closed", "content kept"))
+        names = ("closed", "style of B", "placebo style of B", "content kept")
+        span, taken, by_placebo, kept = (_span([100 * row[name] for row in whole]) for name in names)
         lines.append(
             f"- All of B's **{part}** closes {span} % of the way, by where it is put; {ahead} of {len(own)} cells lie "
             f"above 0 and above their placebo. The best cell: {best['band']} frequencies in {place(best['layer'])}, "
-            f"{percent(best, 'closed', 'closed ')}. A's layout is still found in {kept} % of the streets."
+            f"{percent(best, 'closed', 'closed ')}. With all of it {taken} % of the streets are taken for B's style "
+            f"(placebo: {by_placebo} %), and A's layout is still found in {kept} %."
         )
     return "\n".join(lines)
 
