@@ -173,7 +173,7 @@ def test_premise_measures_each_backbone_beside_its_control_once(capsys, tmp_path
     first = capsys.readouterr().out
     assert "tiny-random, as trained, 3 layouts in 8 styles" in first and "tiny-random, random weights" in first
     assert len([line for line in first.splitlines() if line.startswith("layer 4")]) == 2
-    assert first.count("*Phase is content*") == 2
+    assert first.count("*Is phase content?*") == 2
     names = [f"premise_{kind}{control}.png" for kind in ("atlas", "shares") for control in ("", "_control")]
     assert sorted(names) == sorted(path.name for path in (tmp_path / "run" / "figures").iterdir())
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("premise*/*.json")}

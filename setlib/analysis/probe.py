@@ -166,6 +166,8 @@ def reveal_phase(rows: Sequence[dict]) -> dict:
 def say_apart(rows: Sequence[dict], names: Sequence[str]) -> str:
     """What `tell_apart` found of two domains, as Markdown sentences."""
     lines = [f"Of **{names[0]}** and **{names[1]}**, balanced accuracies, 50 % is chance:", ""]
+    if all(name.startswith("scenes:") for name in names):
+        lines[0] = "A rehearsal: both are rendered, and the same streets. " + lines[0]
     for layer in dict.fromkeys(row["layer"] for row in rows):
         whole = {row["part"]: row for row in rows if (row["layer"], row["band"]) == (layer, ALL)}
         best = {

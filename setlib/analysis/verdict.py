@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from setlib.analysis import factorial
 from setlib.analysis.premise import DONORS, Findings
 
+_BANDS = {"all": "all of it", "mean": "zero frequency", "low": "low frequencies", "high": "high frequencies"}
+
 
 def place(layer: int) -> str:
     """The name of a place: "the pixels" or "layer 3"."""
@@ -118,7 +120,7 @@ def say_atlas(found: Findings) -> str:
         span, taken, by_placebo, kept = (_span([100 * row[name] for row in whole]) for name in names)
         lines.append(
             f"- All of B's **{part}** closes {span} % of the way, by where it is put; {ahead} of {len(own)} cells lie "
-            f"above 0 and above their placebo. The best cell: {best['band']} frequencies in {place(best['layer'])}, "
+            f"above 0 and above their placebo. The largest: {_BANDS[best['band']]} in {place(best['layer'])}, "
             f"{percent(best, 'closed', 'closed ')}. With all of it {taken} % of the streets are taken for B's style "
             f"(placebo: {by_placebo} %), and A's layout is still found in {kept} %."
         )
@@ -130,15 +132,21 @@ def say_verdict(found: Findings) -> str:
     counts, cells = tally(found.shares), [row for row in found.atlas if row["band"] != "mean"]
     total = sum(counts["phase"].values())
     ahead = {part: sum(carries(row) for row in cells if row["part"] == part) for part in factorial.PARTS}
-    wanted = "amplitude", factorial.BANDS[0], "style"
-    mean = [row for row in found.shares if (row["part"], row["band"], row["factor"]) == wanted]
+    mean = [row for row in found.shares if _is(row, row["layer"], "amplitude", factorial.BANDS[0])]
+    mean = [row for row in mean if row["factor"] == "style"]
     parts = [row for row in found.yardstick if row["donor"] == DONORS[0]]
     best = max([row for row in parts if carries(row)] or parts, key=lambda row: row["gain"])
     lines = []
     for part, half, other in (("phase", "content", "style"), ("amplitude", "style", "content")):
+        here, there = (
+            {row["factor"]: percent(row) for row in found.shares if _is(row, layer, part, factorial.ALL)}
+            for layer in (0, max(row["layer"] for row in found.shares))
+        )
         lines.append(
-            f"- *{part.capitalize()} is {half}*: its {half} share lies above its {other} share in {counts[part][half]} "
-            f"of {total} cells (layer and band, without zero frequency), below it in {counts[part][other]}."
+            f"- *Is {part} {half}?* In the pixels {half} explains {here[half]} of it, {other} {here[other]}, their "
+            f"interaction {here['interaction']}; after the last layer {there[half]}, {there[other]} and "
+            f"{there['interaction']}. Of {total} cells (layer and band, without zero frequency) {half} leads in "
+            f"{counts[part][half]}, {other} in {counts[part][other]}; in {counts[part]['open']} the intervals overlap."
         )
     lines.append(
         f"- At zero frequency style explains {100 * mean[0]['share']:.0f} % of the variance of the channels' means in "
@@ -153,6 +161,10 @@ def say_verdict(found: Findings) -> str:
     return "\n".join(lines)
 
 
+def _is(row: dict, layer: int, part: str, band: str) -> bool:
+    return (row["layer"], row["part"], row["band"]) == (layer, part, band)
+
+
 def reveal_share(rows: Sequence[dict]) -> dict:
     """What `plots.reveal` shows of style's share in the log amplitudes of the pixels; the placebo: shuffled labels."""
     own = next(
@@ -163,11 +175,11 @@ def reveal_share(rows: Sequence[dict]) -> dict:
     return {"claim": 100, "result": 100 * own["share"], "placebo": 100 * own["null"], "ends": ends, "label": label}
 
 
-def reveal_swap(rows: Sequence[dict]) -> dict:
+def reveal_swap(found: Findings) -> dict:
     """What `plots.reveal` shows of all amplitudes swapped in the pixels; the placebo: a random basis."""
-    own = next(row for row in rows if (row["layer"], row["part"], row["band"]) == (0, "amplitude", "all"))
+    own = next(row for row in found.atlas if _is(row, 0, "amplitude", "all"))
     ends = 100 * own["closed low"], 100 * own["closed high"]
-    label = "share of the way from A to A in B's style that B's amplitudes close (%)"
+    label = f"share of the way from A to A in B's style that is closed, read after layer {found.about['readout']} (%)"
     return {"claim": 100, "result": 100 * own["closed"], "placebo": 100 * own["placebo"], "ends": ends, "label": label}
 
 

@@ -224,8 +224,8 @@ class Studio(Material):
         panels, legend = self._covered(done.first, seen)
         top, panels = done.panels + panels[: -len(seen)], panels[-len(seen) :]
         words = (
-            f"{done.words} Below: what a linear head, fitted to {short_name(self.experiment.data.source)}, reads from "
-            f"the features after a layer, before and after the swap."
+            f"{done.words} In the lower rows: what a linear head, fitted to {short_name(self.experiment.data.source)}, "
+            "reads from the features after a layer, before and after the swap."
         )
         return Board([top, *(panels[place : place + 4] for place in range(0, len(panels), 4))], 4, words, legend)
 

@@ -112,12 +112,15 @@ def accuracy_maps(rows: Sequence[Mapping], values: Sequence[str] = ("domain", "c
         for part in dict.fromkeys(row["part"] for row in rows)
         if rows[0][value] is not None
     }
-    return heat_maps(panels, "accuracy (%)", 0.4, 1, "cividis")
+    return heat_maps(panels, "balanced (%)", 0, 1, "PuOr")
 
 
 @quiet
 def yardstick(rows: Sequence[Mapping], ax: Axes | None = None) -> Axes:
-    """What each part closes of the way from A to A in B's style, with its interval, and what its placebos do."""
+    """What each part closes of the way from A to A in B's style, with its interval, and what its placebos do.
+
+    rows: of one layer and one donor.
+    """
     ax, seen = _axes(ax, 0.3 * len(rows) + 1.0), set()
     others = dict.fromkeys(name for row in rows for name in row if name in PLACEBO_NAMES)
     for place, row in enumerate(rows):
@@ -131,7 +134,8 @@ def yardstick(rows: Sequence[Mapping], ax: Axes | None = None) -> Axes:
                 seen.add(name)
     ax.axvline(0, color="#888888", linewidth=0.8)
     ax.set(yticks=range(len(rows)), yticklabels=[row["part"] for row in rows], ylim=(len(rows) - 0.5, -0.5))
-    ax.set_xlabel("share of the way from A to A in B's style that is closed (%)")
+    where = f"{_layer(rows[0]['layer'])}; B: {rows[0]['donor']}"
+    ax.set_xlabel(f"share of the way from A to A in B's style that is closed (%), {where}")
     ax.grid(True, axis="x")
     ax.legend(**ABOVE, ncols=5)
     return ax

@@ -78,9 +78,10 @@ def test_yardstick_shows_parts_and_placebos_where_they_are():
         {"part": "amplitude", "closed": 0.2, "closed low": 0.1, "closed high": 0.3, "random basis": 0.1, "noise": -0.2},
         {"part": "mean", "closed": 0.1, "closed low": 0.0, "closed high": 0.2, "noise": -0.1},
     ]
-    ax = plots.yardstick(rows)
+    ax = plots.yardstick([row | {"layer": 3, "donor": "another street"} for row in rows])
     drawn(ax.figure)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["amplitude", "mean"]
+    assert ax.get_xlabel().endswith("layer 3; B: another street")
     points = {
         (round(float(line.get_xdata()[0])), int(line.get_ydata()[0])) for line in ax.lines if len(line.get_xdata()) == 1
     }
