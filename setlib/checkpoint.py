@@ -37,14 +37,17 @@ FILES = ("config.json", "model.safetensors")
 CARD = Path(__file__).with_name("model_card.md")
 
 
-def build_segmenter(experiment: Experiment, backbone: FrozenBackbone | None = None) -> Segmenter:
+def build_segmenter(
+    experiment: Experiment, backbone: FrozenBackbone | None = None, device: torch.device | None = None
+) -> Segmenter:
     """The segmenter that an experiment describes, its refiner and head at their initial values.
 
-    backbone: one that is loaded already, to be shared; default: the experiment's.
+    backbone: one that is loaded already, to be shared; default: the experiment's. device: default: this process's GPU,
+    else the CPU.
     Raises ValueError for a layer that the backbone has not, or a backbone or refiner that cannot be had here.
     """
     keep_freed_memory()
-    config, device = experiment.model, default_device()
+    config, device = experiment.model, device or default_device()
     backbone = backbone or load_backbone(config.backbone, patch_size=config.patch_size)
     depth = backbone.num_layers
     read = config.feature_layers or even_layers(depth)
@@ -107,16 +110,18 @@ def write_model(
     write_atomic(Path(folder) / "config.json", json.dumps(config, indent=1) + "\n")
 
 
-def load_segmenter(name: str | Path, backbone: FrozenBackbone | None = None, **options: Any) -> Segmenter:
+def load_segmenter(
+    name: str | Path, backbone: FrozenBackbone | None = None, device: torch.device | None = None, **options: Any
+) -> Segmenter:
     """A saved model, in evaluation mode.
 
     name: its folder, a run's, or a repository of the hub (options: revision, token, cache_dir ... of the hub's);
-    backbone: one that is loaded already, to be shared.
+    backbone, device: as in `build_segmenter`.
     Raises ValueError if files are missing or damaged, the backbone differs, or the hub does not have it.
     """
     folder = model_folder(name, options)
     experiment, trained_on, _, tensors = read_model(folder)
-    model = build_segmenter(experiment, backbone)
+    model = build_segmenter(experiment, backbone, device)
     found = model.backbone.fingerprint
     if trained_on not in ("", found):  # "": imported, the release does not say
         raise ValueError(
