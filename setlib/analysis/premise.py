@@ -218,6 +218,8 @@ def measure(
 ) -> Findings:
     """The whole study on `layouts` rendered streets, in RUN/premise; what is there already is not measured again.
 
+    A study of more streets or places that is there, finished or not, is taken in its place.
+
     Shares are measured in the pixels and after every layer, swaps in `places` places evenly from the pixels to the
     readout, the layer at three quarters of the depth. is_control: a backbone of the same shape with random weights in
     the place of the run's, kept in RUN/premise-control. Raises ValueError for fewer than 3 layouts or styles, or no
@@ -238,11 +240,13 @@ def measure(
     asked |= {"layouts": layouts, "styles": list(styles), "content_seed": data.content_seed}
     asked |= {"spans": {name: list(span) for name, span in transplant.SPANS.items()}, "bands": list(factorial.EDGES)}
     kept = read(run, folder)
-    if kept is None or kept.about["asked"] != asked:
+    if kept is None or not _covers(kept.about["asked"], asked):
         kept = Findings([], [], [], {"asked": asked, "done": [], "readout": readout, "backbone": config.backbone})
+    asked, swapped = kept.about["asked"], kept.about["asked"]["swapped"]
     left = [layer for layer in range(backbone.num_layers + 1) if layer not in kept.about["done"]]
     if not left:
         return kept
+    layouts = asked["layouts"]
     streets = Streets(backbone, styled_scenes(data, layouts, styles))
     works = len([layer for layer in left if layer in swapped]) * 2 * (len(transplant.PARTS) + len(transplant.SPANS))
     with tqdm(total=len(left) + works, desc="premise", unit="measurement") as bar:
@@ -263,6 +267,13 @@ def measure(
             for name, content in kept._asdict().items():  # the last, about, says what is done
                 run.write_json(f"{folder}/{name}.json", content)
     return read(run, folder)
+
+
+def _covers(kept: dict, asked: dict) -> bool:
+    """Whether a study answers a question: of the same streets, but maybe of more of them and in more places."""
+    more = {"layouts": kept["layouts"], "swapped": kept["swapped"]}
+    is_larger = kept["layouts"] >= asked["layouts"] and {*asked["swapped"]} <= {*kept["swapped"]}
+    return is_larger and kept == asked | more
 
 
 def _beliefs(run: Run, streets: Streets, readout: int) -> Beliefs:

@@ -52,6 +52,10 @@ def test_a_second_start_measures_nothing_and_a_killed_one_goes_on(run: Run, foun
         assert numbers == [pytest.approx([v for v in row.values() if isinstance(v, float)], abs=1e-4) for row in two]
 
 
+def test_a_larger_study_answers_a_smaller_question(run: Run, found: premise.Findings):
+    assert premise.measure(run, layouts=3, places=1, styles=STYLES) == found
+
+
 def test_another_question_is_asked_anew(run: Run, found: premise.Findings, tmp_path):
     other = Run.open(tmp_path / "run", run.experiment)
     first = premise.measure(other, layouts=3, places=1, styles=STYLES[:3])
