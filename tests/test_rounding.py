@@ -59,7 +59,7 @@ def work(folder):
     reading = tokens.read_tokens(model, night.sample(0).image)
     rows = {
         "shares": studio.shares("", (GAME, NIGHT), (0, 1)),
-        "distances": studio.distances("", GAME, 0, NIGHT, 0),
+        "distances": studio.distances("", (GAME, 0), (NIGHT, 0)),
         "attention": tokens.attention_table(reading),
         "changes": reading.changes,
         "leak": tokens.batch_leak(tokens.frozen_features(model, night)),
