@@ -97,6 +97,7 @@ def atlas(
     doubtful = {part: (_frame(own, "gain low") <= 0) | (_frame(own, "closed low") <= 0) for part, own in parts.items()}
     reach = max(0.1, *(float(frame.abs().max().max()) for frame in panels.values()))
     made = heat_maps(panels, label, -reach, reach, "PuOr", doubtful)
+    made.axes[0].set_xlabel("frequency: zero (mean), up to a quarter of the highest (low), above it (high)", loc="left")
     for ax, (part, frame) in zip(made.axes, panels.items(), strict=False):  # the last axes are the scale's
         for (i, layer), (j, band) in product(enumerate(frame.index), enumerate(frame.columns)):
             if chosen and (part, layer, band) == (chosen[0], _layer(chosen[1]), chosen[2]):
