@@ -255,7 +255,7 @@ class LensExplorer(Explorer):
         self.add_picture("style", value=self.studio.names[-1])
         self.add("part", buttons(PARTS, "100px"), title="what moves")
         self.add("space", ipywidgets.Dropdown(options=["pixels"], description="where", **WIDE))
-        ends = {"value": (0, HIGHEST), "min": 0, "max": HIGHEST, "step": 0.005, "readout_format": ".3f"}
+        ends = {"value": (0, HIGHEST), "min": 0, "max": HIGHEST, "step": 0.001, "readout_format": ".3f"}
         self.add("band", ipywidgets.FloatRangeSlider(description="frequencies", **ends, **WIDE))
         self.add("weight", ipywidgets.FloatSlider(1, min=0, max=1, step=0.05, description="weight", **WIDE))
         self.add_run()
