@@ -85,7 +85,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     argument("domain", metavar="DOMAIN", help="name[:split]@folder")
     argument("--out", metavar="DIR", type=Path, required=True, help="folder for the copy")
     argument("--short-edge", metavar="N", type=int, required=True, help="pixels; smaller ones stay")
-    argument = add("premise", premise_command, profile, options, made)
+    argument = add("premise", premise_command, *everything)
     argument("--layouts", metavar="N", type=int, default=64, help="streets, each in eight styles; default 64")
     argument("--places", metavar="N", type=int, default=10, help="places of swaps, from the pixels on; default 10")
     text = "default: the profile's; each is measured beside one of its shape with random weights"
@@ -177,7 +177,6 @@ def run_command(args: argparse.Namespace) -> int:
 
 def premise_command(args: argparse.Namespace) -> int:
     """Measure whether amplitude is style and phase content, at full size; goes on where it was cut short."""
-    args.target = None
     run = open_run(args)
     from setlib import plots
     from setlib.analysis import premise, verdict
