@@ -59,7 +59,8 @@ def heat_maps(
                 ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
                 text = _percent(100 * value)
                 is_doubtful = doubtful is not None and bool(doubtful[title].to_numpy()[i, j])
-                ax.text(j, i, f"({text})" if is_doubtful else text, color=ink, fontsize=7, ha="center", va="center")
+                look = {"color": ink, "fontsize": 7 if len(text) < 3 or len(frame.columns) < 6 else 6}
+                ax.text(j, i, f"({text})" if is_doubtful else text, ha="center", va="center", **look)
         ax.set_title(title)
         ax.set_xticks(range(len(frame.columns)), frame.columns, rotation=60, ha="right", rotation_mode="anchor")
         ax.set_yticks(range(len(frame)), frame.index)
