@@ -16,11 +16,11 @@ from scipy import stats
 from torch import Tensor
 
 from setlib import spectral
+from setlib.analysis.spectra import PARTS
 
 EDGES = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 1.5)  # of the bands; 1 = Nyquist, corners lie beyond it
 BANDS = ("mean", "to 1/64", "to 1/32", "to 1/16", "to 1/8", "to 1/4", "to 1/2", "to 1", "corners")
 ALL = "all"  # every frequency but zero
-PARTS = ("amplitude", "phase")
 FACTORS = ("style", "content", "interaction")
 RESAMPLES, SHUFFLES, LEVEL = 2000, 100, 0.95
 

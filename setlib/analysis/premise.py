@@ -22,6 +22,7 @@ from setlib.analysis import factorial, transplant
 from setlib.analysis.factorial import interval, resampled
 from setlib.analysis.probe import Lens, at_patches, fit_lenses
 from setlib.analysis.survey import styled_scenes
+from setlib.analysis.transplant import distance
 from setlib.backbone import FrozenBackbone
 from setlib.data import domains
 from setlib.data.labels import CITYSCAPES
@@ -83,7 +84,8 @@ class Streets:
         if not layer:
             parts = features.permute(0, 3, 1, 2).clamp(0, 1).split(BATCH)
             return torch.cat([self.backbone(part, layers=(readout,))[readout] for part in parts])
-        hidden, patches = torch.cat([one.hidden for one in self._frozen])[self.a], features.flatten(1, 2)
+        hidden = torch.stack([self._frozen[cell // BATCH].hidden[cell % BATCH] for cell in self.a])
+        patches = features.flatten(1, 2)
         hidden = torch.cat([hidden[:, : hidden.shape[1] - patches.shape[1]], patches], 1)
         parts = zip(self.images[self.a].split(BATCH), hidden.split(BATCH), strict=True)
         run = partial(self.backbone, layers=(readout,))
@@ -113,14 +115,14 @@ class Beliefs:
         layout (its mean over the styles that are neither A's nor B's) is A's; counts: (n, K, K) pixels of A's labels by
         what the lens says.
         """
-        way = _distance(self.start, self.goal)
+        way = distance(self.start, self.goal)
         said = self.lens(x).argmax(1).byte().numpy()
         counts = [
             pixel_counts(one, label, len(CITYSCAPES)) for one, label in zip(said, self.labels.numpy(), strict=True)
         ]
-        found = {"closed": transplant.closed(x, self.start, self.goal), "to A": _distance(x, self.start) / way}
+        found = {"closed": transplant.closed(x, self.start, self.goal), "to A": distance(x, self.start) / way}
         found |= {
-            "to B": _distance(x, self.donor) / way,
+            "to B": distance(x, self.donor) / way,
             "style of B": self._style(x),
             "content kept": self._content(x),
         }
@@ -159,9 +161,10 @@ def yardstick(features: Tensor, streets: Streets, count: Callable[[], Any] = lam
     a, goal, rows = features[streets.a], features[streets.goal], []
     for donor, y in zip(DONORS, (features[streets.b], goal), strict=True):
         for name, part in transplant.PARTS.items():
-            own, others = transplant.closed(part(a, y), a, goal).numpy(), {}
+            moved, others = part(a, y), {}
+            own, reach = transplant.closed(moved, a, goal).numpy(), distance(moved, a)
             for placebo in transplant.PLACEBOS:
-                found = transplant.closed(transplant.placebo(part, placebo, a, y), a, goal).numpy()
+                found = transplant.closed(transplant.placebo(part, placebo, a, y, reach), a, goal).numpy()
                 if not np.allclose(found, own, atol=1e-3):  # a mean does not know the order: it is the part itself
                     others[placebo] = found
             best = max(others, key=lambda placebo: others[placebo].mean())
@@ -181,11 +184,12 @@ def atlas(
     for gain, what the swap closes beyond the same swap in a random basis, the placebo.
     """
     a, b, rows = features[streets.a], features[streets.b], []
-    for part in ("amplitude", "phase"):
+    for part in factorial.PARTS:
         for band, (low, high) in transplant.SPANS.items():
             swap = partial(transplant.swap_spectrum, part=part, low=low, high=high)
-            moved = swap(a, b), transplant.placebo(swap, "random basis", a, b)
-            own, other = (beliefs(streets.go_on(x, layer, beliefs.layer)) for x in moved)
+            moved = swap(a, b)
+            both = moved, transplant.placebo(swap, "random basis", a, b, distance(moved, a))
+            own, other = (beliefs(streets.go_on(x, layer, beliefs.layer)) for x in both)
             row = {"part": part, "band": band, "streets": len(a)} | _means(own)
             row |= _summary("closed", own["closed"]) | _summary("placebo", other["closed"])
             row |= _summary("gain", own["closed"] - other["closed"])
@@ -205,11 +209,6 @@ def _summary(name: str, values: np.ndarray) -> dict[str, float]:
     weights = resampled(len(values))
     low, high = interval(weights @ values / weights.sum(1), len(values))
     return {name: float(values.mean()), f"{name} low": float(low), f"{name} high": float(high)}
-
-
-def _distance(x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean distance of each picture's features, (B,)."""
-    return (x - y).flatten(1).norm(dim=1)
 
 
 @torch.no_grad()

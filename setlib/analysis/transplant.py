@@ -90,17 +90,16 @@ PARTS: dict[str, Part] = {
 PLACEBOS = ("random basis", "shuffled patches", "channel axis", "noise")
 
 
-def placebo(part: Part, name: str, x: Tensor, y: Tensor, seed: int = 0) -> Tensor:
-    """x (B, H, W, C) moved as far as `part` moves it, picture by picture, but by what knows nothing of space.
+def placebo(part: Part, name: str, x: Tensor, y: Tensor, reach: Tensor, seed: int = 0) -> Tensor:
+    """x (B, H, W, C) moved by `reach` (B,), as far as `part` moves it, in a way that knows nothing of waves.
 
     random basis: the same swap after random signs and a random order of the positions, so over an orthonormal basis
     without place or frequency. shuffled patches: after a random order alone, which leaves the mean in its bin. channel
-    axis: over the channels of each position, as the released code transforms. noise: a random direction. Where a
-    placebo is the part itself (a mean does not know the order) it does not move otherwise either.
+    axis: over the channels of each position, as the released code transforms. noise: a random direction. What does not
+    know the order of the positions, such as a mean, is its own placebo with shuffled patches.
     Raises ValueError for an unknown name.
     """
     generator, (height, width) = torch.Generator().manual_seed(seed), x.shape[1:3]
-    moved = part(x, y) - x
     if name == "noise":
         change = torch.randn(x.shape, generator=generator)
     elif name == "channel axis":
@@ -116,17 +115,17 @@ def placebo(part: Part, name: str, x: Tensor, y: Tensor, seed: int = 0) -> Tenso
         change = (change * signs).view_as(x) - x
     else:
         raise ValueError(f"Unknown placebo '{name}': expected one of {', '.join(PLACEBOS)}.")
-    return x + change * (_length(moved) / _length(change).clamp(min=1e-12))
+    return x + change * (reach / change.flatten(1).norm(dim=1).clamp(min=1e-12)).view(-1, 1, 1, 1)
+
+
+def distance(x: Tensor, y: Tensor) -> Tensor:
+    """Euclidean distance of each picture's features, (B,); x, y: (B, H, W, C)."""
+    return (x - y).flatten(1).norm(dim=1)
 
 
 def closed(x: Tensor, start: Tensor, goal: Tensor) -> Tensor:
     """The share of the distance from `start` to `goal` that x has closed, (B,): 1 at the goal, 0 as far as the start.
 
-    All (B, H, W, C); Euclidean distances over a picture's features. Below 0: further away than the start.
+    All (B, H, W, C). Below 0: further away than the start.
     """
-    return 1 - (_length(x - goal) / _length(start - goal).clamp(min=1e-12)).flatten()
-
-
-def _length(x: Tensor) -> Tensor:
-    """Euclidean length of each picture's features, (B, 1, 1, 1)."""
-    return x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    return 1 - distance(x, goal) / distance(start, goal).clamp(min=1e-12)

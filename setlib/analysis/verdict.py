@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from setlib.analysis import factorial
 from setlib.analysis.premise import DONORS, Findings
 
+HALVES = (("phase", "content", "style"), ("amplitude", "style", "content"))  # of the premise: part, what it is, not
 _BANDS = {"all": "all of it", "mean": "zero frequency", "low": "low frequencies", "high": "high frequencies"}
 
 
@@ -54,6 +55,14 @@ def tally(rows: Sequence[dict]) -> dict[str, dict[str, int]]:
     return counts
 
 
+def _leads(counts: dict[str, int], half: str, other: str) -> str:
+    """The counts of one part as a sentence."""
+    return (
+        f"Of {sum(counts.values())} cells (layer and band, without zero frequency) {half} leads in {counts[half]}, "
+        f"{other} in {counts[other]}; in {counts['open']} the intervals overlap."
+    )
+
+
 def say_shares(rows: Sequence[dict]) -> str:
     """What the crossed design found, as Markdown sentences."""
     own = {(r["layer"], r["part"], r["band"], r["factor"]): r for r in rows}
@@ -73,13 +82,8 @@ def say_shares(rows: Sequence[dict]) -> str:
         f"{percent(mean[1])} after layer {layers[1]} and {percent(mean[2])} after layer {layers[-1]}."
     )
     counts = tally(rows)
-    for part, half in (("amplitude", "style"), ("phase", "content")):
-        found, total = counts[part], sum(counts[part].values())
-        other = "content" if half == "style" else "style"
-        lines.append(
-            f"- Of {total} cells (layer and band, without zero frequency) **{part}** holds more {half} than {other} in "
-            f"{found[half]}, more {other} in {found[other]}; in {found['open']} the intervals overlap."
-        )
+    for part, half, other in HALVES:
+        lines.append(f"- **{part.capitalize()}**. {_leads(counts[part], half, other)}")
     nulls = [abs(row["null"]) for row in rows if row["factor"] != "interaction"]
     lines.append(
         f"- With shuffled labels no share of style or content is further from 0 than {100 * max(nulls):.1f} %."
@@ -130,14 +134,13 @@ def say_atlas(found: Findings) -> str:
 def say_verdict(found: Findings) -> str:
     """The answer, place by place where swaps were made, as Markdown sentences."""
     counts, cells = tally(found.shares), [row for row in found.atlas if row["band"] != "mean"]
-    total = sum(counts["phase"].values())
     ahead = {part: sum(carries(row) for row in cells if row["part"] == part) for part in factorial.PARTS}
     mean = [row for row in found.shares if _is(row, row["layer"], "amplitude", factorial.BANDS[0])]
     mean = [row for row in mean if row["factor"] == "style"]
     parts = [row for row in found.yardstick if row["donor"] == DONORS[0]]
     best = max([row for row in parts if carries(row)] or parts, key=lambda row: row["gain"])
     lines = []
-    for part, half, other in (("phase", "content", "style"), ("amplitude", "style", "content")):
+    for part, half, other in HALVES:
         here, there = (
             {row["factor"]: percent(row) for row in found.shares if _is(row, layer, part, factorial.ALL)}
             for layer in (0, max(row["layer"] for row in found.shares))
@@ -145,8 +148,7 @@ def say_verdict(found: Findings) -> str:
         lines.append(
             f"- *Is {part} {half}?* In the pixels {half} explains {here[half]} of it, {other} {here[other]}, their "
             f"interaction {here['interaction']}; after the last layer {there[half]}, {there[other]} and "
-            f"{there['interaction']}. Of {total} cells (layer and band, without zero frequency) {half} leads in "
-            f"{counts[part][half]}, {other} in {counts[part][other]}; in {counts[part]['open']} the intervals overlap."
+            f"{there['interaction']}. {_leads(counts[part], half, other)}"
         )
     lines.append(
         f"- At zero frequency style explains {100 * mean[0]['share']:.0f} % of the variance of the channels' means in "
@@ -167,9 +169,7 @@ def _is(row: dict, layer: int, part: str, band: str) -> bool:
 
 def reveal_share(rows: Sequence[dict]) -> dict:
     """What `plots.reveal` shows of style's share in the log amplitudes of the pixels; the placebo: shuffled labels."""
-    own = next(
-        r for r in rows if (r["layer"], r["part"], r["band"], r["factor"]) == (0, *("amplitude", "all", "style"))
-    )
+    own = next(row for row in rows if _is(row, 0, "amplitude", factorial.ALL) and row["factor"] == "style")
     ends = 100 * own["low"], 100 * own["high"]
     label = "share of style in the log amplitudes of the pixels (%)"
     return {"claim": 100, "result": 100 * own["share"], "placebo": 100 * own["null"], "ends": ends, "label": label}

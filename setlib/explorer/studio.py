@@ -24,7 +24,7 @@ from setlib.analysis.premise import Findings
 from setlib.analysis.spectra import PARTS, compare
 from setlib.analysis.survey import evenly
 from setlib.analysis.tokens import Intervened
-from setlib.analysis.transplant import SPANS, closed, placebo, swap_spectrum
+from setlib.analysis.transplant import SPANS, closed, distance, placebo, swap_spectrum
 from setlib.data.augment import to_image
 from setlib.data.domains import short_name
 from setlib.data.labels import IGNORE
@@ -193,7 +193,8 @@ class Studio(Material):
         if not self.has_styles(first[0], done.style):
             return ""
         goal = self.pair(done.run, layer, first, (done.style, first[1]))[1][1]
-        own, other = (closed(z, x, goal).item() for z in (mixed, placebo(done.change, "random basis", x, y)))
+        instead = placebo(done.change, "random basis", x, y, distance(mixed, x))
+        own, other = (closed(z, x, goal).item() for z in (mixed, instead))
         words = (
             f" Of the way to this street in {short_name(done.style)} it closes {_whole(own)} where it is made, and the "
             f"same swap in a random basis, which moves as far, {_whole(other)}."

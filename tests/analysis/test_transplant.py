@@ -57,10 +57,11 @@ def test_moments_and_mean():
 @pytest.mark.parametrize("part", PARTS)
 def test_placebo_moves_as_far_elsewhere(part: str, name: str):
     """Same length of the way for every picture; only what does not know the order of positions is its own placebo."""
-    moved = transplant.placebo(PARTS[part], name, X, Y)
     own = PARTS[part](X, Y)
+    reach = transplant.distance(own, X)
+    moved = transplant.placebo(PARTS[part], name, X, Y, reach)
     torch.testing.assert_close((moved - X).flatten(1).norm(dim=1), (own - X).flatten(1).norm(dim=1))
-    torch.testing.assert_close(moved, transplant.placebo(PARTS[part], name, X, Y))
+    torch.testing.assert_close(moved, transplant.placebo(PARTS[part], name, X, Y, reach))
     is_itself = name == "shuffled patches" and part.startswith("mean")
     assert torch.allclose(moved, own, atol=1e-4) == is_itself
 
@@ -68,16 +69,16 @@ def test_placebo_moves_as_far_elsewhere(part: str, name: str):
 def test_placebos_keep_what_they_should():
     """An amplitude swap with shuffled patches takes the mean along, over the channels it mixes no two positions."""
     swap = PARTS["amplitude"]
-    change = transplant.placebo(swap, "channel axis", X, Y) - X
+    change = transplant.placebo(swap, "channel axis", X, Y, torch.ones(3)) - X
     other = Y.clone()
     other[:, 2, 3] += 5
-    again = transplant.placebo(swap, "channel axis", X, other) - X
+    again = transplant.placebo(swap, "channel axis", X, other, torch.ones(3)) - X
     ratio = again / change
     untouched = torch.ones(6, 10, dtype=torch.bool)
     untouched[2, 3] = False
     assert (ratio[:, untouched].flatten(1).std(1) < 1e-2 * ratio[:, untouched].flatten(1).mean(1).abs()).all()
     with pytest.raises(ValueError, match="Unknown placebo 'sugar'"):
-        transplant.placebo(swap, "sugar", X, Y)
+        transplant.placebo(swap, "sugar", X, Y, torch.ones(3))
     with pytest.raises(ValueError, match="Unknown part 'colour'"):
         transplant.swap_spectrum(X, Y, "colour")
 
