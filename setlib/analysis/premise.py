@@ -287,9 +287,9 @@ def _beliefs(run: Run, streets: Streets, readout: int) -> Beliefs:
 
 
 def read(run: Run, folder: str = "premise") -> Findings | None:
-    """What is kept in a run folder; None if nothing is."""
+    """What is kept in a run folder; None if nothing is, or not all of it."""
     path = run.path / folder
-    if not (path / "about.json").is_file():
+    if not all((path / f"{name}.json").is_file() for name in Findings._fields):
         return None
     *tables, about = (load_json(path / f"{name}.json") for name in Findings._fields)
     return Findings(*([row for row in rows if row["layer"] in about["done"]] for rows in tables), about)
