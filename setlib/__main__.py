@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -85,6 +86,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     argument("domain", metavar="DOMAIN", help="name[:split]@folder")
     argument("--out", metavar="DIR", type=Path, required=True, help="folder for the copy")
     argument("--short-edge", metavar="N", type=int, required=True, help="pixels; smaller ones stay")
+    add("ablate", ablate_command, *everything)
     argument = add("premise", premise_command, *everything)
     argument("--layouts", metavar="N", type=int, default=64, help="streets, each in eight styles; default 64")
     argument("--places", metavar="N", type=int, default=10, help="places of swaps, from the pixels on; default 10")
@@ -130,15 +132,20 @@ def open_run(args: argparse.Namespace) -> setlib.Run:
 
     check_name(experiment.model.backbone)
     rates = [text.partition("=")[0] for text in experiment.train.refiner_rates]
-    for name in (experiment.model.refiner, *experiment.ablation.variants, *rates):
+    variants = [text.split() for text in experiment.ablation.variants]
+    for _, *options in variants:
+        experiment.override(*options)
+    for name in (experiment.model.refiner, *(words[0] for words in variants), *rates):
         setlib.build_refiner(name, (1,), channels=1, num_tokens=2, rank=1)
 
     domains.check_edges(experiment.data)
-    specs = [domains.parse(name) for name in (experiment.data.source, *experiment.data.targets)]
-    if specs[0].name != "scenes":  # these are rendered when they are used
-        domains.load(specs[0].text, experiment.data, role="source")
-    if args.command != "train":  # training never opens a target
-        check_labelled(experiment.data.targets, experiment, every=False)
+    pairs = experiment.transfers if args.command == "ablate" else [(experiment.data.source, experiment.data.targets)]
+    for source, targets in pairs:
+        specs = [domains.parse(name) for name in (source, *targets)]
+        if specs[0].name != "scenes":  # these are rendered when they are used
+            domains.load(specs[0].text, experiment.data, role="source")
+        if args.command != "train":  # training never opens a target
+            check_labelled(targets, replace(experiment, data=replace(experiment.data, source=source)), every=False)
     return setlib.Run.open(args.run, experiment)
 
 
@@ -197,6 +204,24 @@ def premise_command(args: argparse.Namespace) -> int:
             for title, figure in (("shares", plots.share_maps(found.shares)), ("atlas", plots.atlas(found.atlas))):
                 one.save_figure(figure, f"premise_{title}{'_control' * is_control}")
         print(f"\nRows: {shown(one.path / 'premise')}, figures: {shown(one.path / 'figures')}")
+    return 0
+
+
+def ablate_command(args: argparse.Namespace) -> int:
+    """Train and score variants x seeds x sources (ablation.*), compare them; goes on where it was cut short."""
+    run = open_run(args)
+    from setlib import plots
+    from setlib.analysis import ablation
+
+    found = ablation.run_ablation(run)
+    rows = ablation.differences(found, run.experiment.ablation.baseline)
+    print(plots.Table(ablation.cross(rows, ablation.spread(ablation.scores(found)))))
+    print(f"\n{ablation.verdict(rows)}")
+    run.write_json("ablation/differences.json", rows)
+    run.save_figure(plots.forest(rows), "ablation")
+    print(
+        f"\nRows: {shown(run.path / 'ablation' / 'table.csv')}, figure: {shown(run.path / 'figures' / 'ablation.png')}"
+    )
     return 0
 
 

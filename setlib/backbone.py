@@ -23,6 +23,7 @@ from setlib.features import FrozenFeatures
 if TYPE_CHECKING:  # transformers takes 3 s to import
     from transformers import PreTrainedModel
 
+    from setlib.style import SourceStyle
     from setlib.tokens import Refiner
 
 Colour = Sequence[float]  # red, green, blue
@@ -115,6 +116,7 @@ class FrozenBackbone(nn.Module):
         wanted = self._known(layers or (self.num_layers,))
         done, maps = (frozen.stop, dict(frozen.maps)) if frozen else (0, {})
         refined = self._known(refiner.layers) if refiner is not None else ()
+        style = refiner.style if refiner is not None else None
         if refiner is not None and done > refiner.frozen_until(self.num_layers):
             raise ValueError(f"Frozen features end with layer {done}, but the refiner refines {refined}: end before.")
         if absent := [layer for layer in wanted if layer < done and layer not in maps]:
@@ -136,8 +138,8 @@ class FrozenBackbone(nn.Module):
             own = refiner if number in refined else None
             prompts = own.prompts(number) if own is not None and own.prompts else None
             if number > done:
-                hidden = run_layer(self._layers[number - 1], hidden, arguments, prompts)
-            return _refine(hidden, own, number, grid) if own is not None else hidden
+                hidden = _refine(run_layer(self._layers[number - 1], hidden, arguments, prompts), style, number, grid)
+            return _refine(hidden, own, number, grid)
 
         for number in range(max(done, 1), max(wanted) + 1):  # layer `done` has run, its refiner has not
             learns = torch.is_grad_enabled() and (hidden.requires_grad or number in refined)
@@ -151,22 +153,28 @@ class FrozenBackbone(nn.Module):
 
     @torch.no_grad()
     def frozen_features(
-        self, images: Tensor, stop: int, layers: Sequence[int] = (), frozen: FrozenFeatures | None = None
+        self,
+        images: Tensor,
+        stop: int,
+        layers: Sequence[int] = (),
+        frozen: FrozenFeatures | None = None,
+        style: SourceStyle | None = None,
     ) -> FrozenFeatures:
         """Runs layers 1 to `stop`, or to the last of `layers`, once for any number of later calls with the same images.
 
         images: (B, 3, h, w) in [0, 1]. layers: whose maps are kept. frozen: of the same images, to go on from.
+        style: of the refiner that they are for.
         """
         last, maps = max(self._known((stop, *layers))), {}
         hidden, arguments, grid = self._first_input(images)
         done, hidden = (frozen.stop, frozen.hidden) if frozen else (0, hidden)
         for number in range(done + 1, last + 1):
-            hidden = run_layer(self._layers[number - 1], hidden, arguments)
+            hidden = _refine(run_layer(self._layers[number - 1], hidden, arguments), style, number, grid)
             if number == stop:
                 kept = hidden
             if number in layers:
                 maps[number] = _patches(hidden, grid)
-        return FrozenFeatures(kept, maps, stop)
+        return FrozenFeatures(kept, maps, stop, style)
 
     def _first_input(self, images: Tensor) -> tuple[Tensor, Arguments, Grid]:
         """What the model hands to its first layer: all tokens, the arguments that every layer gets, and the grid."""
@@ -201,8 +209,10 @@ def _patches(hidden: Tensor, grid: Grid) -> Tensor:
     return hidden[:, num_prefix:].unflatten(1, grid)  # (B, H, W, C)
 
 
-def _refine(hidden: Tensor, refiner: Refiner, layer: int, grid: Grid) -> Tensor:
-    """All tokens with the patches refined and every other token as it was."""
+def _refine(hidden: Tensor, refiner: Refiner | SourceStyle | None, layer: int, grid: Grid) -> Tensor:
+    """All tokens with the patches refined, behind the refiner's own layers, and every other token as it was."""
+    if refiner is None or layer not in refiner.layers:
+        return hidden
     features = _patches(hidden, grid)
     refined = refiner(features, layer)
     if refined is features:  # it works inside the layer

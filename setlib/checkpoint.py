@@ -52,8 +52,9 @@ def build_segmenter(
     depth = backbone.num_layers
     read = config.feature_layers or even_layers(depth)
     refined = config.refined_layers or tuple(range(1, depth + 1))
-    for key, layers in (("feature_layers", read), ("refined_layers", refined)):
-        if max(layers) > depth:
+    styled = config.style_layers if "style" in config.refiner else ()
+    for key, layers in (("feature_layers", read), ("refined_layers", refined), ("style_layers", styled)):
+        if max(layers, default=0) > depth:
             raise ValueError(f"Option model.{key} names {layers}, but {backbone.name} has the layers 1 to {depth}.")
     is_mask_head = config.head == "mask2former"
     if is_mask_head and len(read) != 4:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,22 +18,28 @@ from setlib.data.labels import ClassSet
 from setlib.distributed import state
 from setlib.features import SharedFeatures
 from setlib.inference import class_probabilities, cut_picture
-from setlib.metric import MeanIoU, iou_per_class, mean_iou
+from setlib.metric import MeanIoU, iou_per_class, mean_iou, tally
 from setlib.run import Run
 from setlib.segmenter import Segmenter
 
 
+class PictureScore(NamedTuple):
+    """One model on one picture. place: in its domain; miou: of it alone, percent; tally: see `metric.tally`, (3, K)."""
+
+    place: int
+    name: str
+    miou: float
+    tally: np.ndarray
+
+
 @dataclass
 class Score:
-    """One model on one domain. counts: (K, K) pixels by label (row) and prediction (column).
-
-    `pictures` holds (place in the domain, name, mIoU of that picture alone).
-    """
+    """One model on one domain. counts: (K, K) pixels by label (row) and prediction (column)."""
 
     domain: str
     class_set: ClassSet
     counts: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
-    pictures: list[tuple[int, str, float]] = field(default_factory=list)
+    pictures: list[PictureScore] = field(default_factory=list)
     precision: str = "float32"  # of the matrix products
 
     @property
@@ -63,7 +70,7 @@ def evaluate(models: dict[str, Segmenter], domain: Domain, progress: bool = True
     scores = {name: Score(domain.spec.text, classes, precision=model.precision) for name, model in models.items()}
     shown = progress and state().is_main_process
     own = range(state().process_index, len(domain), state().num_processes)  # of several processes
-    with tqdm(own, desc=f"evaluate {domain.spec.text}", unit="img", disable=not shown) as bar:
+    with tqdm(own, desc=f"evaluate {domain.spec.text}", unit="img", leave=None, disable=not shown) as bar:
         for index, sample in domain.samples(bar):
             reference = np.asarray(domain.to_score(sample.label))
             edge = any_model.experiment.data.edge(domain.spec.name, max(sample.image.shape[:2]))
@@ -72,7 +79,8 @@ def evaluate(models: dict[str, Segmenter], domain: Domain, progress: bool = True
             for name, model in models.items():
                 merged = classes.merge(class_probabilities(model, passes, frozen))
                 counts = metrics[name].add(prediction=label_map(merged, reference.shape), reference=reference)
-                scores[name].pictures.append((index, sample.name, mean_iou(iou_per_class(counts))))
+                miou = mean_iou(iou_per_class(counts))
+                scores[name].pictures.append(PictureScore(index, sample.name, miou, tally(counts)))
             latest = {name: f"{metric.compute()['miou']:.1f}" for name, metric in list(metrics.items())[:3]}
             bar.set_postfix(latest, refresh=False)
     for name, score in scores.items():

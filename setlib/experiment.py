@@ -85,6 +85,7 @@ class Model:
     num_prompts: Width = 150  # of vpt, per layer
     adapter_width: Width = 64
     lora_rank: Width = 8
+    style_layers: Layers = (1, 2, 3)  # of style, rein-style and set-style: behind which features get the source's style
     any_batch: bool = False  # lets set-released, whose output depends on the batch, be evaluated at any batch size
     head: Literal["per-pixel", "mask2former"] = "per-pixel"  # mask2former: as many queries as there are tokens
     head_channels: Width = 128
@@ -144,10 +145,12 @@ class Inference:
 
 @dataclass(frozen=True, config=STRICT)
 class Ablation:
-    """Variants x seeds of notebook 05; `overrides` make each training smaller than the main one."""
+    """Variants x seeds x (source -> targets); `overrides` make each training smaller than the main one."""
 
-    variants: Names = ("none", "rein", "set", "set-amplitude", "set-phase", "set-unnormalised")
+    variants: Names = ("none", "rein", "set", "set-amplitude", "set-phase", "set-unnormalised")  # "set model.rank=4"
+    baseline: str = ""  # the variant that the others are compared with; empty: the first
     seeds: Annotated[tuple[Count, ...], Field(min_length=1)] = (0, 1)
+    transfers: tuple[str, ...] = ()  # "SOURCE -> TARGET TARGET"; empty: from the run's source to its targets
     overrides: tuple[str, ...] = ("train.steps=50", "train.views=120", "train.batch_size=2", "data.eval_images=6")
 
 
@@ -218,11 +221,17 @@ class Experiment:
                 raise ValueError(f"Unknown option '{key}' ({nearest(key, known)}).")
             group, _, name = key.rpartition(".")
             place = values[group] if group else values
-            # An option in ablation.overrides may be a list itself
-            comma = r",(?=\s*(?:seed|\w+\.\w+)=)" if key == "ablation.overrides" else ","
-            parts = [part.strip() for part in re.split(comma, value) if part.strip()]
+            parts = [part.strip() for part in re.split(COMMAS.get(key, ","), value) if part.strip()]
             place[name] = parts if isinstance(place[name], list) else value
         return _checked(values, strict=False)
+
+    @property
+    def transfers(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Source and targets of every part of the ablation."""
+        pairs = [text.partition("->") for text in self.ablation.transfers]
+        return [(source.strip(), tuple(targets.split())) for source, _, targets in pairs] or [
+            (self.data.source, self.data.targets)
+        ]
 
     def flat(self) -> dict[str, Any]:
         """Every field by its dotted name, as plain JSON types."""
@@ -244,6 +253,10 @@ class Experiment:
         return _checked(values | {"train": train}, strict=True)
 
 
+COMMAS = {  # between items that may be lists themselves: before an option, before a refiner's name
+    "ablation.overrides": r",(?=\s*(?:seed|\w+\.\w+)=)",
+    "ablation.variants": r",(?=\s*[a-z][a-z-]*\s*(?:$|,|\s\w+\.\w+=))",
+}
 RETIRED = ("shard", "compile", "cache_gb")  # options of older trainings; they changed no result
 
 

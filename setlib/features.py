@@ -12,9 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from setlib.data.crops import Batch, RandomCrops
+from setlib.style import SourceStyle, same
 
 if TYPE_CHECKING:
     from setlib.segmenter import Segmenter
+
+STYLE_CROPS = 64  # that the style of a source is taken from
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,14 @@ class FrozenFeatures:
 
     hidden: all tokens that layer `stop` itself put out, before any refiner: (B, N, C) with class and register
     tokens first, or (B, H, W, C). maps: patch features (B, H, W, C) of layers that a head reads, as they are without a
-    refiner; with those behind `stop`, a model that refines nothing need not run at all.
+    refiner; with those behind `stop`, a model that refines nothing need not run at all. style: that they have been
+    brought to.
     """
 
     hidden: Tensor
     maps: dict[int, Tensor]
     stop: int
+    style: SourceStyle | None = None
 
     def __getitem__(self, images: slice | Sequence[int] | np.ndarray | Tensor) -> FrozenFeatures:
         """Those of some of the images."""
@@ -50,11 +55,14 @@ class SharedFeatures:
     """The frozen first layers of models that share one backbone, run once for all of them.
 
     Layers 1 to `stop` are shared, the fewest that any of the models leaves frozen (one that leaves none is passed
-    over); maps that a head reads are kept as far as the model goes that leaves most.
+    over); maps that a head reads are kept as far as the model goes that leaves most. Models whose refiner has another
+    style than the last one's are passed over.
     """
 
     def __init__(self, models: Iterable[Segmenter]) -> None:
         models = list(models)
+        self.style = models[-1].refiner.style
+        models = [model for model in models if same(model.refiner.style, self.style)]
         self.model = max(models, key=lambda model: model.frozen_until)
         self.stop = min((model.frozen_until for model in models if model.frozen_until), default=0)
         read = {layer for model in models for layer in model.feature_layers}
@@ -67,7 +75,9 @@ class SharedFeatures:
         backbone, device = self.model.backbone, self.model.device
         parts = images.split(self.model.experiment.inference.windows)
         with self.model.autocast():
-            kept = [backbone.frozen_features(part.to(device), self.stop, self.layers) for part in parts]
+            kept = [
+                backbone.frozen_features(part.to(device), self.stop, self.layers, style=self.style) for part in parts
+            ]
         return FrozenFeatures.cat(kept)
 
 
@@ -96,6 +106,26 @@ class KeptCrops:
             yield Batch(torch.cat(images), torch.cat(labels), FrozenFeatures.cat(frozen) if frozen[0] else None)
 
 
+@torch.no_grad()
+def fit_style(model: Segmenter, crops: RandomCrops) -> None:
+    """Gives the model's refiner, if it has a style that is not fitted yet, that of the first crops of its source.
+
+    Layer by layer, so that each sees what it will see: features that the layers before have brought to the style.
+    """
+    style = model.refiner.style
+    if style is None or style.fitted.all():
+        return
+    images = torch.stack([crops[i].image for i in range(STYLE_CROPS)]).float() / 255
+    with model.autocast():
+        for layer in style.layers:
+            parts = images.to(model.device).split(model.experiment.inference.windows)
+            maps = [model.backbone.frozen_features(part, layer, (layer,), style=style).maps[layer] for part in parts]
+            style.observe(torch.cat(maps), layer)
+
+
 def keep_crops(models: Iterable[Segmenter], crops: RandomCrops, progress: bool = True) -> KeptCrops | RandomCrops:
-    """What models are trained on: crops that are kept, or, where train.views is 0, fresh ones."""
+    """What models are trained on: crops that are kept, or, where train.views is 0, fresh ones. Fits their styles."""
+    models = list(models)
+    for model in models:
+        fit_style(model, crops)
     return KeptCrops(models, crops, progress) if crops.experiment.train.views else crops

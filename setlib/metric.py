@@ -59,11 +59,21 @@ def pixel_counts(prediction: np.ndarray, reference: np.ndarray, num_classes: int
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
+def tally(counts: np.ndarray) -> np.ndarray:
+    """(3, K): pixels of each class that are hit, labelled and predicted, from (K, K) pixel counts; they add up."""
+    return np.stack([np.diag(counts), counts.sum(1), counts.sum(0)])
+
+
 def iou_per_class(counts: np.ndarray) -> np.ndarray:
     """(K,) percent from (K, K) pixel counts; NaN where neither label nor prediction holds the class."""
-    hit = np.diag(counts)
-    union = counts.sum(0) + counts.sum(1) - hit
-    return np.where(union > 0, 100 * hit / np.maximum(union, 1), np.nan)
+    return iou_of_tally(tally(counts))
+
+
+def iou_of_tally(tallies: np.ndarray) -> np.ndarray:
+    """(..., K) percent from tallies (..., 3, K)."""
+    hit, labelled, predicted = np.moveaxis(tallies, -2, 0)
+    union = labelled + predicted - hit
+    return np.where(union > 0, 100 * hit / np.where(union > 0, union, 1), np.nan)
 
 
 def mean_iou(iou: np.ndarray) -> float:

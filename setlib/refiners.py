@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from setlib.files import nearest
+from setlib.style import SourceStyle
 from setlib.tokens import Refiner, Rein, SpectralTokens
 from setlib.wavelets import WaveletTokens
 
@@ -126,11 +127,18 @@ class Options(NamedTuple):
     num_prompts: int = 150
     adapter_width: int = 64
     lora_rank: int = 8
+    style_layers: Sequence[int] = (1, 2, 3)
 
     @property
     def tokens(self) -> tuple[int, int, int]:
         """Of the refiners with tokens."""
         return self.num_tokens, self.rank, self.query_channels
+
+
+def _styled(refiner: Refiner, channels: int, options: Options, scrambled: bool = False) -> Refiner:
+    """A refiner behind whose first layers features have the style of the source."""
+    refiner.style = SourceStyle(options.style_layers, channels, scrambled)
+    return refiner
 
 
 def _released_set(layers: Sequence[int], channels: int, options: Options) -> Refiner:
@@ -155,6 +163,11 @@ REFINERS: dict[str, Callable[[Sequence[int], int, Options], Refiner]] = {
         layers, channels, *options.tokens, normalise=""
     ),
     "set-released": _released_set,
+    "style": lambda layers, channels, options: _styled(Refiner(), channels, options),
+    "rein-style": lambda layers, channels, options: _styled(Rein(layers, channels, *options.tokens), channels, options),
+    "set-style": lambda layers, channels, options: _styled(
+        SpectralTokens(layers, channels, *options.tokens), channels, options
+    ),
 }
 
 

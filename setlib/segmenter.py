@@ -18,6 +18,7 @@ from setlib.data.labels import IGNORE
 from setlib.experiment import Experiment
 from setlib.features import FrozenFeatures
 from setlib.mask2former import Masks
+from setlib.style import same
 from setlib.tokens import Refiner
 
 
@@ -59,10 +60,10 @@ class Segmenter(nn.Module):
         ----------
         images : (B, 3, h, w) in [0, 1], of any size.
         frozen : features of the same images, to skip layers that nothing trainable touches; left aside where they
-            go further.
+            go further or have another style.
         refiner : in place of the model's own, to read or change the features on their way; queries stay the model's.
         """
-        if frozen and frozen.stop > self.frozen_until:
+        if frozen and (frozen.stop > self.frozen_until or not same(frozen.style, self.refiner.style)):
             frozen = None
         checkpointing = self.training and self.experiment.train.checkpointing
         with self.autocast():

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 # Fast forms of three functions of `spectral.py`, equal to their definitions there to 1e-6
 from setlib._kernels import change_phase, join_spectrum, split_spectrum
 from setlib.spectral import Spectrum
+from setlib.style import SourceStyle
 
 
 class Refiner(nn.Module):
@@ -33,6 +34,7 @@ class Refiner(nn.Module):
         """layers: numbers, from 1, of those that are refined. query_channels: width D of the queries; 0 = none."""
         super().__init__()
         self.layers = tuple(layers)
+        self.style: SourceStyle | None = None  # what features behind some first layers are brought to
         self.query_map = TokenQueries(channels, query_channels) if query_channels else None
 
     def frozen_until(self, depth: int) -> int:

@@ -24,7 +24,7 @@ from setlib.data.domains import Domain
 from setlib.distributed import accelerator, own_part, state
 from setlib.evaluation import evaluate
 from setlib.experiment import Experiment, Train
-from setlib.features import KeptCrops, keep_crops
+from setlib.features import KeptCrops, fit_style, keep_crops
 from setlib.run import Run
 from setlib.segmenter import Segmenter
 
@@ -66,6 +66,7 @@ def train(
     optimiser = make_optimiser(model)
     training = Training(run, model, optimiser)
     training.resume()
+    fit_style(model, RandomCrops(source, experiment))
     crops = crops or keep_crops([model], RandomCrops(source, experiment), progress)
     model.train()
 

@@ -1,91 +1,319 @@
-"""Refiner variants x seeds: trained alike, scored alike, one tidy table with the spread over seeds."""
+"""Variants x seeds x (source -> targets): trained alike, scored alike, compared in pairs, with intervals."""
 
 from __future__ import annotations
 
+import json
+import math
+import re
+import warnings
+from collections.abc import Sequence
 from itertools import product
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pandas
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from scipy import stats
+from tqdm import tqdm
 
-from setlib.analysis.scores import target_means
 from setlib.checkpoint import build_segmenter, is_finished
 from setlib.data import domains
 from setlib.data.crops import RandomCrops
-from setlib.evaluation import evaluate_run
+from setlib.evaluation import Score, evaluate
+from setlib.experiment import Experiment
 from setlib.features import KeptCrops, keep_crops
+from setlib.files import write_atomic
+from setlib.metric import iou_of_tally, mean_iou
 from setlib.run import Run
 from setlib.segmenter import Segmenter
 from setlib.training import train
 from setlib.weights.load import load_backbone
 
 MEAN = "mean of targets"  # with the class set's name behind it where the targets have several
+RESAMPLES, LEVEL = 2000, 0.95
+STRETCH = 10  # pictures are drawn anew in stretches of so many: neighbours in a video look alike
+
+
+class Trial(NamedTuple):
+    """One training: a variant, a seed and a source, in a run folder of its own."""
+
+    variant: str
+    run: Run
+
+    @property
+    def domains(self) -> list[str]:
+        """Source and targets."""
+        data = self.run.experiment.data
+        return list(dict.fromkeys([data.source, *data.targets]))
+
+
+class Found(NamedTuple):
+    """What one trial scored on one domain. tally: (pictures, 3, K), see `metric.tally`; miou: percent."""
+
+    variant: str
+    experiment: Experiment
+    domain: str
+    class_set: str
+    classes: list[str]
+    precision: str
+    tally: np.ndarray
+
+    @property
+    def miou(self) -> float:
+        """Over all pictures of the domain, percent."""
+        return mean_iou(iou_of_tally(self.tally.sum(0)))
+
+
+def plan(run: Run) -> list[Trial]:
+    """Every training of `experiment.ablation`, in folders below RUN/ablation."""
+    settings, trials = run.experiment.ablation, []
+    for (source, targets), seed, variant in product(run.experiment.transfers, settings.seeds, settings.variants):
+        refiner, *words = variant.split()
+        data = f"data.source={source}", f"data.targets={','.join(targets)}"
+        folder = f"{_file_name(source)}/" * bool(settings.transfers) + f"{_file_name(variant)}-seed{seed}"
+        options = *data, f"model.refiner={refiner}", f"seed={seed}", *settings.overrides, *words
+        trials.append(Trial(variant, run.nested(f"ablation/{folder}", *options)))
+    return trials
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.=,~-]+", "_", text)
 
 
 def train_together(
-    runs: dict[str, Run], crops: KeptCrops | RandomCrops | None = None
+    runs: dict[str, Run], crops: KeptCrops | RandomCrops | None = None, bar: tqdm | None = None
 ) -> dict[str, tuple[Segmenter, list[dict]]]:
-    """Trains runs that share source, crops and backbone one after the other: the frozen layers are computed once."""
+    """Trains runs that share source, crops and backbone one after the other: the frozen layers are computed once.
+
+    bar: moved on by one for each training.
+    """
     first = next(iter(runs.values())).experiment
     backbone = load_backbone(first.model.backbone, patch_size=first.model.patch_size)
     source = domains.load(first.data.source, first.data, role="source")
     if crops is None and not all(is_finished(run) for run in runs.values()):
         models = (build_segmenter(run.experiment, backbone) for run in runs.values())  # not kept
         crops = keep_crops(models, RandomCrops(source, first))
-    return {name: train(run, source=source, backbone=backbone, crops=crops) for name, run in runs.items()}
+    trained = {}
+    for name, run in runs.items():
+        trained[name] = train(run, source=source, backbone=backbone, crops=crops)
+        if bar is not None:
+            bar.update()
+    return trained
 
 
-def run_ablation(run: Run) -> list[dict]:
-    """Trains every variant of experiment.ablation with every seed in RUN/ablation and scores it on source and targets.
+def run_ablation(run: Run) -> list[Found]:
+    """Trains every variant of experiment.ablation with every seed on every source; scores it on source and targets.
 
-    The crops and their frozen features are shared by all; a seed decides initial weights and the order of the crops.
-    What is finished is loaded. Returns rows {"variant", "seed", "precision", "domain", "miou"} (percent), with the
-    mean over the targets of each class set after each model's domains.
+    A seed decides initial weights and the order of the crops; crops and frozen features are shared. What is finished is
+    loaded, so that a killed ablation goes on. All rows, a class each, are in RUN/ablation/table.csv.
     """
-    settings, data = run.experiment.ablation, run.experiment.data
-    runs = {}
-    for seed, variant in product(settings.seeds, settings.variants):
-        options = f"model.refiner={variant}", f"seed={seed}", *settings.overrides
-        runs[f"{variant}, seed {seed}"] = run.nested(f"ablation/{variant}-seed{seed}", *options)
-    models = {name: model for name, (model, _) in train_together(runs).items()}
-    small = next(iter(runs.values()))
-    table = evaluate_run(small, models, list(dict.fromkeys([data.source, *data.targets])))
-    means = target_means(table, data.source)
+    trials = plan(run)
+    left = [trial for trial in trials if not all(_path(trial, name).is_file() for name in trial.domains)]
+    with tqdm(total=len(left) * 2, desc="ablation", unit="part", smoothing=0, disable=not left) as bar:
+        for group in _alike(left):
+            runs = {f"{trial.variant}, seed {trial.run.experiment.seed}": trial.run for trial in group}
+            models = {name: model for name, (model, _) in train_together(runs, bar=bar).items()}
+            for name in group[0].domains:
+                domain = domains.load(name, group[0].run.experiment.data, role="target")
+                if not domain.has_labels:
+                    tqdm.write(f"{name} has no labels: looked at, not scored")
+                    continue
+                for trial, score in zip(group, evaluate(models, domain).values(), strict=True):
+                    _write(trial, score)
+            bar.update(len(group))
+    found = [_read(trial, name) for trial in trials for name in trial.domains if _path(trial, name).is_file()]
+    write_atomic(run.path / "ablation" / "table.csv", table(found).to_csv(index=False))
+    return found
+
+
+def _alike(trials: Sequence[Trial]) -> list[list[Trial]]:
+    """Trials in groups that share source, crops, pictures and the frozen layers that are computed once for all."""
+    groups: dict[str, dict[int, list[Trial]]] = {}
+    for trial in trials:
+        made = trial.run.experiment
+        model = build_segmenter(made)
+        shared = made.data, made.inference, made.train.views, made.train.batch_size, made.model.backbone
+        style = model.refiner.style and (model.refiner.style.layers, model.refiner.style.scrambled)
+        learns = model.frozen_until if model.refiner.layers else 0  # a head alone goes with any of its data
+        key = repr((shared, made.model.patch_size, model.precision, style))
+        groups.setdefault(key, {}).setdefault(learns, []).append(trial)
+    for by_layer in groups.values():
+        if len(by_layer) > 1 and 0 in by_layer:
+            by_layer[max(by_layer)] += by_layer.pop(0)
+    return [group for by_layer in groups.values() for group in by_layer.values()]
+
+
+def _path(trial: Trial, domain: str) -> Path:
+    return trial.run.path / "scores" / f"{_file_name(domain)}.safetensors"
+
+
+def _write(trial: Trial, score: Score) -> None:
+    about = {"class_set": score.class_set.name, "classes": json.dumps(score.class_set.classes)}
+    about |= {"domain": score.domain, "precision": score.precision}
+    tally = torch.from_numpy(np.stack([picture.tally for picture in score.pictures]))
+    write_atomic(_path(trial, score.domain), save({"tally": tally}, metadata=about))
+
+
+def _read(trial: Trial, domain: str) -> Found:
+    with safe_open(_path(trial, domain), "np") as saved:
+        about, tally = saved.metadata(), saved.get_tensor("tally")
+    own = trial.variant, trial.run.experiment, domain
+    return Found(*own, about["class_set"], json.loads(about["classes"]), about["precision"], tally)
+
+
+# What was found
+
+
+def table(found: Sequence[Found]) -> pandas.DataFrame:
+    """A row per variant, seed, source, domain and class: IoU (percent, NaN without a pixel), and its pixels."""
     rows = []
-    for name, scores in table.items():
-        made = runs[name].experiment
-        cells = [(score.domain, score.miou) for score in scores]
-        for class_set, by_model in means.items():
-            cells.append((f"{MEAN}, {class_set}" if len(means) > 1 else MEAN, by_model[name]))
-        who = {"variant": made.model.refiner, "seed": made.seed, "precision": models[name].precision}
-        rows += [who | {"domain": domain, "miou": miou} for domain, miou in cells]
+    for one in found:
+        tally, made = one.tally.sum(0), one.experiment
+        own = {"variant": one.variant, "seed": made.seed, "source": made.data.source, "domain": one.domain}
+        own |= {"class_set": one.class_set, "pictures": len(one.tally), "steps": made.train.steps}
+        for name, iou, counts in zip(one.classes, iou_of_tally(tally), tally.T, strict=True):
+            pixels = dict(zip(("hit", "labelled", "predicted"), counts.tolist(), strict=True))
+            rows.append(own | {"precision": one.precision, "class": name, "iou": iou} | pixels)
+    return pandas.DataFrame(rows)
+
+
+def cells(found: Sequence[Found]) -> dict[str, dict[tuple[str, int], list[Found]]]:
+    """What is compared, by its title: each domain, then the targets of each class set together (MEAN).
+
+    In each, by variant and seed, what is averaged. mIoU of different class sets is never averaged; a target without a
+    labelled pixel is in no mean.
+    """
+    many = len({one.experiment.data.source for one in found}) > 1
+    alone: dict[str, dict] = {}
+    means: dict[str, dict] = {}
+    for one in found:
+        source = one.experiment.data.source
+        start, who = f"{domains.short_name(source)} -> " * many, (one.variant, one.experiment.seed)
+        own = domains.short_name(one.domain) if many else one.domain
+        alone.setdefault(start + own, {}).setdefault(who, []).append(one)
+        if one.domain != source and one.tally[:, 1].any():
+            beside = {o.class_set for o in found if o.experiment.data.source == source != o.domain}
+            title = start + MEAN + f", {one.class_set}" * (len(beside) > 1)
+            means.setdefault(title, {}).setdefault(who, []).append(one)
+    return alone | means
+
+
+def scores(found: Sequence[Found]) -> list[dict]:
+    """Rows variant, seed, precision, domain (a title of `cells`), miou (percent; of several domains the mean)."""
+    rows = []
+    for title, models in cells(found).items():
+        for (variant, seed), parts in models.items():
+            miou = float(np.mean([part.miou for part in parts]))
+            own = {"variant": variant, "seed": seed, "precision": parts[0].precision}
+            rows.append(own | {"domain": title, "miou": miou})
     return rows
 
 
-def spread(rows: list[dict]) -> list[dict]:
-    """Per variant and domain the mean over seeds and the range (lowest and highest seed), percent.
+def spread(rows: Sequence[dict]) -> list[dict]:
+    """Per variant and domain the mean over seeds and the range (lowest and highest seed), percent; of `scores`.
 
     A domain without a labelled pixel has no cell.
-    A range, not a confidence interval: with two or three seeds an interval would promise more than is known.
     """
-    cells = pandas.DataFrame(rows).dropna(subset="miou").groupby(["variant", "domain"], sort=False)
-    found = cells.miou.agg(mean="mean", low="min", high="max").assign(seeds=cells.seed.agg(list))
-    return found.assign(values=cells.miou.agg(list)).reset_index().to_dict("records")
+    of_cell = pandas.DataFrame(rows).dropna(subset="miou").groupby(["variant", "domain"], sort=False)
+    found = of_cell.miou.agg(mean="mean", low="min", high="max").assign(seeds=of_cell.seed.agg(list))
+    return found.assign(values=of_cell.miou.agg(list)).reset_index().to_dict("records")
 
 
-def verdict(rows: list[dict]) -> str:
-    """What the means over the targets show, in words made from the numbers."""
-    text, cells = "", [cell for cell in spread(rows) if cell["domain"].startswith(MEAN)]
-    for domain in dict.fromkeys(cell["domain"] for cell in cells):
-        best, *others = sorted((cell for cell in cells if cell["domain"] == domain), key=lambda cell: -cell["mean"])
-        below = [cell["variant"] for cell in others if cell["high"] < best["low"]]
-        tied = [cell["variant"] for cell in others if cell["high"] >= best["low"]]
-        text += (
-            f"Over the seeds {', '.join(map(str, best['seeds']))}, **{best['variant']}** has the highest {domain} "
-            f"({best['mean']:.1f} %, seeds {best['low']:.1f} to {best['high']:.1f}). "
-        )
-        if below:
-            text += f"Every seed of it is above every seed of {', '.join(below)}. "
-        if tied:
-            text += f"Its seeds overlap with those of {', '.join(tied)}: no difference is shown there. "
-    if empty := dict.fromkeys(row["domain"] for row in rows if row["miou"] != row["miou"]):
-        text += f"Left out, for no pixel of it is labelled: {', '.join(empty)}. "
-    return text + "Short trainings on few pictures: a hint where to look, not a ranking."
+def differences(found: Sequence[Found], baseline: str = "", random_seed: int = 0) -> list[dict]:
+    """How far each variant is above the baseline (default: the first), in pairs of equal seed and picture, in points.
+
+    Rows variant, baseline, domain (a title of `cells`), mean, low, high, values (one a seed), seeds. low and high: a 95 %
+    interval, corrected for the number of variants (Bonferroni); None with one seed. Its standard error is that of a
+    hierarchical bootstrap, which draws seeds and pictures anew, the same for both; with few seeds a bootstrap is too
+    narrow by (n - 1) / n in the seeds' part, which is added, and a t distribution stands in for the normal one
+    (Satterthwaite's degrees of freedom). Pictures are drawn in stretches of STRETCH neighbours.
+    Raises ValueError if the baseline is not among the variants.
+    """
+    variants = list(dict.fromkeys(one.variant for one in found))
+    baseline = baseline or variants[0]
+    if baseline not in variants:
+        raise ValueError(f"The baseline '{baseline}' is none of the variants {', '.join(variants)}.")
+    others, rows = [variant for variant in variants if variant != baseline], []
+    for title, models in cells(found).items():
+        random = np.random.default_rng(random_seed)
+        seeds = [seed for variant, seed in models if variant == baseline]
+        drawn = random.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), RESAMPLES) / len(seeds)  # (R, S)
+        names, stretches = [part.domain for part in models[baseline, seeds[0]]], 0
+        points = {variant: np.zeros(len(seeds)) for variant in variants}
+        resampled = {variant: np.zeros((RESAMPLES, len(seeds))) for variant in variants}
+        for place in range(len(names)):
+            count = len(models[baseline, seeds[0]][place].tally)
+            blocks = math.ceil(count / STRETCH)
+            stretches += blocks
+            often = random.multinomial(blocks, np.full(blocks, 1 / blocks), RESAMPLES).repeat(STRETCH, axis=1)
+            for variant in variants:
+                tally = np.stack([models[variant, seed][place].tally for seed in seeds])  # (S, P, 3, K)
+                points[variant] += _miou(tally.sum(1)) / len(names)
+                resampled[variant] += _miou(np.tensordot(often[:, :count], tally, (1, 1))) / len(names)
+        for variant in others:
+            values = points[variant] - points[baseline]
+            means = ((resampled[variant] - resampled[baseline]) * drawn).sum(1)
+            low, high = _interval(values, means, stretches, len(others))
+            row = {"variant": variant, "baseline": baseline, "domain": title, "mean": float(values.mean())}
+            rows.append(row | {"low": low, "high": high, "values": values.tolist(), "seeds": seeds})
+    return rows
+
+
+def cross(rows: Sequence[dict], means: Sequence[dict]) -> list[dict]:
+    """A row per domain: the mIoU of each variant and the interval of its difference; of `differences` and `spread`."""
+    ends = {(row["variant"], row["domain"]): _say_ends(row) for row in rows}
+    wide: dict[str, dict] = {}
+    for cell in means:
+        row = wide.setdefault(cell["domain"], {"domain": domains.short_name(cell["domain"])})
+        row[cell["variant"]] = f"{cell['mean']:.1f}" + ends.get((cell["variant"], cell["domain"]), "")
+    return list(wide.values())
+
+
+def _miou(tallies: np.ndarray) -> np.ndarray:
+    """Mean IoU, percent, of tallies (..., 3, K)."""
+    with warnings.catch_warnings():  # of a resample without a labelled pixel there is none
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.nanmean(iou_of_tally(tallies), axis=-1)
+
+
+def _interval(
+    values: np.ndarray, means: np.ndarray, stretches: int, compared: int
+) -> tuple[float | None, float | None]:
+    """The ends of the interval of `differences`. values: (S,) of the seeds; means: (R,) of the bootstrap."""
+    if len(values) < 2:
+        return None, None
+    by_seed = values.var(ddof=1) / len(values)
+    whole = np.nanvar(means) + by_seed / len(values)
+    by_picture = max(whole - by_seed, 0.0)
+    freedom = whole**2 / (by_seed**2 / (len(values) - 1) + by_picture**2 / max(stretches - 1, 1)) if whole else math.inf
+    reach = stats.t.isf((1 - LEVEL) / 2 / compared, freedom) * math.sqrt(whole)
+    return float(values.mean() - reach), float(values.mean() + reach)
+
+
+def verdict(rows: Sequence[dict]) -> str:
+    """What the differences over the means of the targets show, in words made from the numbers."""
+    text = ""
+    for title in dict.fromkeys(row["domain"] for row in rows if MEAN in row["domain"]):
+        own = sorted((row for row in rows if row["domain"] == title), key=lambda row: -row["mean"])
+        known = [row for row in own if row["low"] is not None]
+        above, below = ([row for row in known if row["low"] > 0], [row for row in known if row["high"] < 0])
+        open_ones = [row for row in own if row not in above and row not in below]
+        text += f"{title[0].upper()}{title[1:]}, beside {own[0]['baseline']}: "
+        parts = [
+            f"{words} {', '.join(map(_say_row, group))}"
+            for words, group in (("above it", above), ("below it", below), ("not told apart", open_ones))
+            if group
+        ]
+        text += "; ".join(parts) + ". "
+    return text.strip()
+
+
+def _say_row(row: dict) -> str:
+    return f"**{row['variant']}** {row['mean']:+.1f}{_say_ends(row)}"
+
+
+def _say_ends(row: dict) -> str:
+    return "" if row["low"] is None else f" [{row['low']:+.1f}, {row['high']:+.1f}]"

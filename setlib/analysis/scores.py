@@ -12,7 +12,7 @@ import numpy as np
 import pandas
 
 from setlib.data.labels import ClassSet
-from setlib.evaluation import Score
+from setlib.evaluation import PictureScore, Score
 from setlib.experiment import Experiment
 from setlib.run import Run
 from setlib.segmenter import Segmenter
@@ -115,9 +115,9 @@ def hardest(scores: Sequence[Score], source: str) -> Score:
     return min(next(iter(unseen(scores, source).values()), own), key=lambda score: score.miou)
 
 
-def extremes(score: Score, count: int = 2) -> list[tuple[int, str, float]]:
+def extremes(score: Score, count: int = 2) -> list[PictureScore]:
     """The `count` best and the `count` worst pictures of a domain, best first; fewer if there are not so many."""
-    ranked = sorted((p for p in score.pictures if p[2] == p[2]), key=lambda picture: -picture[2])
+    ranked = sorted((p for p in score.pictures if p.miou == p.miou), key=lambda picture: -picture.miou)
     return ranked[:count] + ranked[count:][-count:]
 
 

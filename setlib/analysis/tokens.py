@@ -36,7 +36,7 @@ class Intervened(Refiner):
 
     def __init__(self, refiner: Refiner, layer: int, change: Callable[[Tensor, int], Tensor]) -> None:
         super().__init__(sorted({*refiner.layers, layer}))
-        self.refiner, self.layer, self.change = refiner, layer, change
+        self.refiner, self.layer, self.change, self.style = refiner, layer, change, refiner.style
         if refiner.prompts is not None:
             self.prompts = self._prompts
 

@@ -18,6 +18,7 @@ import pandas
 from matplotlib import figure
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure as AnyFigure
 from matplotlib.ticker import PercentFormatter
 
 from setlib.data.domains import short_name
@@ -233,6 +234,37 @@ def intervals(table: Sequence[Mapping], ax: Axes | None = None) -> Axes:
     ax.grid(True, axis="x")
     ax.legend(**ABOVE, ncols=5)
     return ax
+
+
+@quiet
+def forest(rows: Sequence[Mapping]) -> AnyFigure:
+    """Differences from a baseline, a panel per domain: every seed a hollow point, mean and interval, bold beyond zero.
+
+    rows: variant, baseline, domain, mean, low, high (None: not known), values, in points, as
+    `analysis.ablation.differences` makes them.
+    """
+    variants, domains = (list(dict.fromkeys(row[key] for row in rows)) for key in ("variant", "domain"))
+    high, wide = -(-len(domains) // 4), min(4, len(domains))
+    made = Figure((WIDTH / 100, (0.24 * len(variants) + 0.7) * high + 0.3), layout="constrained")
+    places = made.subplots(high, wide, sharey=True, squeeze=False).flatten()
+    for ax in places[len(domains) :]:
+        ax.remove()
+    for ax, domain in zip(places, domains, strict=False):
+        ax.axvline(0, color="#888888", linewidth=1)
+        for row in (row for row in rows if row["domain"] == domain):
+            place, known = variants.index(row["variant"]), row["low"] is not None
+            colour = COLOURS[0] if known and row["low"] > 0 else COLOURS[1] if known and row["high"] < 0 else "#777777"
+            ax.plot(
+                row["values"], [place] * len(row["values"]), "o", color=colour, markersize=3.5, mfc="white", mew=0.8
+            )
+            if known:
+                ax.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2)
+            ax.plot(row["mean"], place, "D", color=colour, markersize=5)
+        ax.set(yticks=range(len(variants)), yticklabels=variants, ylim=(len(variants) - 0.5, -0.5))
+        ax.set_title(short_name(domain).replace(" -> ", "\n-> "), loc="left")
+        ax.grid(True, axis="x")
+    made.supxlabel(f"mIoU above {rows[0]['baseline']} (points)", fontsize=9)
+    return made
 
 
 @quiet
