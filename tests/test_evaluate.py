@@ -99,7 +99,7 @@ def test_scores_are_those_of_predict(folder, model):
     for sample in map(domain.sample, range(3)):
         metric.add(prediction=predict(model, sample.image), reference=sample.label)
     assert np.array_equal(score.counts, metric.counts) and score.miou == metric.compute()["miou"]
-    assert [(place, name) for place, name, _ in score.pictures] == [(0, "0"), (1, "2"), (2, "4")]
+    assert [(place, name) for place, name, *_ in score.pictures] == [(0, "0"), (1, "2"), (2, "4")]
 
 
 def test_models_are_scored_together_as_alone(folder):
@@ -128,7 +128,7 @@ def test_a_damaged_picture_stops_the_scoring_or_is_passed_over_and_said(folder, 
     with pytest.raises(ValueError, match="'1.*' cannot be decoded"):
         evaluate.evaluate({"a": model}, stopping, progress=False)
     found = evaluate.evaluate({"a": model}, passing, progress=False)["a"]
-    assert [place for place, _, _ in found.pictures] == [0, 2, 3, 4]
+    assert [place for place, *_ in found.pictures] == [0, 2, 3, 4]
     assert re.search("'1.*' cannot be decoded.*Passed over", capsys.readouterr().out)
 
 
@@ -184,7 +184,8 @@ def test_a_domain_without_a_labelled_pixel_is_out_of_everything_and_said_once(or
 
 
 def test_the_best_and_the_worst_pictures():
-    pictures = [(i, str(i), miou) for i, miou in enumerate((30.0, float("nan"), 50.0, 10.0, 40.0))]
+    none = np.zeros((3, 19))
+    pictures = [evaluate.PictureScore(i, str(i), miou, none) for i, miou in enumerate((30.0, float("nan"), 50.0, 10.0, 40.0))]
     found = evaluate.Score("s", CITYSCAPES, pictures=pictures)
-    assert [place for place, _, _ in shown.extremes(found, 1)] == [2, 3]
-    assert [place for place, _, _ in shown.extremes(found, 3)] == [2, 4, 0, 3]  # four have an mIoU
+    assert [place for place, *_ in shown.extremes(found, 1)] == [2, 3]
+    assert [place for place, *_ in shown.extremes(found, 3)] == [2, 4, 0, 3]  # four have an mIoU

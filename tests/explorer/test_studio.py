@@ -136,7 +136,7 @@ def test_the_miou_of_the_content_is_that_of_an_evaluation(studio, trained):
     model = studio.model(trained)
     model.experiment = model.experiment.override("inference.whole=true")
     score = evaluate.evaluate({"set": model}, studio.domain(NIGHT), progress=False)["set"]
-    for index, _, miou in score.pictures:
+    for index, _, miou, _ in score.pictures:
         assert studio.segmented(trained, NIGHT, index).miou == pytest.approx(miou, abs=1e-6)
         words = studio.swap(**BASE | {"content": NIGHT, "content_index": index, "run": trained}).words
         assert f"mIoU of this picture, at the size shown: {miou:.1f} % before" in words
