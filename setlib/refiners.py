@@ -1,4 +1,4 @@
-"""Every refiner by name: Rein and SET (`tokens.py`), and the baselines that a reviewer asks for beside them.
+"""Every refiner by name: Rein and SET (`tokens.py`, `variants.py`), and the baselines that a reviewer asks for.
 
 All are trained with the same data, head, schedule and seeds. A new refiner is a class and its line in REFINERS.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from setlib import variants
 from setlib.files import nearest
 from setlib.tokens import Refiner, Rein, SpectralTokens
 from setlib.wavelets import WaveletTokens
@@ -140,20 +141,31 @@ def _released_set(layers: Sequence[int], channels: int, options: Options) -> Ref
     return ReleasedSpectralTokens(layers, channels, *options.tokens, options.any_batch)
 
 
+def _tokens(kind: Callable[..., Refiner], **fixed: Any) -> Callable[[Sequence[int], int, Options], Refiner]:
+    """How a refiner with tokens is built; fixed: what its name says beside its kind."""
+    return lambda layers, channels, options: kind(layers, channels, *options.tokens, **fixed)
+
+
 REFINERS: dict[str, Callable[[Sequence[int], int, Options], Refiner]] = {
     "none": lambda layers, channels, options: Refiner(),
     "full": lambda layers, channels, options: FullFineTuning(layers),
     "lora": lambda layers, channels, options: LowRankAdaptation(layers, options.lora_rank),
+    "soma": lambda layers, channels, options: variants.MinorAdaptation(layers),
     "vpt": lambda layers, channels, options: Prompts(layers, channels, options.num_prompts),
     "adaptformer": lambda layers, channels, options: Adapters(layers, channels, options.adapter_width),
-    "rein": lambda layers, channels, options: Rein(layers, channels, *options.tokens),
-    "fada": lambda layers, channels, options: WaveletTokens(layers, channels, *options.tokens),
-    "set": lambda layers, channels, options: SpectralTokens(layers, channels, *options.tokens),
-    "set-amplitude": lambda layers, channels, options: SpectralTokens(layers, channels, *options.tokens, phase=False),
-    "set-phase": lambda layers, channels, options: SpectralTokens(layers, channels, *options.tokens, amplitude=False),
-    "set-unnormalised": lambda layers, channels, options: SpectralTokens(
-        layers, channels, *options.tokens, normalise=""
-    ),
+    "rein": _tokens(Rein),
+    "fada": _tokens(WaveletTokens),
+    "set": _tokens(SpectralTokens),
+    "set-amplitude": _tokens(SpectralTokens, phase=False),
+    "set-phase": _tokens(SpectralTokens, amplitude=False),
+    "set-unnormalised": _tokens(SpectralTokens, normalise=""),
+    "set-tokens": _tokens(SpectralTokens, normalise="tokens"),
+    "set-channels": _tokens(variants.ChannelSpectra),
+    "set-space": _tokens(variants.SpaceResidual),
+    "set-phasor": _tokens(variants.PhasorTokens),
+    "set-cosine": _tokens(variants.CosineTokens),
+    "set-dct": _tokens(variants.CosineTransformTokens),
+    "set-placebo": _tokens(variants.RandomBasisTokens),
     "set-released": _released_set,
 }
 
