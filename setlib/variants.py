@@ -27,9 +27,9 @@ SOMA_RANK = 16  # of each linear map. Source: SoMA
 class ChannelSpectra(SpectralTokens):
     """SET over the channels of each patch instead of over the grid.
 
-    Is it the spatial frequency that helps? The order of channels means nothing, so this spectrum has no neighbours; it
-    is what the released code would take if it did not mix the images of a batch. A patch is a position, its C // 2 + 1
-    bins are the tokens' channels. Bins that are their own partners, 0 and C / 2, stay real: their phase is kept.
+    Is it the spatial frequency that helps? This has none: it is what the released code would take if it did not mix the
+    images of a batch. A patch is a position, its C // 2 + 1 bins are the tokens' channels. Bins that are their own
+    partners, 0 and C / 2, stay real: their phase is kept.
     """
 
     def __init__(self, layers: Sequence[int], channels: int, num_tokens: int, rank: int, query_channels: int) -> None:
@@ -68,9 +68,8 @@ class SpaceResidual(SpectralTokens):
         amplitude, phase = split_spectrum(features)
         index, branches = self.layers.index(layer), self.branches()
         change = _beta(branches["phase"], phase, index) - phase
-        return Spectrum(
-            _beta(branches["amplitude"], amplitude, index).relu(), change_phase(phase, change, features.shape[2])
-        )
+        phase = change_phase(phase, change, features.shape[2])
+        return Spectrum(_beta(branches["amplitude"], amplitude, index).relu(), phase)
 
     def forward(self, features: Tensor, layer: int) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
@@ -93,7 +92,7 @@ class PhasorTokens(SpectralTokens):
 
     def refine_spectrum(self, features: Tensor, layer: int) -> Spectrum:
         """The refined half spectrum of features (B, H, W, C): amplitude >= 0, and phase in radians."""
-        amplitude, phase = split_spectrum(features)
+        amplitude, phase = split_spectrum(features)  # (B, H, W // 2 + 1, C) each
         index, branches, width = self.layers.index(layer), self.branches(), features.shape[2]
         phasor = torch.complex(phase.cos(), phase.sin())
         change = _beta(branches["phase"], torch.cat([phasor.real, phasor.imag], -1), index)  # (B, H, W // 2 + 1, 2 C)
@@ -128,24 +127,27 @@ class CosineTokens(SpectralTokens):
         self.phase = CosineAttention(LowRankTokens(len(layers), num_tokens, channels, rank), channels, zero=True)
 
 
-class CosineTransformTokens(SpectralTokens):
+class CosineTransformTokens(Refiner):
     """SET's amplitude branch on the magnitudes of the cosine transform over the grid; their signs are kept.
 
     A cosine transform is real: all of what the Fourier transform keeps in the phase is a sign here, which tokens cannot
     turn. Its waves end with the picture instead of going round it. Where there is nothing but rounding (`is_empty`)
-    the sign would be chance: there stays 0. Source of the transform: Causal-Tune (AAAI 2026). Departures: every
-    frequency is refined, not a band of them, by tokens on the magnitude.
+    the sign would be chance: there stays 0. Source: Causal-Tune (AAAI 2026), for the transform alone.
     """
 
+    linked = "magnitude"
+
     def __init__(self, layers: Sequence[int], channels: int, num_tokens: int, rank: int, query_channels: int) -> None:
-        super().__init__(layers, channels, num_tokens, rank, query_channels, phase=False)
+        super().__init__(layers, channels, query_channels)
+        tokens = LowRankTokens(len(layers), num_tokens, channels, rank)
+        self.magnitude = TokenBranch(tokens, channels, normalise="positions", zero=True)
 
     def forward(self, features: Tensor, layer: int) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
         waves = to_cosines(features)
         magnitude, sign = waves.abs(), waves.sign().masked_fill(is_empty(waves.detach().abs()), 0)
-        change = _beta(self.branches()["amplitude"], magnitude, self.layers.index(layer))
-        return to_cosines(sign * (magnitude + change).relu(), back=True).to(features.dtype)
+        refined = (magnitude + _beta(self.magnitude, magnitude, self.layers.index(layer))).relu()
+        return to_cosines(sign * refined, back=True).to(features.dtype)
 
 
 class RandomBasisTokens(SpectralTokens):
@@ -182,9 +184,8 @@ class MinorComponents(nn.Module):
 class MinorAdaptation(Refiner):
     """SoMA: of every linear map of the refined layers the SOMA_RANK smallest singular components learn, W = W' + B A.
 
-    What a backbone generalises with lies in its large components, and these stay as they are; LoRA's change may fall on
-    any. Biases are frozen. Source: SoMA (CVPR 2025). Departure: the factors have no weight decay, where the paper has
-    one that fades. The first blocks stay frozen, as there, if `refined_layers` leaves them out.
+    What a backbone generalises with lies in its large components, which stay; LoRA's change may fall on any. Biases are
+    frozen, and so are the blocks that are not refined. Source: SoMA (CVPR 2025). Departure: no decay of the factors.
     """
 
     inside = True
