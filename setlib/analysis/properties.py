@@ -83,7 +83,7 @@ def draw_features(count: int) -> Tensor:
 
 def measure_attention(refiner: Refiner, x: Tensor) -> dict[str, tuple[float, float]]:
     """By branch: entropy of the shares of the tokens, 1 = even; its mean and its deviation over the positions of x."""
-    refiner, inputs = copy.deepcopy(refiner), {}
+    refiner, inputs = copy.deepcopy(refiner), dict[nn.Module, Any]()
     for branch in refiner.branches().values():
         branch.register_forward_pre_hook(inputs.__setitem__)
     refiner(x, LAYER)
@@ -106,7 +106,7 @@ def measure_inverse(refiner: Refiner, x: Tensor) -> float:
     return ((again - x).norm() / x.norm()).item()
 
 
-def measure_spectrum(refiner: Refiner, x: Tensor) -> float:
+def measure_spectrum(refiner: Any, x: Tensor) -> float:
     """Relative error of refined amplitudes after a way to space and back: 0 for a real signal's, none negative."""
     if not hasattr(refiner, "refine_spectrum"):
         return math.nan
