@@ -1,4 +1,4 @@
-"""Every refiner by name: Rein and SET (`tokens.py`), and the baselines that a reviewer asks for beside them.
+"""Every refiner by name: Rein and SET (`tokens.py`, `variants.py`), and the baselines that a reviewer asks for.
 
 All are trained with the same data, head, schedule and seeds. A new refiner is a class and its line in REFINERS.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from setlib import variants
 from setlib.files import nearest
 from setlib.style import SourceStyle
 from setlib.tokens import Refiner, Rein, SpectralTokens
@@ -135,12 +136,6 @@ class Options(NamedTuple):
         return self.num_tokens, self.rank, self.query_channels
 
 
-def _styled(refiner: Refiner, channels: int, options: Options, scrambled: bool = False) -> Refiner:
-    """A refiner behind whose first layers features have the style of the source."""
-    refiner.style = SourceStyle(options.style_layers, channels, scrambled)
-    return refiner
-
-
 def _released_set(layers: Sequence[int], channels: int, options: Options) -> Refiner:
     """SET as released: apart, in the room above that knows the releases, so it is imported when it is asked for."""
     from setlib.release.released_set import ReleasedSpectralTokens
@@ -148,26 +143,50 @@ def _released_set(layers: Sequence[int], channels: int, options: Options) -> Ref
     return ReleasedSpectralTokens(layers, channels, *options.tokens, options.any_batch)
 
 
-REFINERS: dict[str, Callable[[Sequence[int], int, Options], Refiner]] = {
+Build = Callable[[Sequence[int], int, Options], Refiner]
+
+
+def _tokens(kind: Callable[..., Refiner], **fixed: Any) -> Build:
+    """How a refiner with tokens is built; fixed: what its name says beside its kind."""
+    return lambda layers, channels, options: kind(layers, channels, *options.tokens, **fixed)
+
+
+def _styled(build: Build, scrambled: bool = False) -> Build:
+    """How a refiner is built behind whose first layers features have the style of the source."""
+
+    def built(layers: Sequence[int], channels: int, options: Options) -> Refiner:
+        refiner = build(layers, channels, options)
+        refiner.style = SourceStyle(options.style_layers, channels, scrambled)
+        return refiner
+
+    return built
+
+
+REFINERS: dict[str, Build] = {
     "none": lambda layers, channels, options: Refiner(),
     "full": lambda layers, channels, options: FullFineTuning(layers),
     "lora": lambda layers, channels, options: LowRankAdaptation(layers, options.lora_rank),
+    "soma": lambda layers, channels, options: variants.MinorAdaptation(layers),
     "vpt": lambda layers, channels, options: Prompts(layers, channels, options.num_prompts),
     "adaptformer": lambda layers, channels, options: Adapters(layers, channels, options.adapter_width),
-    "rein": lambda layers, channels, options: Rein(layers, channels, *options.tokens),
-    "fada": lambda layers, channels, options: WaveletTokens(layers, channels, *options.tokens),
-    "set": lambda layers, channels, options: SpectralTokens(layers, channels, *options.tokens),
-    "set-amplitude": lambda layers, channels, options: SpectralTokens(layers, channels, *options.tokens, phase=False),
-    "set-phase": lambda layers, channels, options: SpectralTokens(layers, channels, *options.tokens, amplitude=False),
-    "set-unnormalised": lambda layers, channels, options: SpectralTokens(
-        layers, channels, *options.tokens, normalise=""
-    ),
+    "rein": _tokens(Rein),
+    "fada": _tokens(WaveletTokens),
+    "set": _tokens(SpectralTokens),
+    "set-amplitude": _tokens(SpectralTokens, phase=False),
+    "set-phase": _tokens(SpectralTokens, amplitude=False),
+    "set-unnormalised": _tokens(SpectralTokens, normalise=""),
+    "set-tokens": _tokens(SpectralTokens, normalise="tokens"),
+    "set-channels": _tokens(variants.ChannelSpectra),
+    "set-space": _tokens(variants.SpaceResidual),
+    "set-phasor": _tokens(variants.PhasorTokens),
+    "set-cosine": _tokens(variants.CosineTokens),
+    "set-dct": _tokens(variants.CosineTransformTokens),
+    "set-placebo": _tokens(variants.RandomBasisTokens),
     "set-released": _released_set,
-    "style": lambda layers, channels, options: _styled(Refiner(), channels, options),
-    "rein-style": lambda layers, channels, options: _styled(Rein(layers, channels, *options.tokens), channels, options),
-    "set-style": lambda layers, channels, options: _styled(
-        SpectralTokens(layers, channels, *options.tokens), channels, options
-    ),
+    "style": _styled(lambda layers, channels, options: Refiner()),
+    "rein-style": _styled(_tokens(Rein)),
+    "set-style": _styled(_tokens(SpectralTokens)),
+    "set-style-placebo": _styled(_tokens(variants.RandomBasisTokens), scrambled=True),
 }
 
 

@@ -83,7 +83,7 @@ class TokenBranch(nn.Module):
     each, shared by all layers. Token 0 only absorbs attention: a position may attend to nothing.
     normalise = "positions": the similarities are instance normalised in place of the division by sqrt(C), per image and
     token over all positions, so that the style-dependent level of an image's amplitudes does not drive the attention;
-    "tokens" (of `set-released` alone): over the tokens of a position and then divided: all but uniform attention.
+    "tokens" (`set-tokens`, `set-released`): over the tokens of a position and then divided: all but uniform attention.
     Source: Rein, Sec. 3.3; SET, Sec. 3.2, normalised Sec. 3.3 (the paper does not name the axis).
     """
 

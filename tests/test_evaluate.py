@@ -185,7 +185,9 @@ def test_a_domain_without_a_labelled_pixel_is_out_of_everything_and_said_once(or
 
 def test_the_best_and_the_worst_pictures():
     none = np.zeros((3, 19))
-    pictures = [evaluate.PictureScore(i, str(i), miou, none) for i, miou in enumerate((30.0, float("nan"), 50.0, 10.0, 40.0))]
+    pictures = [
+        evaluate.PictureScore(i, str(i), miou, none) for i, miou in enumerate((30.0, float("nan"), 50.0, 10.0, 40.0))
+    ]
     found = evaluate.Score("s", CITYSCAPES, pictures=pictures)
     assert [place for place, *_ in shown.extremes(found, 1)] == [2, 3]
     assert [place for place, *_ in shown.extremes(found, 3)] == [2, 4, 0, 3]  # four have an mIoU

@@ -16,7 +16,7 @@ from setlib.refiners import REFINERS, build_refiner
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is an optional extra")
 LORA = pytest.param("lora", marks=needs_peft)
-BASELINES = ["none", "full", LORA, "vpt", "adaptformer", "rein", "fada", "set"]
+BASELINES = ["none", "full", LORA, "soma", "vpt", "adaptformer", "rein", "fada", "set"]
 
 
 def build(name):
@@ -70,7 +70,7 @@ def test_what_learns_is_what_is_counted_saved_and_loaded(name, tmp_path):
     learns = {key: p for key, p in model.named_parameters() if p.requires_grad}
     assert sum(model.num_trainable().values()) == sum(p.numel() for p in learns.values())
     in_backbone = {key for key in learns if key.startswith("backbone.")}
-    assert bool(in_backbone) == (name in ("full", "lora")) == bool(model.num_trainable()["backbone"])
+    assert bool(in_backbone) == (name in ("full", "lora", "soma")) == bool(model.num_trainable()["backbone"])
     with torch.no_grad():
         for p in learns.values():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
@@ -93,7 +93,7 @@ def test_all_that_learns_gets_a_gradient_and_frozen_layers_can_be_kept(name):
     if model.frozen_until:
         frozen = SharedFeatures([model])(images())
         torch.testing.assert_close(model(images(), frozen), model(images()), rtol=1e-5, atol=1e-5)
-    expected = {"full": 0, "lora": 2, "vpt": 2, "none": 4}.get(name, 3)
+    expected = {"full": 0, "lora": 2, "soma": 2, "vpt": 2, "none": 4}.get(name, 3)
     assert model.frozen_until == expected
 
 

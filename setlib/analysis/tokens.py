@@ -120,7 +120,7 @@ def _attention(branch: TokenBranch, name: str, index: int, layer: int, x: Tensor
     influence = (share.mean((0, 1)) * added.norm(dim=1)).cpu().numpy()
     influence[0] = 0
     spectrum, picture = None, share
-    if name in PARTS and len(x) == 1:  # the released form reads patch by patch: (N, 1, C)
+    if name in PARTS and len(x) == 1 and share.shape[1] == width // 2 + 1:  # else read patch by patch
         spectrum, picture = share.cpu().numpy(), over_picture(features, share)
     return Attention(layer, name, spectrum, picture.cpu().numpy(), influence)
 

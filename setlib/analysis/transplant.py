@@ -15,6 +15,7 @@ from scipy import fft
 from torch import Tensor
 
 from setlib import spectral
+from setlib.variants import random_basis
 from setlib.wavelets import join_haar, split_haar
 
 CUT = 0.25  # between low and high frequencies; 1 = Nyquist
@@ -106,8 +107,7 @@ def placebo(part: Part, name: str, x: Tensor, y: Tensor, reach: Tensor, seed: in
         turned = [z.flatten(1, 2).transpose(1, 2)[:, None] for z in (x, y)]  # (B, 1, C, N)
         change = (part(*turned)[:, 0].transpose(1, 2).unflatten(1, (height, width))) - x
     elif name in PLACEBOS:
-        order = torch.randperm(height * width, generator=generator)
-        signs = torch.randint(0, 2, (height * width, 1), generator=generator) * 2.0 - 1
+        order, signs = random_basis(height * width, seed)
         signs = signs if name == "random basis" else torch.ones_like(signs)
         mixed = [(z.flatten(1, 2) * signs)[:, order].view_as(z) for z in (x, y)]
         change = torch.empty_like(x.flatten(1, 2))

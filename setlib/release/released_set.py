@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from setlib.spectral import Spectrum
 from setlib.tokens import LowRankTokens, Refiner, TokenBranch
 
 
@@ -58,11 +59,15 @@ class ReleasedSpectralTokens(Refiner):
                 f"Refiner set-released was trained with batches of {int(self.trained_batch)}, and its output depends "
                 f"on the batch: evaluate it with the same size instead of {batch}, or set model.any_batch=true."
             )
+        amplitude, phase = self.refine_spectrum(features, layer)
+        refined = torch.complex(amplitude * phase.cos(), amplitude * phase.sin())  # polar's gradient wants them >= 0
+        delta = math.sqrt(batch / 2) * torch.fft.irfft2(refined, s=(batch, channels), dim=(1, 2))  # (N, B, C)
+        return features + (self.scale * delta.transpose(0, 1).reshape(features.shape)).to(features.dtype)
+
+    def refine_spectrum(self, features: Tensor, layer: int) -> Spectrum:
+        """What is transformed back, (N, B, C) each, of features (B, H, W, C); the "amplitude" may be negative."""
         patches = features.flatten(1, 2).transpose(0, 1)  # (N, B, C)
         patches = patches if patches.dtype == torch.float64 else patches.float()
         spectrum, index = torch.fft.fft2(patches, dim=(1, 2)), self.layers.index(layer)
         amplitude, phase = self.amplitude(spectrum.abs(), index), self.phase(spectrum.angle(), index)
-        amplitude, phase = amplitude.to(patches.dtype), phase.to(patches.dtype)  # lower under autocast
-        refined = torch.complex(amplitude * phase.cos(), amplitude * phase.sin())  # polar's gradient wants them >= 0
-        delta = math.sqrt(batch / 2) * torch.fft.irfft2(refined, s=(batch, channels), dim=(1, 2))  # (N, B, C)
-        return features + (self.scale * delta.transpose(0, 1).reshape(features.shape)).to(features.dtype)
+        return Spectrum(amplitude.to(patches.dtype), phase.to(patches.dtype))  # lower under autocast

@@ -51,6 +51,7 @@ def features(*shape: int) -> torch.Tensor:
         ("set-amplitude", ["amplitude"]),
         ("set-phase", ["phase"]),
         ("set-unnormalised", ["amplitude", "phase"]),
+        ("set-channels", ["amplitude", "phase"]),
         ("set-released", ["amplitude", "phase"]),
         ("fada", ["low", "high"]),
     ],
@@ -61,7 +62,7 @@ def test_tokens_are_read_as_the_model_uses_them(backbone, picture, refiner, bran
     reading = attention.read_tokens(model, picture)
     assert [(one.layer, one.branch) for one in reading.attention] == [(k, b) for k in (3, 4) for b in branches]
     rows, columns = (side // backbone.patch_size for side in picture.shape[:2])
-    is_spectral = refiner not in ("rein", "set-released", "fada")
+    is_spectral = refiner not in ("rein", "set-channels", "set-released", "fada")
     for one in reading.attention:
         assert one.share.shape == (rows, columns // 2 + 1 if is_spectral else columns, 8)
         assert one.picture.shape == (rows, columns, 8) and (one.spectrum is not None) == is_spectral
