@@ -151,6 +151,7 @@ class Ablation:
     baseline: str = ""  # the variant that the others are compared with; empty: the first
     seeds: Annotated[tuple[Count, ...], Field(min_length=1)] = (0, 1)
     transfers: tuple[str, ...] = ()  # "SOURCE -> TARGET TARGET"; empty: from the run's source to its targets
+    lengths: Annotated[tuple[Positive, ...], Field(min_length=1)] = (25, 50, 100, 200)  # steps, of the learning curve
     overrides: tuple[str, ...] = ("train.steps=50", "train.views=120", "train.batch_size=2", "data.eval_images=6")
 
 

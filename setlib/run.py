@@ -15,6 +15,7 @@ from setlib.files import PROJECT, VERSION, load_json, peak_bytes, write_atomic
 
 SAME_NUMBERS = (  # cost time, memory or what a damaged file costs; change no number that is already made
     *("train.checkpointing", "train.accumulate", "data.workers"),
+    *("ablation.variants", "ablation.seeds", "ablation.baseline", "ablation.transfers"),  # each training has its folder
     *("train.validate_every", "train.validate_on", "inference.windows", "data.on_error", "train.checkpoint_every"),
 )
 

@@ -17,9 +17,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from scipy import stats
+from torch import Tensor
 from tqdm import tqdm
 
-from setlib.checkpoint import build_segmenter, is_finished
+from setlib.analysis.survey import styled_scenes
+from setlib.checkpoint import build_segmenter, is_finished, load_segmenter
 from setlib.data import domains
 from setlib.data.crops import RandomCrops
 from setlib.evaluation import Score, evaluate
@@ -225,11 +227,11 @@ def spread(rows: Sequence[dict]) -> list[dict]:
 def differences(found: Sequence[Found], baseline: str = "", random_seed: int = 0) -> list[dict]:
     """How far each variant is above the baseline (default: the first), in pairs of equal seed and picture, in points.
 
-    Rows variant, baseline, domain (a title of `cells`), mean, low, high, values (one a seed), seeds. low and high: a 95 %
-    interval, corrected for the number of variants (Bonferroni); None with one seed. Its standard error is that of a
-    hierarchical bootstrap, which draws seeds and pictures anew, the same for both; with few seeds a bootstrap is too
-    narrow by (n - 1) / n in the seeds' part, which is added, and a t distribution stands in for the normal one
-    (Satterthwaite's degrees of freedom). Pictures are drawn in stretches of STRETCH neighbours.
+    Rows variant, baseline, domain (a title of `cells`), mean, low, high, values (one a seed), seeds. low and high: a
+    95 % interval, corrected for the number of variants (Bonferroni); None with one seed. Its standard error is that of
+    a hierarchical bootstrap, which draws seeds and pictures anew, the same for both. With few seeds a bootstrap finds
+    only (n - 1) / n of the seeds' variance: the rest is added, and a t distribution stands in for the normal one (with
+    Satterthwaite's degrees of freedom). Pictures are drawn in stretches of STRETCH neighbours.
     Raises ValueError if the baseline is not among the variants.
     """
     variants = list(dict.fromkeys(one.variant for one in found))
@@ -317,3 +319,53 @@ def _say_row(row: dict) -> str:
 
 def _say_ends(row: dict) -> str:
     return "" if row["low"] is None else f" [{row['low']:+.1f}, {row['high']:+.1f}]"
+
+
+# The learning curve, and why
+
+
+def lengthened(run: Run) -> Run:
+    """An ablation in RUN/curve: the first variant and the run's own refiner, trained to each of `ablation.lengths`."""
+    settings = run.experiment.ablation
+    compared = dict.fromkeys([settings.variants[0], run.experiment.model.refiner])
+    variants = [f"{name} train.steps={steps}" for name in compared for steps in settings.lengths]
+    return run.nested("curve", f"ablation.variants={','.join(variants)}", f"ablation.seeds={settings.seeds[0]}")
+
+
+def curves(found: Sequence[Found]) -> dict[str, tuple[list[int], list[float]]]:
+    """mIoU by steps, of the source and of the mean of the targets: {name: (steps, percent)}, seeds averaged."""
+    steps = {one.variant: one.experiment.train.steps for one in found}
+    source, lines = found[0].experiment.data.source, dict[str, dict[int, float]]()
+    for cell in spread(scores(found)):
+        if cell["domain"] == source or MEAN in cell["domain"]:
+            name = re.sub(r"\s*train\.steps=\d+", "", cell["variant"])
+            lines.setdefault(f"{name}, {cell['domain']}", {})[steps[cell["variant"]]] = cell["mean"]
+    return {name: (sorted(own), [own[count] for count in sorted(own)]) for name, own in lines.items()}
+
+
+@torch.no_grad()
+def style_distances(run: Run, layouts: int = 4) -> dict[str, tuple[list[int], list[float]]]:
+    """Behind each layer: how far one rendered street in two styles is apart, in units of two streets in one style.
+
+    {variant: (layers, ratio)}, of each variant's first model.
+    """
+    data, lines = run.experiment.data, {}
+    pictures = torch.stack(list(styled_scenes(data, layouts).values()), 1)  # (n, S, 3, h, w)
+    for trial in plan(run)[: len(run.experiment.ablation.variants)]:
+        model = load_segmenter(trial.run.path)
+        layers = list(range(1, model.backbone.num_layers + 1))
+        with model.autocast():
+            parts = [model.backbone(part.to(model.device), model.refiner, layers) for part in pictures]
+        ratios = []
+        for layer in layers:
+            x = torch.stack([part[layer].flatten(1).float() for part in parts])  # (n, S, H W C)
+            styles, streets = torch.cdist(x, x), torch.cdist(x.transpose(0, 1), x.transpose(0, 1))
+            ratios.append(float(_off_diagonal(styles) / _off_diagonal(streets)))
+        lines[trial.variant] = (layers, ratios)
+    return lines
+
+
+def _off_diagonal(distances: Tensor) -> Tensor:
+    """The mean over pairs of two; distances: (..., n, n)."""
+    count = distances.shape[-1]
+    return distances.sum((-1, -2)).mean() / (count * (count - 1))

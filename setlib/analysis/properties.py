@@ -28,7 +28,9 @@ class Subject(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.refiner = build_refiner(name, (LAYER,), CHANNELS, any_batch=True)
+        self.refiner = build_refiner(name, (LAYER,), CHANNELS, any_batch=True, style_layers=(LAYER,))
+        if self.refiner.style is not None:
+            self.refiner.style.observe(2 * draw_features(3), LAYER)
         if self.refiner.inside:
             self.plain = load_backbone("tiny-random")
             self.refiner = build_refiner(name, (LAYER,), self.plain.channels)
@@ -38,7 +40,8 @@ class Subject(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features and what is added to them, (B, H, W, C); x: (B, H, W, CHANNELS), the features or their pixels."""
         if not self.refiner.inside:
-            return x, self.refiner(x, LAYER) - x
+            styled = x if self.refiner.style is None else self.refiner.style(x, LAYER)
+            return x, self.refiner(styled, LAYER) - x
         images = nn.PixelShuffle(PATCH)(x.permute(0, 3, 1, 2)).sigmoid()  # (B, 3, h, w)
         features = self.plain(images, layers=[LAYER])[LAYER]
         return features, self.backbone(images, self.refiner, [LAYER])[LAYER] - features
