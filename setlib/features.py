@@ -12,12 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from setlib.data.crops import Batch, RandomCrops
-from setlib.style import SourceStyle, same
+from setlib.style import SourceStyle, fit_style, same
 
 if TYPE_CHECKING:
     from setlib.segmenter import Segmenter
-
-STYLE_CROPS = 64  # that the style of a source is taken from
 
 
 @dataclass(frozen=True)
@@ -104,23 +102,6 @@ class KeptCrops:
         for indices in chosen:
             images, labels, frozen = zip(*(self.crops[i] for i in indices), strict=True)
             yield Batch(torch.cat(images), torch.cat(labels), FrozenFeatures.cat(frozen) if frozen[0] else None)
-
-
-@torch.no_grad()
-def fit_style(model: Segmenter, crops: RandomCrops) -> None:
-    """Gives the model's refiner, if it has a style that is not fitted yet, that of the first crops of its source.
-
-    Layer by layer, so that each sees what it will see: features that the layers before have brought to the style.
-    """
-    style = model.refiner.style
-    if style is None or style.fitted.all():
-        return
-    images = torch.stack([crops[i].image for i in range(STYLE_CROPS)]).float() / 255
-    with model.autocast():
-        for layer in style.layers:
-            parts = images.to(model.device).split(model.experiment.inference.windows)
-            maps = [model.backbone.frozen_features(part, layer, (layer,), style=style).maps[layer] for part in parts]
-            style.observe(torch.cat(maps), layer)
 
 
 def keep_crops(models: Iterable[Segmenter], crops: RandomCrops, progress: bool = True) -> KeptCrops | RandomCrops:

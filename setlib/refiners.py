@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from setlib import variants
 from setlib.files import nearest
-from setlib.style import SourceStyle
+from setlib.style import OCTAVES, SourceStyle
 from setlib.tokens import Refiner, Rein, SpectralTokens
 from setlib.wavelets import WaveletTokens
 
@@ -151,12 +151,12 @@ def _tokens(kind: Callable[..., Refiner], **fixed: Any) -> Build:
     return lambda layers, channels, options: kind(layers, channels, *options.tokens, **fixed)
 
 
-def _styled(build: Build, scrambled: bool = False) -> Build:
-    """How a refiner is built behind whose first layers features have the style of the source."""
+def _styled(build: Build, **fixed: Any) -> Build:
+    """How a refiner is built behind whose first layers features have the style of the source; fixed: of the style."""
 
     def built(layers: Sequence[int], channels: int, options: Options) -> Refiner:
         refiner = build(layers, channels, options)
-        refiner.style = SourceStyle(options.style_layers, channels, scrambled)
+        refiner.style = SourceStyle(options.style_layers, channels, **fixed)
         return refiner
 
     return built
@@ -184,6 +184,8 @@ REFINERS: dict[str, Build] = {
     "set-placebo": _tokens(variants.RandomBasisTokens),
     "set-released": _released_set,
     "style": _styled(lambda layers, channels, options: Refiner()),
+    "style-bands": _styled(lambda layers, channels, options: Refiner(), edges=OCTAVES),
+    "style-gains": _styled(lambda layers, channels, options: Refiner(), edges=OCTAVES, gains=True),
     "rein-style": _styled(_tokens(Rein)),
     "set-style": _styled(_tokens(SpectralTokens)),
     "set-style-placebo": _styled(_tokens(variants.RandomBasisTokens), scrambled=True),

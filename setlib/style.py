@@ -1,39 +1,71 @@
-"""The style of the source, kept as two numbers per channel, and put in place of every picture's own. Nothing learns."""
+"""The style of the source, kept as levels of amplitudes per channel and put in place of every picture's own.
+
+Nothing here learns by gradients. Where style is was measured first (notebook 02): behind early layers it sits in the
+amplitude at zero frequency and in how large the others are, while their shape and all phases hold content.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-TINY = 1e-6  # a deviation at or below it is that of a channel that is constant
+from setlib import spectral
+from setlib.data.corruptions import corrupt
+
+if TYPE_CHECKING:
+    from setlib.data.crops import RandomCrops
+    from setlib.segmenter import Segmenter
+
+TINY = 1e-6  # an amplitude at or below it is none
+CROPS, AGAIN = 64, 3  # that a style is taken from, and how often each is restyled for the gains
+RESTYLES = ("dark", "fog", "contrast", "brightness", "noise", "blur")  # of `data.corruptions`
+OCTAVES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # edges of bands of frequencies; 1 = Nyquist, corners lie beyond it
 
 
 class SourceStyle(nn.Module):
     """Brings the amplitudes of features behind some first layers to the level that they have on the source.
 
-    Per channel: the amplitude at zero frequency (the mean over the patches) becomes the source's, and all others are
-    scaled together until their energy (by Parseval the variance over the patches) is the source's; no phase turns.
-    Measured first: style sits in these two numbers, the more the earlier the layer, while the amplitudes' shape and the
-    phases hold content. Every picture is brought there by its own statistics alone, in training as in use. Until it is
-    fitted it changes nothing. Source: AdaIN (Huang & Belongie, ICCV 2017), here towards the source's mean style.
+    Per channel: the amplitude at zero frequency (the mean over the patches) becomes the source's, and those of each
+    band are scaled together until their energy is the source's (with one band, by Parseval: the variance over the
+    patches); no phase turns. Every picture is brought there by its own statistics alone, in training as in use. Until
+    it is fitted it changes nothing. Source: AdaIN (Huang & Belongie, ICCV 2017), here towards the source's mean style.
+
+    With gains, what content says is kept: a statistic goes only so far to the source's as restyling the source's
+    pictures moves it, 1 - (variance by content) / (variance by content + by style), in closed form (Wiener's filter).
 
     Parameters
     ----------
     layers : numbers, from 1, behind which it stands. channels: C.
-    scrambled : the same over a random orthonormal basis of the positions in place of the waves, a placebo.
+    edges : of the bands, radii; without any, all frequencies but zero are one band.
+    gains : whether restyled pictures are needed to fit it.
+    scrambled : all of it over a random orthonormal basis of the positions in place of the waves, a placebo.
     """
 
     mean: Tensor
     level: Tensor
+    mean_kept: Tensor
+    level_kept: Tensor
     fitted: Tensor
 
-    def __init__(self, layers: Sequence[int], channels: int, scrambled: bool = False) -> None:
+    def __init__(
+        self,
+        layers: Sequence[int],
+        channels: int,
+        edges: Sequence[float] = (),
+        gains: bool = False,
+        scrambled: bool = False,
+    ) -> None:
         super().__init__()
-        self.layers, self.scrambled = tuple(layers), scrambled
-        self.register_buffer("mean", torch.zeros(len(self.layers), channels))
-        self.register_buffer("level", torch.zeros(len(self.layers), channels))  # logarithm of the deviation
+        self.layers, self.edges, self.gains, self.scrambled = tuple(layers), tuple(edges), gains, scrambled
+        bands = len(self.edges) + 1
+        for name, shape in (("mean", (channels,)), ("level", (bands, channels))):  # level: logarithm, root mean square
+            self.register_buffer(name, torch.zeros(len(self.layers), *shape))
+            self.register_buffer(f"{name}_kept", torch.zeros(len(self.layers), *shape))  # of its distance to the source
         self.register_buffer("fitted", torch.zeros(len(self.layers), dtype=torch.bool))
 
     def forward(self, features: Tensor, layer: int) -> Tensor:
@@ -41,36 +73,96 @@ class SourceStyle(nn.Module):
         index = self.layers.index(layer)
         if not self.fitted[index]:
             return features
-        x, signs = self._turned(features)
-        mean, level = statistics(x)
-        x = (x - mean) * (self.level[index] - level).exp() + self.mean[index]
-        return (x * signs).to(features.dtype)
+        x = self._turned(features.float())
+        mean, level = self.statistics(x)
+        gain = ((1 - self.level_kept[index]) * (self.level[index] - level)).exp()  # (B, bands, C)
+        goal = self.mean[index] + self.mean_kept[index] * (mean - self.mean[index])  # (B, C)
+        x = x - mean[:, None, None]
+        if self.edges:
+            waves = spectral.transform(x) * gain[:, self._bands(x)]
+            x = spectral.invert(waves, (x.shape[1], x.shape[2]))
+        else:
+            x = x * gain[:, None]
+        return self._turned(x + goal[:, None, None], back=True).to(features.dtype)
 
-    def observe(self, features: Tensor, layer: int) -> None:
-        """Takes the mean statistics of features of source pictures (B, H, W, C) as those of the source."""
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean over the patches (B, C) and, by band, the logarithm of the root of the energy, (B, bands, C)."""
+        mean = x.mean((1, 2))
+        if not self.edges:
+            return mean, (x - mean[:, None, None]).square().mean((1, 2))[:, None].clamp(min=TINY**2).log() / 2
+        width, bands = x.shape[2], self._bands(x)
+        stands_for = torch.where(spectral.own_partners(width)[: width // 2 + 1], 1.0, 2.0).to(x.device)  # so many bins
+        energy = spectral.transform(x - mean[:, None, None]).abs().square() * stands_for[:, None]
+        total = energy.new_zeros(len(x), len(self.edges) + 1, x.shape[3])
+        total.index_add_(1, bands.flatten(), energy.flatten(1, 2))
+        return mean, (total / math.prod(x.shape[1:3])).clamp(min=TINY**2).log() / 2
+
+    def observe(self, features: Tensor, layer: int, styles: int = 1) -> None:
+        """Takes statistics of the source from features of its pictures, (styles * N, H, W, C), behind a layer.
+
+        The first N are the pictures as they are, the others the same ones restyled.
+        """
         index = self.layers.index(layer)
-        mean, level = statistics(self._turned(features)[0])
-        self.mean[index], self.level[index] = mean.mean((0, 1, 2)), level.mean((0, 1, 2))
+        for name, values in zip(("mean", "level"), self.statistics(self._turned(features.float())), strict=True):
+            values = values.unflatten(0, (styles, -1))  # (S, N, ...)
+            getattr(self, name)[index] = values[0].mean(0)
+            if self.gains:
+                by_style = values.var(0).mean(0)
+                by_content = (values.mean(0).var(0) - by_style / styles).clamp(min=0)
+                getattr(self, f"{name}_kept")[index] = by_content / (by_content + by_style).clamp(min=TINY**2)
         self.fitted[index] = True
 
-    def _turned(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Features as float32, and the signs of the positions: all 1, or random ones, whose mean is no mean."""
-        generator, (height, width) = torch.Generator().manual_seed(0), features.shape[1:3]
-        signs = torch.ones(height, width, 1)
-        if self.scrambled:
-            signs = torch.randint(0, 2, signs.shape, generator=generator) * 2.0 - 1
-        signs = signs.to(features.device)
-        return features.float() * signs, signs
+    def _bands(self, x: Tensor) -> Tensor:
+        """The band of each bin of x's half spectrum, (H, W // 2 + 1)."""
+        return torch.bucketize(spectral.frequency_radius((x.shape[1], x.shape[2])), torch.tensor(self.edges)).to(
+            x.device
+        )
 
-
-def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and logarithm of the deviation over the positions, (B, 1, 1, C) each; x: (B, H, W, C)."""
-    return x.mean((1, 2), keepdim=True), x.std((1, 2), keepdim=True).clamp(min=TINY).log()
+    def _turned(self, x: Tensor, back: bool = False) -> Tensor:
+        """x, for a placebo with random signs in a random order of the positions, or, with `back`, that undone."""
+        if not self.scrambled:
+            return x
+        order, signs = (part.to(x.device) for part in random_basis(x.shape[1] * x.shape[2]))
+        flat = x.flatten(1, 2)
+        return (flat[:, order.argsort()] * signs if back else (flat * signs)[:, order]).view_as(x)
 
 
 def same(one: SourceStyle | None, other: SourceStyle | None) -> bool:
     """Whether two styles, or none, change features alike."""
     if one is other or one is None or other is None:
         return one is other
-    alike = (one.layers, one.scrambled) == (other.layers, other.scrambled)
+    alike = (one.layers, one.edges, one.scrambled) == (other.layers, other.edges, other.scrambled)
     return alike and all(torch.equal(a, b) for a, b in zip(one.buffers(), other.buffers(), strict=True))
+
+
+@lru_cache(maxsize=32)
+def random_basis(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A random order of so many positions, (N,) int64, and random signs, (N, 1) float32."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(count, generator=generator)
+    return order, torch.randint(0, 2, (count, 1), generator=generator) * 2.0 - 1
+
+
+@torch.no_grad()
+def fit_style(model: Segmenter, crops: RandomCrops) -> None:
+    """Gives the model's refiner, if it has a style that is not fitted yet, that of the first crops of its source.
+
+    Layer by layer, so that each sees what it will see: features that the layers before have brought to the style.
+    """
+    style = model.refiner.style
+    if style is None or style.fitted.all():
+        return
+    images = [crops[i].image for i in range(CROPS)]
+    again = [restyled(image, place * CROPS + i) for place in range(AGAIN) for i, image in enumerate(images)]
+    whole = torch.stack(images + again * style.gains).float() / 255
+    with model.autocast():
+        for layer in style.layers:
+            parts = whole.to(model.device).split(model.experiment.inference.windows)
+            maps = [model.backbone.frozen_features(part, layer, (layer,), style=style).maps[layer] for part in parts]
+            style.observe(torch.cat(maps), layer, len(whole) // CROPS)
+
+
+def restyled(image: Tensor, number: int) -> Tensor:
+    """A crop (3, h, w) uint8 in other light, weather or focus; which, the number says."""
+    kind = RESTYLES[number % len(RESTYLES)]
+    return torch.from_numpy(corrupt(image.permute(1, 2, 0).numpy(), kind, 3, str(number))).permute(2, 0, 1)

@@ -24,9 +24,10 @@ from setlib.data.domains import Domain
 from setlib.distributed import accelerator, own_part, state
 from setlib.evaluation import evaluate
 from setlib.experiment import Experiment, Train
-from setlib.features import KeptCrops, fit_style, keep_crops
+from setlib.features import KeptCrops, keep_crops
 from setlib.run import Run
 from setlib.segmenter import Segmenter
+from setlib.style import fit_style
 
 
 def train(

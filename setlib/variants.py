@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from setlib import spectral
 from setlib._kernels import change_phase, join_spectrum, split_spectrum
 from setlib.spectral import PIXELS, Spectrum, is_empty, mirror_rows, own_partners
+from setlib.style import random_basis
 from setlib.tokens import LowRankTokens, Refiner, SpectralTokens, TokenBranch, TokenQueries
 
 TEMPERATURE = 10.0  # at the start, of cosine similarities: at C = 384 these spread by 1 / sqrt(C) = 0.05
@@ -202,14 +203,6 @@ class MinorAdaptation(Refiner):
 def _beta(branch: TokenBranch, part: Tensor, index: int) -> Tensor:
     """beta of a part of a spectrum, of its shape; axes 1 and 2 are the positions."""
     return branch(part.flatten(1, 2), index).view(part.shape)
-
-
-@lru_cache(maxsize=32)
-def random_basis(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A random order of so many positions, (N,) int64, and random signs, (N, 1) float32."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(count, generator=generator)
-    return order, torch.randint(0, 2, (count, 1), generator=generator) * 2.0 - 1
 
 
 def to_cosines(x: Tensor, back: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from scipy import fft
 from torch import nn
 
-from setlib import spectral, variants
+from setlib import spectral, style, variants
 from setlib.refiners import build_refiner
 from setlib.weights.load import load_backbone
 
@@ -94,7 +94,7 @@ def test_the_cosine_transform_is_orthonormal_and_scipys(size):
 def test_the_placebo_has_sets_parameters_and_its_function_on_scrambled_positions():
     real, placebo, x = build("set", 0.3), build("set-placebo", 0.3), features(2, 4, 6)
     assert all(torch.equal(a, b) for a, b in zip(real.parameters(), placebo.parameters(), strict=True))
-    order, signs = variants.random_basis(24)
+    order, signs = style.random_basis(24)
     expected = real((x.flatten(1, 2) * signs)[:, order].view_as(x), 2).flatten(1, 2)
     torch.testing.assert_close((placebo(x, 2).flatten(1, 2) * signs)[:, order], expected)
     assert (placebo(x, 2) - real(x, 2)).norm() > 0.1 * (real(x, 2) - x).norm()

@@ -15,7 +15,7 @@ from scipy import fft
 from torch import Tensor
 
 from setlib import spectral
-from setlib.variants import random_basis
+from setlib.style import random_basis
 from setlib.wavelets import join_haar, split_haar
 
 CUT = 0.25  # between low and high frequencies; 1 = Nyquist
