@@ -135,6 +135,10 @@ def open_run(args: argparse.Namespace) -> setlib.Run:
     variants = [text.split() for text in experiment.ablation.variants]
     for _, *options in variants:
         experiment.override(*options)
+    baseline = experiment.ablation.baseline
+    if baseline and baseline not in experiment.ablation.variants:
+        names = ", ".join(experiment.ablation.variants)
+        raise ValueError(f"The baseline '{baseline}' is none of the variants {names}.")
     for name in (experiment.model.refiner, *(words[0] for words in variants), *rates):
         setlib.build_refiner(name, (1,), channels=1, num_tokens=2, rank=1)
 

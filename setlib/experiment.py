@@ -39,6 +39,12 @@ def _edge(text: str) -> str:
     return text
 
 
+def _transfer(text: str) -> str:
+    if not re.fullmatch(r"\s*\S.*->.*\S\s*", text):
+        raise ValueError(f"Option ablation.transfers expects SOURCE -> TARGET TARGET, not '{text}'.")
+    return text
+
+
 @dataclass(frozen=True, config=STRICT)
 class Data:
     """Which domains, how many pictures of them, and how pictures are cut for training."""
@@ -150,7 +156,9 @@ class Ablation:
     variants: Names = ("none", "rein", "set", "set-amplitude", "set-phase", "set-unnormalised")  # "set model.rank=4"
     baseline: str = ""  # the variant that the others are compared with; empty: the first
     seeds: Annotated[tuple[Count, ...], Field(min_length=1)] = (0, 1)
-    transfers: tuple[str, ...] = ()  # "SOURCE -> TARGET TARGET"; empty: from the run's source to its targets
+    transfers: tuple[
+        Annotated[str, AfterValidator(_transfer)], ...
+    ] = ()  # "SOURCE -> TARGET TARGET"; empty: from the run's source to its targets
     lengths: Annotated[tuple[Positive, ...], Field(min_length=1)] = (25, 50, 100, 200)  # steps, of the learning curve
     overrides: tuple[str, ...] = ("train.steps=50", "train.views=120", "train.batch_size=2", "data.eval_images=6")
 

@@ -79,6 +79,22 @@ def test_an_override_of_the_ablation_may_be_a_list():
     assert experiment.override(*experiment.ablation.overrides).model.refined_layers == (1, 2)
 
 
+def test_a_variant_is_a_refiner_with_options_that_may_be_lists():
+    made = build("ablation.variants=none,set model.rank=4 model.refined_layers=2,3,rein train.refiner_rates=rein=3,set")
+    rein = "rein train.refiner_rates=rein=3"
+    assert made.ablation.variants == ("none", "set model.rank=4 model.refined_layers=2,3", rein, "set")
+
+
+def test_transfers_name_sources_and_their_targets():
+    assert build().transfers == [("scenes:game", ("scenes:night", "scenes:fog"))]
+    made = build("ablation.transfers=scenes:game -> scenes:fog, camvid:day-train@x -> camvid:dusk@x scenes:night")
+    expected = [("scenes:game", ("scenes:fog",)), ("camvid:day-train@x", ("camvid:dusk@x", "scenes:night"))]
+    assert made.transfers == expected
+    for wrong in ("scenes:game", "-> scenes:fog", "scenes:game ->"):
+        with pytest.raises(ValueError, match="ablation.transfers expects SOURCE -> TARGET"):
+            build(f"ablation.transfers={wrong}")
+
+
 def test_one_text_is_a_list_of_one():
     texts = Experiment.build("smoke", None, "scenes:night", None, "train.steps=3")
     assert texts == Experiment.build("smoke", targets=["scenes:night"], overrides=["train.steps=3"])

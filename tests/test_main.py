@@ -67,6 +67,8 @@ def read_error(capsys: pytest.CaptureFixture) -> str:
         ("train -o model.refner=set", ["Unknown option 'model.refner'", "nearest: model.refine"]),
         ("train -o model.refiner=sett", ["Unknown refiner 'sett'", "nearest: set"]),
         ("train -o ablation.variants=set,rain", ["Unknown refiner 'rain'", "nearest: rein"]),
+        ("ablate -o ablation.transfers=scenes:nite->scenes:fog", ["Unknown style 'nite'"]),
+        ("ablate -o ablation.baseline=rein ablation.variants=none,set", ["baseline 'rein' is none of", "none, set"]),
         ("train -o train.steps=many", ["Option train.steps should be a valid integer, got", "many"]),
         ("train --source scene:night", ["Unknown domain 'scene'", "nearest: scenes"]),
         ("train --target scenes:nite", ["Unknown style 'nite'", "nearest: night"]),
@@ -165,6 +167,18 @@ def test_train_says_where_the_model_is(trained, capsys):
     assert str(trained / "model") in output and "2 steps" in output
     assert (trained / "model" / "model.safetensors").read_bytes() == before
     assert not (trained / "metrics.json").exists()
+
+
+def test_ablate_prints_one_table_and_goes_on_with_more_variants(capsys, tmp_path):
+    command = ["ablate", "--profile", "smoke", "--run", str(tmp_path), "-o", "ablation.overrides=train.steps=2"]
+    assert cli.main([*command, "ablation.variants=none,set model.rank=2"]) == 0
+    out = capsys.readouterr().out
+    assert "set model.rank=2" in out and "mean of targets" in out and "beside none" in out and "table.csv" in out
+    assert (tmp_path / "figures" / "ablation.png").is_file() and (tmp_path / "ablation" / "differences.json").is_file()
+    first = (tmp_path / "ablation" / "none-seed0" / "history.jsonl").stat().st_mtime_ns
+    assert cli.main([*command, "ablation.variants=none,set model.rank=2,style", "ablation.seeds=0"]) == 0
+    assert "style" in capsys.readouterr().out
+    assert (tmp_path / "ablation" / "none-seed0" / "history.jsonl").stat().st_mtime_ns == first
 
 
 def test_premise_measures_each_backbone_beside_its_control_once(capsys, tmp_path):

@@ -215,28 +215,6 @@ def confusion(counts: np.ndarray, class_set: ClassSet, ax: Axes | None = None) -
 
 
 @quiet
-def intervals(table: Sequence[Mapping], ax: Axes | None = None) -> Axes:
-    """Every seed as a hollow point, with the mean and its interval, by variant (rows) and domain (colours).
-
-    table: rows with variant, domain, mean, low, high (may be None), values (one a seed), all mIoU in percent.
-    """
-    variants, domains = (list(dict.fromkeys(row[key] for row in table)) for key in ("variant", "domain"))
-    ax = _axes(ax, (0.2 + 0.13 * len(domains)) * len(variants) + 0.9)
-    for row in table:
-        v, d = variants.index(row["variant"]), domains.index(row["domain"])
-        place = v + (d - (len(domains) - 1) / 2) * 0.75 / len(domains)
-        look = {"color": COLOURS[d % 8], "label": short_name(row["domain"]) if v == 0 else None}
-        if row.get("low") is not None and row.get("high") is not None:
-            ax.plot([row["low"], row["high"]], [place, place], color=COLOURS[d % 8], linewidth=1.5, alpha=0.6)
-        ax.plot(row["values"], [place] * len(row["values"]), "o", color=COLOURS[d % 8], markersize=4, mfc="white")
-        ax.plot(row["mean"], place, MARKERS[d % 8], markersize=5, **look)
-    ax.set(yticks=range(len(variants)), yticklabels=variants, ylim=(len(variants) - 0.5, -0.5), xlabel="mIoU (%)")
-    ax.grid(True, axis="x")
-    ax.legend(**ABOVE, ncols=5)
-    return ax
-
-
-@quiet
 def forest(rows: Sequence[Mapping]) -> AnyFigure:
     """Differences from a baseline, a panel per domain: every seed a hollow point, mean and interval, bold beyond zero.
 

@@ -34,7 +34,6 @@ ALL = {
     "class_bars": ({"set": 100 * SHARES}, CITYSCAPES),
     "class_heatmap": ({"scenes:fog": 100 * SHARES}, CITYSCAPES),
     "confusion": (np.eye(19, dtype=np.int64), CITYSCAPES),
-    "intervals": ([CELL],),
     "share_lines": (SHARED,),
     "lines": ({"a": ([0, 1], [2, 3])}, "time (s)", "way (m)"),
 }
@@ -128,10 +127,17 @@ def test_confusion_is_percent_of_the_label():
     assert np.isnan(shown[1].astype(float).filled(np.nan)).all()
 
 
-def test_intervals_show_every_seed_and_do_without_an_interval():
-    ax = plots.intervals([CELL, CELL | {"variant": "none", "low": None, "high": None}])
-    drawn = [line.get_xdata().tolist() for line in ax.lines]
-    assert drawn == [[29, 33], [30, 32], [31], [30, 32], [31]]
+def test_a_forest_shows_every_seed_and_colours_what_is_beyond_zero():
+    row = {"baseline": "none", "mean": 2, "low": 1, "high": 3, "values": [1.5, 2.5]}
+    rows = [row | {"variant": "set", "domain": f"scenes:{i}"} for i in range(5)]
+    rows += [row | {"variant": "rein", "domain": "scenes:0", "low": None, "high": None}]
+    made = plots.forest(rows)
+    assert [ax.get_title("left") for ax in made.axes] == [f"scenes:{i}" for i in range(5)]
+    zero, seeds, interval, mean, *unknown = made.axes[0].lines
+    assert zero.get_xdata() == [0, 0] and list(seeds.get_xdata()) == [1.5, 2.5] and list(interval.get_xdata()) == [1, 3]
+    assert mean.get_color() == interval.get_color() == plots.COLOURS[0] and len(unknown) == 2  # no interval
+    assert [label.get_text() for label in made.axes[0].get_yticklabels()] == ["set", "rein"]
+    assert "above none" in made.get_supxlabel()
 
 
 def test_shares_have_a_line_for_each_part_and_factor_and_bands_where_ends_are_known():
