@@ -87,6 +87,7 @@ class KeptCrops:
 
     def __init__(self, models: Iterable[Segmenter], crops: RandomCrops, progress: bool = True) -> None:
         features, settings = SharedFeatures(models), crops.experiment.train
+        self.style = features.style
         chunks = [chunk.tolist() for chunk in torch.arange(settings.views).split(settings.batch_size)]
         self.crops: list[Batch] = []
         with tqdm(total=settings.views, desc="frozen features", unit="crop", disable=not progress) as bar:

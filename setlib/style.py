@@ -127,12 +127,16 @@ class SourceStyle(nn.Module):
         return (flat[:, order.argsort()] * signs if back else (flat * signs)[:, order]).view_as(x)
 
 
+def kind(style: SourceStyle | None) -> tuple:
+    """What a style is before it is fitted: its layers, bands, and whether it has gains or is a placebo; () for none."""
+    return () if style is None else (style.layers, style.edges, style.gains, style.scrambled)
+
+
 def same(one: SourceStyle | None, other: SourceStyle | None) -> bool:
     """Whether two styles, or none, change features alike."""
     if one is other or one is None or other is None:
         return one is other
-    alike = (one.layers, one.edges, one.scrambled) == (other.layers, other.edges, other.scrambled)
-    return alike and all(torch.equal(a, b) for a, b in zip(one.buffers(), other.buffers(), strict=True))
+    return kind(one) == kind(other) and all(map(torch.equal, one.buffers(), other.buffers()))
 
 
 @lru_cache(maxsize=32)

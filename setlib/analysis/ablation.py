@@ -31,6 +31,7 @@ from setlib.files import write_atomic
 from setlib.metric import iou_of_tally, mean_iou
 from setlib.run import Run
 from setlib.segmenter import Segmenter
+from setlib.style import kind
 from setlib.training import train
 from setlib.weights.load import load_backbone
 
@@ -90,20 +91,25 @@ def train_together(
 ) -> dict[str, tuple[Segmenter, list[dict]]]:
     """Trains runs that share source, crops and backbone one after the other: the frozen layers are computed once.
 
-    bar: moved on by one for each training.
+    Once for each kind of style, that is. crops: for those of theirs. bar: moved on by one for each training.
     """
     first = next(iter(runs.values())).experiment
     backbone = load_backbone(first.model.backbone, patch_size=first.model.patch_size)
     source = domains.load(first.data.source, first.data, role="source")
-    if crops is None and not all(is_finished(run) for run in runs.values()):
-        models = (build_segmenter(run.experiment, backbone) for run in runs.values())  # not kept
-        crops = keep_crops(models, RandomCrops(source, first))
-    trained = {}
+    groups: dict[tuple, dict[str, Run]] = {}
     for name, run in runs.items():
-        trained[name] = train(run, source=source, backbone=backbone, crops=crops)
-        if bar is not None:
-            bar.update()
-    return trained
+        groups.setdefault(kind(build_segmenter(run.experiment, backbone).refiner.style), {})[name] = run
+    trained = {}
+    for style, own in groups.items():
+        shared = crops if isinstance(crops, RandomCrops) or (crops and kind(crops.style) == style) else None
+        if shared is None and not all(is_finished(run) for run in own.values()):
+            models = (build_segmenter(run.experiment, backbone) for run in own.values())  # not kept
+            shared = keep_crops(models, RandomCrops(source, first))
+        for name, run in own.items():
+            trained[name] = train(run, source=source, backbone=backbone, crops=shared)
+            if bar is not None:
+                bar.update()
+    return {name: trained[name] for name in runs}
 
 
 def run_ablation(run: Run) -> list[Found]:
@@ -138,9 +144,8 @@ def _alike(trials: Sequence[Trial]) -> list[list[Trial]]:
         made = trial.run.experiment
         model = build_segmenter(made)
         shared = made.data, made.inference, made.train.views, made.train.batch_size, made.model.backbone
-        style = model.refiner.style and (model.refiner.style.layers, model.refiner.style.scrambled)
         learns = model.frozen_until if model.refiner.layers else 0  # a head alone goes with any of its data
-        key = repr((shared, made.model.patch_size, model.precision, style))
+        key = repr((shared, made.model.patch_size, model.precision, kind(model.refiner.style)))
         groups.setdefault(key, {}).setdefault(learns, []).append(trial)
     for by_layer in groups.values():
         if len(by_layer) > 1 and 0 in by_layer:
