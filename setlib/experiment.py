@@ -56,6 +56,8 @@ class Data:
     max_class_share: float = 0.75  # of one class in a training crop
     photometric: NonNegativeFloat = 1.0  # strength of brightness, contrast, saturation and colour distortion; 0 = off
     eval_edges: tuple[Annotated[str, AfterValidator(_edge)], ...] = ()  # long edge by data set: acdc=960; 0.5 = half
+    attenuate: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of low image frequencies taken away, in use as well
+    attenuate_below: PositiveFloat = 1 / 16  # radius up to which they are low: 1 = Nyquist
     class_set: str = ""  # a smaller convention to score the 19 classes in: synthia-16, synthia-13; empty = all
     exif_labels: Literal["shown", "stored"] = "shown"  # pixels on which labels of turned pictures were drawn
     on_error: Literal["stop", "skip"] = "stop"  # at a picture that is damaged or has no label
