@@ -111,6 +111,9 @@ class Train:
     batch_size: Positive = 2  # crops per step, over all processes
     accumulate: Positive = 1  # parts that each process takes its crops of a step in
     views: Count = 320  # augmented crops made once, their frozen features kept; 0 = a fresh crop each time
+    mix: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of crops whose amplitudes are mixed with their neighbour's
+    mix_layer: Count = 0  # behind which frozen layer that is; 0 = in the pixels
+    mix_high: PositiveFloat = 1.5  # radius of the highest frequencies that are mixed: 1 = Nyquist
     learning_rate: PositiveFloat = 1e-3
     refiner_rates: tuple[Annotated[str, AfterValidator(_rate)], ...] = ("set=0.1",)  # in units of the head's rate
     weight_decay: NonNegativeFloat = 0.05  # none on tokens, norms, biases and scales

@@ -35,7 +35,7 @@ IMPORTS = {
     "explorer": {"analysis"},
     "analysis": {"training", "plots", "release"},
     "release": {"checkpoint"},
-    "training": {"evaluation"},
+    "training": {"evaluation", "mixing"},
     "evaluation": {"inference", "checkpoint", "metric"},
     "mixing": {"segmenter", "data"},
     "metric": {"data"},

@@ -140,7 +140,8 @@ def _alike(trials: Sequence[Trial]) -> list[list[Trial]]:
         shared = made.data, made.inference, made.train.views, made.train.batch_size, made.model.backbone
         style = model.refiner.style and (model.refiner.style.layers, model.refiner.style.scrambled)
         learns = model.frozen_until if model.refiner.layers else 0  # a head alone goes with any of its data
-        key = repr((shared, made.model.patch_size, model.precision, style))
+        mixed = made.train.mix, made.train.mix_layer, made.train.mix_high
+        key = repr((shared, mixed, made.model.patch_size, model.precision, style))
         groups.setdefault(key, {}).setdefault(learns, []).append(trial)
     for by_layer in groups.values():
         if len(by_layer) > 1 and 0 in by_layer:
