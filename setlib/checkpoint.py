@@ -56,6 +56,9 @@ def build_segmenter(
     for key, layers in (("feature_layers", read), ("refined_layers", refined), ("style_layers", styled)):
         if max(layers, default=0) > depth:
             raise ValueError(f"Option model.{key} names {layers}, but {backbone.name} has the layers 1 to {depth}.")
+    if experiment.train.mix and experiment.train.mix_layer > max(read):
+        found = f"({experiment.train.mix_layer}) stands behind all that the head reads"
+        raise ValueError(f"Option train.mix_layer {found}: name a layer from 1 to {max(read)}, or 0 for the pixels.")
     is_mask_head = config.head == "mask2former"
     if is_mask_head and len(read) != 4:
         raise ValueError(f"Option model.feature_layers must name 4 layers for mask2former, got {len(read)}.")

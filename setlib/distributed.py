@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -40,7 +40,7 @@ def accelerator(model: Segmenter) -> Accelerator:
     """The engine of a training.
 
     Raises ValueError for what the launcher was asked for and the configuration decides, and for a batch that does not
-    divide among processes and parts.
+    divide among processes and parts, and there into the pairs that train.mix_layer mixes.
     """
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         raise ValueError("Give -o train.precision=bfloat16 instead of accelerate's --mixed_precision.")
@@ -50,16 +50,17 @@ def accelerator(model: Segmenter) -> Accelerator:
     unread = max(refiner.layers, default=0) > max(model.feature_layers)  # what learns there has no gradient
     options = DistributedDataParallelKwargs(find_unused_parameters=unread or refiner.adapt is not None)
     engine = Accelerator(cpu=WITHOUT_GPU, mixed_precision="no", kwargs_handlers=[options])  # the model casts itself
-    parts = engine.num_processes * settings.accumulate
+    pair, mixed = (2, " x 2 that are mixed") if settings.mix and settings.mix_layer else (1, "")
+    parts = engine.num_processes * settings.accumulate * pair
     if settings.batch_size % parts:
         raise ValueError(
             f"Option train.batch_size ({settings.batch_size}) must be a multiple of {parts}: "
-            f"{engine.num_processes} processes x train.accumulate ({settings.accumulate})."
+            f"{engine.num_processes} processes x train.accumulate ({settings.accumulate}){mixed}."
         )
     return engine
 
 
-def own_part(indices: list[int]) -> list[int]:
-    """This process's crops of a step."""
-    length = len(indices) // state().num_processes
-    return indices[state().process_index * length :][:length]
+def own_part(crops: list[Any]) -> list[Any]:
+    """This process's part of a list with an entry for each crop of a step."""
+    length = len(crops) // state().num_processes
+    return crops[state().process_index * length :][:length]

@@ -62,6 +62,8 @@ class Data:
     max_class_share: float = 0.75  # of one class in a training crop
     photometric: NonNegativeFloat = 1.0  # strength of brightness, contrast, saturation and colour distortion; 0 = off
     eval_edges: tuple[Annotated[str, AfterValidator(_edge)], ...] = ()  # long edge by data set: acdc=960; 0.5 = half
+    attenuate: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of low image frequencies taken away, in use as well
+    attenuate_below: PositiveFloat = 1 / 16  # radius up to which they are low: 1 = Nyquist
     class_set: str = ""  # a smaller convention to score the 19 classes in: synthia-16, synthia-13; empty = all
     exif_labels: Literal["shown", "stored"] = "shown"  # pixels on which labels of turned pictures were drawn
     on_error: Literal["stop", "skip"] = "stop"  # at a picture that is damaged or has no label
@@ -115,6 +117,9 @@ class Train:
     batch_size: Positive = 2  # crops per step, over all processes
     accumulate: Positive = 1  # parts that each process takes its crops of a step in
     views: Count = 320  # augmented crops made once, their frozen features kept; 0 = a fresh crop each time
+    mix: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of crops whose amplitudes are mixed with their neighbour's
+    mix_layer: Count = 0  # behind which frozen layer that is; 0 = in the pixels
+    mix_high: PositiveFloat = 1.5  # radius of the highest frequencies that are mixed: 1 = Nyquist
     learning_rate: PositiveFloat = 1e-3
     refiner_rates: tuple[Annotated[str, AfterValidator(_rate)], ...] = ("set=0.1",)  # in units of the head's rate
     weight_decay: NonNegativeFloat = 0.05  # none on tokens, norms, biases and scales

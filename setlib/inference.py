@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from setlib._memory import label_map
-from setlib.data.augment import fit, resize, to_tensor
+from setlib.data.augment import attenuate, fit, resize, to_tensor
 from setlib.data.decode import read_picture
 from setlib.features import FrozenFeatures
 from setlib.segmenter import Segmenter
@@ -79,7 +79,7 @@ def cut_picture(model: Segmenter, image: np.ndarray, long_edge: int = 0) -> list
     found = []
     for scale in settings.scales:
         size = fit(pixels, long_edge or data.long_edge, scale)
-        resized, padded = resize(pixels, size)[0], model.padded_size(size)
+        resized, padded = attenuate(resize(pixels, size), data)[0], model.padded_size(size)
         window = padded if settings.whole else (min(data.height, padded[0]), min(data.width, padded[1]))
         stride = (max(1, round(window[0] * settings.stride)), max(1, round(window[1] * settings.stride)))
         found.append(cut(resized, window, stride))

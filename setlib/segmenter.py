@@ -106,8 +106,10 @@ class Segmenter(nn.Module):
 
     @property
     def frozen_until(self) -> int:
-        """Number of first layers whose own output nothing trainable can change: it can be computed once."""
-        return min(self.refiner.frozen_until(self.backbone.num_layers), max(self.feature_layers))
+        """Number of first layers whose own output nothing that learns or is mixed can change: computed once."""
+        train, last = self.experiment.train, max(self.feature_layers)
+        mixed = train.mix_layer if train.mix and train.mix_layer else last
+        return min(self.refiner.frozen_until(self.backbone.num_layers), mixed, last)
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Everything that learns, by name: refiner.*, head.* and what learns of backbone.*; buffers too."""

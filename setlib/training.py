@@ -25,6 +25,7 @@ from setlib.distributed import accelerator, own_part, state
 from setlib.evaluation import evaluate
 from setlib.experiment import Experiment, Train
 from setlib.features import KeptCrops, keep_crops
+from setlib.mixing import mix_weights, mixing
 from setlib.run import Run
 from setlib.segmenter import Segmenter
 from setlib.style import fit_style
@@ -81,10 +82,11 @@ def train(
             optimiser.zero_grad()
             total = torch.zeros((), device=model.device)
             counts, seeds = engine.reduce(model.head.counts(labels), "sum"), own_part(point_seeds(experiment, step))
+            weights = own_part(mix_weights(model, step))
             for part in np.array_split(np.arange(len(images)), settings.accumulate):
                 last_part = part[-1] == len(images) - 1
                 with contextlib.nullcontext() if last_part else engine.no_sync(network):
-                    output = network(images[part], frozen and frozen[part])
+                    output = network(images[part], frozen and frozen[part], mixing(model, [weights[i] for i in part]))
                     part_loss = model.loss(output, labels[part], counts, [seeds[i] for i in part])
                     (part_loss * engine.num_processes).backward()  # the engine takes the processes' mean
                 total += part_loss.detach()

@@ -23,7 +23,7 @@ SETTINGS = {
     "per-pixel": "train.steps=12 train.validate_every=6 data.eval_images=3",
     "mask2former": f"{MASKS} model.refiner=none",
     "linked": f"{MASKS} model.refiner=set",
-    "fresh": "train.steps=4 train.views=0 train.validate_every=2 data.eval_images=3",
+    "fresh": "train.steps=4 train.views=0 train.validate_every=2 data.eval_images=3 train.mix=1 train.mix_layer=3",
 }
 # of the loss: where a mask head draws points by values, or queries nearly alike compete, rounding can move a choice
 ROUNDING = {"per-pixel": 0.0, "mask2former": 1e-5, "linked": 1e-4, "fresh": 0.0}

@@ -1,5 +1,7 @@
 """Whole pictures: windows cover them, blend without a seam, and every picture is answered at its own size."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,10 @@ from torch.nn import functional as F
 from setlib import _memory
 from setlib._memory import label_map
 from setlib.checkpoint import build_segmenter
+from setlib.data.augment import augment, to_tensor
 from setlib.experiment import Experiment
 from setlib.inference import blend, class_probabilities, cut, cut_picture, predict
+from setlib.spectral import PIXELS, band_mask, transform
 
 SIDES = st.integers(1, 40)
 
@@ -103,3 +107,13 @@ def test_flip_and_scales_are_averaged(model):
     parts = [class_probabilities(several, [windows]) for windows in passes]
     parts = [F.interpolate(p[None], (64, 128), mode="bilinear")[0] for p in parts]
     torch.testing.assert_close(class_probabilities(several, passes), sum(parts) / 3)
+
+
+def test_attenuation_weakens_its_band_alone_in_training_and_in_prediction():
+    image, columns = picture(64, 128) // 4 + 96, torch.arange(128).expand(64, 128) % 19  # nothing is clipped
+    model = build("data.attenuate=0.75", "data.attenuate_below=0.25", "data.scale_min=1", "data.scale_max=1")
+    data, own = replace(model.experiment.data, photometric=0.0), transform(to_tensor(image), PIXELS)
+    crop, label = augment(to_tensor(image)[0], columns, data, torch.Generator().manual_seed(0))
+    expected = own * (1 - 0.75 * band_mask((64, 128), 0.001, 0.25))
+    for seen in (cut_picture(model, image)[0].images[0], crop.flip(-1) if label[0, 0] else crop):
+        torch.testing.assert_close(transform(seen[None], PIXELS), expected, atol=1e-4, rtol=0)

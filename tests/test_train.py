@@ -159,6 +159,8 @@ RESUMED = [
     ("train.checkpointing=true",),
     ("model.refiner=set-released", "train.precision=bfloat16"),
     MASKS,
+    ("train.mix=0.5", "train.views=0"),
+    ("train.mix=0.5", "train.mix_layer=3"),
 ]
 
 

@@ -145,7 +145,8 @@ def _alike(trials: Sequence[Trial]) -> list[list[Trial]]:
         model = build_segmenter(made)
         shared = made.data, made.inference, made.train.views, made.train.batch_size, made.model.backbone
         learns = model.frozen_until if model.refiner.layers else 0  # a head alone goes with any of its data
-        key = repr((shared, made.model.patch_size, model.precision, kind(model.refiner.style)))
+        mixed = made.train.mix, made.train.mix_layer, made.train.mix_high
+        key = repr((shared, mixed, made.model.patch_size, model.precision, kind(model.refiner.style)))
         groups.setdefault(key, {}).setdefault(learns, []).append(trial)
     for by_layer in groups.values():
         if len(by_layer) > 1 and 0 in by_layer:

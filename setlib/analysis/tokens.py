@@ -23,6 +23,7 @@ from setlib.analysis.spectra import PARTS, compare
 from setlib.data.augment import to_image
 from setlib.data.domains import Domain
 from setlib.inference import cut_picture
+from setlib.mixing import Wrapped
 from setlib.refiners import build_refiner
 from setlib.segmenter import Segmenter
 from setlib.tokens import LowRankTokens, Refiner, TokenBranch
@@ -31,22 +32,16 @@ TOKENS, RANK = 100, 16  # as the paper has them
 BANDS = ("low", "high")  # branches of tokens that read wavelets
 
 
-class Intervened(Refiner):
+class Intervened(Wrapped):
     """A refiner with something else done behind one layer: `change(features, layer)` in place of its own call."""
 
     def __init__(self, refiner: Refiner, layer: int, change: Callable[[Tensor, int], Tensor]) -> None:
-        super().__init__(sorted({*refiner.layers, layer}))
-        self.refiner, self.layer, self.change, self.style = refiner, layer, change, refiner.style
-        if refiner.prompts is not None:
-            self.prompts = self._prompts
+        super().__init__(refiner, layer)
+        self.layer, self.change = layer, change
 
     def forward(self, features: Tensor, layer: int) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        return (self.change if layer == self.layer else self.refiner)(features, layer)
-
-    def _prompts(self, layer: int) -> Tensor:
-        known = layer in self.refiner.layers
-        return self.refiner.prompts(layer) if known else self.refiner.prompts(self.refiner.layers[0])[:0]
+        return self.change(features, layer) if layer == self.layer else super().forward(features, layer)
 
 
 class Attention(NamedTuple):

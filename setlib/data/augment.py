@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from setlib.data.labels import IGNORE
 from setlib.experiment import Data
+from setlib.spectral import PIXELS, band_mask, invert, transform
 
 CROP_TRIES = 10  # as in the released configurations of the field
 
@@ -42,6 +43,18 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(image, size=size, mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
 
 
+def attenuate(images: Tensor, data: Data) -> Tensor:
+    """Images (B, 3, h, w) in [0, 1], their low frequencies, all but the mean, weakened by data.attenuate; clipped.
+
+    Source: ADSI (arXiv 2504.06781). Departure: the band ends sharply (there: a Butterworth filter); the mean stays.
+    """
+    if not data.attenuate:
+        return images
+    size = (images.shape[2], images.shape[3])
+    low = band_mask(size, 1e-9, data.attenuate_below)  # all but the mean
+    return invert(transform(images, PIXELS) * (1 - data.attenuate * low), size, PIXELS).clamp(0, 1)
+
+
 def augment(image: Tensor, label: Tensor, data: Data, generator: Generator) -> tuple[Tensor, Tensor]:
     """One random training crop of a picture and its label.
 
@@ -50,7 +63,7 @@ def augment(image: Tensor, label: Tensor, data: Data, generator: Generator) -> t
     Source: Rein, Sec. 4 (scale, crop with at most 75 % of one class, flip, photometric distortion).
     """
     size = fit(image, data.long_edge, uniform(generator, data.scale_min, data.scale_max))
-    image = resize(image[None], size)[0]
+    image = attenuate(resize(image[None], size), data)[0]
     label = F.interpolate(label[None, None].float(), size=size, mode="nearest-exact")[0, 0].long()
     below, right = max(0, data.height - size[0]), max(0, data.width - size[1])
     image = F.pad(image, (0, right, 0, below), value=0.5)

@@ -15,6 +15,7 @@ from setlib.data import domains
 from setlib.data.augment import augment, to_tensor
 from setlib.data.domains import Domain
 from setlib.experiment import Experiment
+from setlib.spectral import PIXELS, mix_amplitude
 
 if TYPE_CHECKING:
     from setlib.features import FrozenFeatures
@@ -51,6 +52,15 @@ class RandomCrops:
         """Crop `index`. A damaged picture stops it with ValueError, or is replaced by the next (data.on_error=skip)."""
         data, train = self.experiment.data, self.experiment.train
         seed = data.content_seed if train.views else self.experiment.seed  # kept crops are shared by all seeds
+        image, label = self._augmented(index, seed)
+        if weight := 0.0 if train.mix_layer else mix_weight(train.mix, seed, index):
+            other, _ = self._augmented(index ^ 1, seed)
+            image = mix_amplitude(image[None], other[None], weight, high=train.mix_high, axes=PIXELS)[0].clamp(0, 1)
+        return Crop((image * 255).round().byte(), label.byte())
+
+    def _augmented(self, index: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Crop `index` before any mixing: (3, h, w) float in [0, 1] and (h, w) int64 train ids."""
+        data = self.experiment.data
         epoch, place = divmod(index, len(self.domain))
         order = np.random.default_rng([seed, 0, epoch]).permutation(len(self.domain))
         largest = int(np.ceil(data.long_edge * data.scale_max))  # that a crop needs of its picture
@@ -61,8 +71,7 @@ class RandomCrops:
         generator = Generator().manual_seed(int(seed))
         image = to_tensor(sample.image)[0]
         label = torch.from_numpy(self.domain.ids.to_train[sample.label]).long()
-        image, label = augment(image, label, data, generator)
-        return Crop((image * 255).round().byte(), label.byte())
+        return augment(image, label, data, generator)
 
     def batches(self, chosen: Sequence[list[int]]) -> Iterator[Batch]:
         """Crops by their numbers, a batch for each list, made by data.workers processes."""
@@ -78,6 +87,17 @@ def batch_indices(experiment: Experiment, step: int) -> list[int]:
         return list(positions)
     orders = (np.random.default_rng([experiment.seed, 2, p // views]).permutation(views) for p in positions)
     return [int(order[p % views]) for order, p in zip(orders, positions, strict=True)]
+
+
+def mix_weight(share: float, seed: int, number: int) -> float:
+    """How far a crop moves towards its neighbour's amplitudes: even in [0, 1) for a share of all crops, else 0.
+
+    0 and 1, 2 and 3, ... are neighbours, i and i ^ 1; phases are kept. Source: AmpMix of FACT (Xu, CVPR 2021).
+    """
+    if not share:
+        return 0.0
+    chance, weight = np.random.default_rng([seed, 4, number]).random(2).tolist()
+    return weight if chance < share else 0.0
 
 
 def held_out(experiment: Experiment, source: Domain) -> Domain:
