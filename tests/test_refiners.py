@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from setlib import refiners, wavelets
+from setlib import wavelets
 from setlib.checkpoint import build_segmenter, load_segmenter, save_segmenter
 from setlib.experiment import Experiment
 from setlib.features import SharedFeatures
@@ -59,7 +59,7 @@ def test_lora_has_the_published_size():
 
 
 def test_lora_without_peft_names_the_extra(monkeypatch):
-    monkeypatch.setattr(refiners.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"lora needs the package peft: install it with pip install -e '.\[lora\]'"):
         build("lora")
 

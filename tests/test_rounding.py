@@ -62,7 +62,6 @@ def work(folder):
         "distances": studio.distances("", (GAME, 0), (NIGHT, 0)),
         "attention": tokens.attention_table(reading),
         "changes": reading.changes,
-        "leak": tokens.batch_leak(tokens.frozen_features(model, night)),
     }
     return {
         "boards": boards,

@@ -8,25 +8,22 @@ each other's features, and attention that cannot leave the mean. Everything here
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from setlib import _kernels, spectral
+from setlib import _kernels
 from setlib.analysis.spectra import PARTS, compare
 from setlib.data.augment import to_image
-from setlib.data.domains import Domain
 from setlib.inference import cut_picture
 from setlib.mixing import Wrapped
-from setlib.refiners import build_refiner
 from setlib.segmenter import Segmenter
-from setlib.tokens import LowRankTokens, Refiner, TokenBranch
+from setlib.tokens import Refiner, TokenBranch
 
 TOKENS, RANK = 100, 16  # as the paper has them
 BANDS = ("low", "high")  # branches of tokens that read wavelets
@@ -176,74 +173,4 @@ def shape_trace(model: Segmenter, images: Tensor) -> list[dict]:
         note(f"features after layer {layer}, to the head", "B, H, W, C", None, (found,))
     output = model.head(list(maps.values()), model.refiner.queries())
     note("class probabilities", "B, K, h, w", None, (model.pixel_probabilities(output, tuple(images.shape[-2:])),))
-    return rows
-
-
-@torch.no_grad()
-def frozen_features(model: Segmenter, domain: Domain, count: int = 3) -> Tensor:
-    """Features (count, H, W, C) of a domain's pictures after the first refined layer (else the last), unrefined."""
-    samples = islice(domain.samples(i % len(domain) for i in range(len(domain) + count)), count)
-    cut = [cut_picture(model, sample.image)[0].images[0] for _, sample in samples]
-    h, w = (min(window.shape[axis] for window in cut) for axis in (1, 2))
-    layer = (model.refiner.layers or (model.backbone.num_layers,))[0]
-    images = torch.stack([window[:, :h, :w] for window in cut]).to(model.device)
-    return model.backbone(images, layers=(layer,))[layer]
-
-
-@torch.no_grad()
-def batch_leak(features: Tensor, names: Sequence[str] = ("rein", "set", "set-released"), seed: int = 0) -> list[dict]:
-    """How far what a refiner adds to an image depends on the other images of the batch, at initialisation.
-
-    features: (3, H, W, C) of three pictures. Rows of percentages, |difference| / |what is added in company|: "another
-    mate": the second image of the batch is replaced; "another place": the two change places; "alone": the image comes
-    by itself. The output maps, which SET starts at 0, are drawn as Rein's are, so that there is something to compare.
-    """
-    rows = []
-    for name in names:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            refiner = build_refiner(name, (1,), features.shape[-1], TOKENS, RANK)
-            for branch in refiner.branches().values():
-                nn.init.kaiming_uniform_(branch.delta_map.weight, a=math.sqrt(5))
-        refiner.to(features.device)
-        in_company = _added(refiner, features, [0, 1])
-        row = {"refiner": name}
-        for title, order in {"another mate (%)": [0, 2], "another place (%)": [1, 0], "alone (%)": [0]}.items():
-            difference = _added(refiner, features, order) - in_company
-            row[title] = 100 * (difference.norm() / in_company.norm()).item()
-        rows.append(row)
-    return rows
-
-
-def _added(refiner: Refiner, features: Tensor, order: list[int]) -> Tensor:
-    """What a refiner adds to picture 0 in a batch of these pictures in this order."""
-    batch = features[order]
-    return (refiner(batch, 1) - batch)[order.index(0)]
-
-
-@torch.no_grad()
-def normalisation_table(features: Tensor, seed: int = 0) -> list[dict]:
-    """Attention over 100 fresh tokens from the amplitudes of features (B, H, W, C), by what is normalised first.
-
-    Over the positions of an image every token keeps a mean of 0 and a spread of 1: some places attend to it, others do
-    not. Over the M tokens of a position (as released, then divided by sqrt(C)) the largest similarity possible is
-    sqrt(M - 1) and all others are equal: "bound" is the share that this leaves to one token.
-    """
-    amplitude, channels = spectral.split_spectrum(features).amplitude.flatten(1, 2), features.shape[-1]
-    highest = math.exp(math.sqrt((TOKENS - 1) / channels))
-    lowest = math.exp(-1 / math.sqrt((TOKENS - 1) * channels))
-    bound = 100 * highest / (highest + (TOKENS - 1) * lowest)
-    cases = {
-        "positions": ("over positions (set)", 100.0),
-        "tokens": ("over tokens (released)", bound),
-        "": ("not", 100.0),
-    }
-    rows = []
-    for normalise, (title, most) in cases.items():
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            branch = TokenBranch(LowRankTokens(1, TOKENS, channels, RANK), channels, normalise).to(features.device)
-        share = branch.attention(amplitude, 0).cpu().numpy()
-        row = {"similarities normalised": title, "entropy": entropy(share)}
-        rows.append(row | {"largest share (%)": 100 * float(share.max()), "bound (%)": most})
     return rows

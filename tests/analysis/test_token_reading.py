@@ -121,24 +121,6 @@ def test_a_token_of_one_frequency_is_found_where_the_frequency_is():
     assert found[:, 8:].mean() > 3 * found[:, :8].mean()
 
 
-def test_only_the_released_form_leaks():
-    rows = {row.pop("refiner"): row for row in attention.batch_leak(features(3, 6, 8, 64))}
-    for name in ("rein", "set"):
-        assert max(rows[name].values()) < 1e-3
-    assert min(rows["set-released"].values()) > 30
-
-
-def test_normalising_over_tokens_cannot_leave_the_mean():
-    x = features(2, 8, 8, 1024)
-    ours, released, plain = attention.normalisation_table(x)
-    assert released["bound (%)"] == pytest.approx(1.364, abs=1e-3)
-    assert released["largest share (%)"] <= released["bound (%)"] * 1.0001 and released["entropy"] > 0.9998
-    assert ours["entropy"] < 0.95 and ours["largest share (%)"] > 3 * released["bound (%)"]
-    scaled = attention.normalisation_table(x * 10)
-    assert scaled[0]["entropy"] == pytest.approx(ours["entropy"], abs=1e-3)  # a style's level does not matter
-    assert abs(scaled[2]["entropy"] - plain["entropy"]) > 1e-4
-
-
 def test_entropy_of_even_and_of_single_attention():
     assert attention.entropy(np.full((2, 3, 8), 1 / 8)) == pytest.approx(1)
     assert attention.entropy(np.eye(8)) == pytest.approx(0, abs=1e-6)
