@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from setlib import wavelets
+from setlib import baselines, wavelets
 from setlib.checkpoint import build_segmenter, load_segmenter, save_segmenter
 from setlib.experiment import Experiment
 from setlib.features import SharedFeatures

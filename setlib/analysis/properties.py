@@ -30,7 +30,8 @@ class Subject(nn.Module):
         super().__init__()
         self.refiner = build_refiner(name, (LAYER,), CHANNELS, any_batch=True, style_layers=(LAYER,))
         if self.refiner.style is not None:
-            self.refiner.style.observe(2 * draw_features(3), LAYER)
+            source = draw_features(3)
+            self.refiner.style.observe(torch.cat([source, 2 * source, source + 1]), LAYER, styles=3)
         if self.refiner.inside:
             self.plain = load_backbone("tiny-random")
             self.refiner = build_refiner(name, (LAYER,), self.plain.channels)

@@ -25,7 +25,6 @@ from setlib.mixing import Wrapped
 from setlib.segmenter import Segmenter
 from setlib.tokens import Refiner, TokenBranch
 
-TOKENS, RANK = 100, 16  # as the paper has them
 BANDS = ("low", "high")  # branches of tokens that read wavelets
 
 
