@@ -84,8 +84,8 @@ REFINERS: dict[str, Build] = {
     "style-bands": _styled(lambda layers, channels, options: Refiner(), edges=OCTAVES),
     "style-gains": _styled(lambda layers, channels, options: Refiner(), edges=OCTAVES, gains=True),
     "rein-style": _styled(_tokens(Rein)),
-    "set-style": _styled(_tokens(SpectralTokens)),
-    "set-style-placebo": _styled(_tokens(variants.RandomBasisTokens), scrambled=True),
+    "set-style": _styled(_tokens(SpectralTokens, phase=False)),  # no phase turns: phase is content
+    "set-style-placebo": _styled(_tokens(variants.RandomBasisTokens, phase=False), scrambled=True),
 }
 
 
