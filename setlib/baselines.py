@@ -9,12 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
 from setlib.tokens import Refiner
 
 ADAPTER_SCALE = 0.1  # of what an adapter adds. Source: AdaptFormer, Sec. 4
-SOMA_RANK = 16  # of each linear map. Source: SoMA
 QUERY_AND_VALUE = ("q_proj", "v_proj", "query", "value", "qkv")  # SAM and timm keep query, key and value in one map
 
 
@@ -110,36 +108,3 @@ class Adapters(Refiner):
         """(B, H, W, C) -> (B, H, W, C)."""
         index = self.layers.index(layer)
         return features + ADAPTER_SCALE * self.up[index](F.relu(self.down[index](features)))
-
-
-class MinorComponents(nn.Module):
-    """The smallest singular components of a weight (O, I) as factors B A that learn, added to what is left of it."""
-
-    def __init__(self, weight: Tensor, rank: int) -> None:
-        super().__init__()
-        u, values, v = torch.linalg.svd(weight.double(), full_matrices=False)  # largest values first
-        root = values[-rank:].sqrt()
-        self.b = nn.Parameter((u[:, -rank:] * root).to(weight.dtype))  # (O, r)
-        self.a = nn.Parameter((root[:, None] * v[-rank:]).to(weight.dtype))  # (r, I)
-
-    def forward(self, rest: Tensor) -> Tensor:
-        """The weight (O, I)."""
-        return rest + self.b @ self.a
-
-
-class MinorAdaptation(Refiner):
-    """SoMA: of every linear map of the refined layers the SOMA_RANK smallest singular components learn, W = W' + B A.
-
-    What a backbone generalises with lies in its large components, which stay; LoRA's change may fall on any. Biases are
-    frozen, and so are the blocks that are not refined. Source: SoMA (CVPR 2025). Departure: no decay of the factors.
-    """
-
-    inside = True
-
-    def adapt(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
-        """Splits the weights of all linear maps of the refined layers; the function stays what it was."""
-        for number in self.layers:
-            for linear in [m for m in layers[number - 1].modules() if isinstance(m, nn.Linear)]:
-                minor = MinorComponents(linear.weight.detach(), SOMA_RANK)
-                linear.weight.data -= (minor.b @ minor.a).detach()
-                parametrize.register_parametrization(linear, "weight", minor)

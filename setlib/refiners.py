@@ -63,7 +63,7 @@ REFINERS: dict[str, Build] = {
     "none": lambda layers, channels, options: Refiner(),
     "full": lambda layers, channels, options: baselines.FullFineTuning(layers),
     "lora": lambda layers, channels, options: baselines.LowRankAdaptation(layers, options.lora_rank),
-    "soma": lambda layers, channels, options: baselines.MinorAdaptation(layers),
+    "soma": lambda layers, channels, options: variants.MinorAdaptation(layers),
     "vpt": lambda layers, channels, options: baselines.Prompts(layers, channels, options.num_prompts),
     "adaptformer": lambda layers, channels, options: baselines.Adapters(layers, channels, options.adapter_width),
     "rein": _tokens(Rein),

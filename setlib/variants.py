@@ -1,4 +1,4 @@
-"""SET's design questions one by one: what a name's refiner does otherwise than SET, and nothing more.
+"""SET's design questions one by one, what a name's refiner does otherwise than SET and nothing more; and a rival.
 
 Those that differ in one argument alone (`set-tokens`, `set-amplitude` ...) are a line in `refiners.py`.
 """
@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from setlib import spectral
 from setlib._kernels import change_phase, join_spectrum, split_spectrum
@@ -20,6 +21,7 @@ from setlib.style import random_basis
 from setlib.tokens import LowRankTokens, Refiner, SpectralTokens, TokenBranch, TokenQueries
 
 TEMPERATURE = 10.0  # at the start, of cosine similarities: at C = 384 these spread by 1 / sqrt(C) = 0.05
+SOMA_RANK = 16  # of each linear map. Source: SoMA
 SHORTEST = 0.1  # length below which a sum of phasors has no direction; a gradient grows tenfold at most
 
 
@@ -163,6 +165,39 @@ class RandomBasisTokens(SpectralTokens):
         mixed = (features.flatten(1, 2) * signs)[:, order].view_as(features)
         refined = super().forward(mixed, layer).flatten(1, 2)[:, order.argsort()] * signs
         return refined.view_as(features)
+
+
+class MinorComponents(nn.Module):
+    """The smallest singular components of a weight (O, I) as factors B A that learn, added to what is left of it."""
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        u, values, v = torch.linalg.svd(weight.double(), full_matrices=False)  # largest values first
+        root = values[-rank:].sqrt()
+        self.b = nn.Parameter((u[:, -rank:] * root).to(weight.dtype))  # (O, r)
+        self.a = nn.Parameter((root[:, None] * v[-rank:]).to(weight.dtype))  # (r, I)
+
+    def forward(self, rest: Tensor) -> Tensor:
+        """The weight (O, I)."""
+        return rest + self.b @ self.a
+
+
+class MinorAdaptation(Refiner):
+    """SoMA: of every linear map of the refined layers the SOMA_RANK smallest singular components learn, W = W' + B A.
+
+    What a backbone generalises with lies in its large components, which stay; LoRA's change may fall on any. Biases are
+    frozen, and so are the blocks that are not refined. Source: SoMA (CVPR 2025). Departure: no decay of the factors.
+    """
+
+    inside = True
+
+    def adapt(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+        """Splits the weights of all linear maps of the refined layers; the function stays what it was."""
+        for number in self.layers:
+            for linear in [m for m in layers[number - 1].modules() if isinstance(m, nn.Linear)]:
+                minor = MinorComponents(linear.weight.detach(), SOMA_RANK)
+                linear.weight.data -= (minor.b @ minor.a).detach()
+                parametrize.register_parametrization(linear, "weight", minor)
 
 
 def _beta(branch: TokenBranch, part: Tensor, index: int) -> Tensor:

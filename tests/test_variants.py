@@ -7,7 +7,7 @@ import torch
 from scipy import fft
 from torch import nn
 
-from setlib import baselines, spectral, style, variants
+from setlib import spectral, style, variants
 from setlib.refiners import build_refiner
 from setlib.weights.load import load_backbone
 
@@ -102,7 +102,7 @@ def test_the_placebo_has_sets_parameters_and_its_function_on_scrambled_positions
 
 def test_soma_learns_the_smallest_components_and_starts_as_the_backbone():
     backbone, images = load_backbone("tiny-random"), torch.rand(1, 3, 32, 48)
-    adapted, rank = backbone.adapted(build_refiner("soma", (2,), backbone.channels).adapt), baselines.SOMA_RANK
+    adapted, rank = backbone.adapted(build_refiner("soma", (2,), backbone.channels).adapt), variants.SOMA_RANK
     torch.testing.assert_close(adapted(images)[4], backbone(images)[4], rtol=1e-4, atol=1e-5)
     maps = [[m for m in b._layers[1].modules() if isinstance(m, nn.Linear)] for b in (adapted, backbone)]
     assert sum(p.requires_grad for p in adapted.parameters()) == 2 * len(maps[0]) == 12
