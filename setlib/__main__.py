@@ -132,14 +132,8 @@ def open_run(args: argparse.Namespace) -> setlib.Run:
 
     check_name(experiment.model.backbone)
     rates = [text.partition("=")[0] for text in experiment.train.refiner_rates]
-    variants = [text.split() for text in experiment.ablation.variants]
-    for _, *options in variants:
-        experiment.override(*options)
-    baseline = experiment.ablation.baseline
-    if baseline and baseline not in experiment.ablation.variants:
-        names = ", ".join(experiment.ablation.variants)
-        raise ValueError(f"The baseline '{baseline}' is none of the variants {names}.")
-    for name in (experiment.model.refiner, *(words[0] for words in variants), *rates):
+    variants = [text.split()[0] for text in experiment.ablation.variants]
+    for name in (experiment.model.refiner, *variants, *rates):
         setlib.build_refiner(name, (1,), channels=1, num_tokens=2, rank=1)
 
     domains.check_edges(experiment.data)
@@ -223,9 +217,7 @@ def ablate_command(args: argparse.Namespace) -> int:
     print(f"\n{ablation.verdict(rows)}")
     run.write_json("ablation/differences.json", rows)
     run.save_figure(plots.forest(rows), "ablation")
-    print(
-        f"\nRows: {shown(run.path / 'ablation' / 'table.csv')}, figure: {shown(run.path / 'figures' / 'ablation.png')}"
-    )
+    print(f"\nRows: {shown(run.path / 'ablation' / 'table.csv')}, figures: {shown(run.path / 'figures')}")
     return 0
 
 

@@ -167,6 +167,11 @@ class Ablation:
     lengths: Annotated[tuple[Positive, ...], Field(min_length=1)] = (25, 50, 100, 200)  # steps, of the learning curve
     overrides: tuple[str, ...] = ("train.steps=50", "train.views=120", "train.batch_size=2", "data.eval_images=6")
 
+    def __post_init__(self) -> None:
+        if self.baseline and self.baseline not in self.variants:
+            known = ", ".join(self.variants)
+            raise ValueError(f"Option ablation.baseline is '{self.baseline}', which is none of the variants {known}.")
+
 
 @dataclass(frozen=True, config=STRICT)
 class Experiment:
@@ -222,7 +227,8 @@ class Experiment:
     def override(self, *options: str) -> Experiment:
         """This experiment with dotted `key=value` options put in. Raises ValueError as `build` does."""
         made = self._with(options)
-        made._with(made.ablation.overrides)  # must be possible too
+        for options in (made.ablation.overrides, *(text.split()[1:] for text in made.ablation.variants)):
+            made._with(options)  # must be possible too
         return made
 
     def _with(self, options: Sequence[str]) -> Experiment:

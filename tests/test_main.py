@@ -68,7 +68,10 @@ def read_error(capsys: pytest.CaptureFixture) -> str:
         ("train -o model.refiner=sett", ["Unknown refiner 'sett'", "nearest: set"]),
         ("train -o ablation.variants=set,rain", ["Unknown refiner 'rain'", "nearest: rein"]),
         ("ablate -o ablation.transfers=scenes:nite->scenes:fog", ["Unknown style 'nite'"]),
-        ("ablate -o ablation.baseline=rein ablation.variants=none,set", ["baseline 'rein' is none of", "none, set"]),
+        (
+            "ablate -o ablation.baseline=rein ablation.variants=none,set",
+            ["ablation.baseline is 'rein', which is none of the variants none, set"],
+        ),
         ("train -o train.steps=many", ["Option train.steps should be a valid integer, got", "many"]),
         ("train --source scene:night", ["Unknown domain 'scene'", "nearest: scenes"]),
         ("train --target scenes:nite", ["Unknown style 'nite'", "nearest: night"]),
