@@ -109,18 +109,6 @@ def distances(table: Sequence[Mapping], ax: Axes | None = None, chosen: str | in
     return ax
 
 
-@quiet
-def radial_profiles(radii: np.ndarray, profiles: Mapping[str, np.ndarray], ax: Axes | None = None) -> Axes:
-    """Mean log amplitude by distance from zero frequency; {name: (bins,)} at radii (bins,)."""
-    ax = _axes(ax, 3.0)
-    for i, (name, profile) in enumerate(profiles.items()):
-        ax.plot(radii, profile, color=COLOURS[i % 8], label=name, linewidth=1.5)
-    ax.set(xlabel="distance from zero frequency (1 = highest along an axis)", ylabel="mean log(1 + amplitude)")
-    ax.grid(True)
-    ax.legend(ncols=2)
-    return ax
-
-
 def _bars(series: Mapping[str, Sequence], names: Sequence[str], ax: Axes, upright: bool, digits: int) -> Axes:
     """Grouped bars, one colour a series, with their values where there is room; None and NaN leave a gap."""
     thick = 0.8 / len(series)
@@ -320,11 +308,3 @@ def _text(value: Any, decimals: int) -> str:
 
 
 table = Table  # as notebooks call it
-
-
-def pivot(rows: Sequence[Mapping[str, Any]], index: str, columns: str, values: str) -> list[dict[str, Any]]:
-    """Long rows as wide ones: one row for each value of `index`, one column for each value of `columns`."""
-    wide: dict[Any, dict[str, Any]] = {}
-    for row in rows:
-        wide.setdefault(row[index], {index: row[index]})[row[columns]] = row[values]
-    return list(wide.values())

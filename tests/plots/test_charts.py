@@ -28,7 +28,6 @@ ALL = {
     "class_shares": ({"scenes:game": SHARES}, CITYSCAPES),
     "loss_curves": ({"set": HISTORY},),
     "distances": (DISTANCES,),
-    "radial_profiles": (np.arange(4), {"a": np.arange(4)}),
     "influences": ([(7, 0.5), (3, 0.4)], 3),
     "domain_bars": ({"set": {"scenes:fog": 30.0}},),
     "class_bars": ({"set": 100 * SHARES}, CITYSCAPES),
@@ -169,13 +168,3 @@ def test_table_shows_numbers_dashes_and_escapes():
     assert "<caption>a &lt; b</caption>" in page and "&lt;x&gt;" in page and "<x>" not in page
     assert "nothing to show" in repr(plots.table([]))
     assert "2.35" in repr(plots.table(rows, decimals=2))
-
-
-def test_pivot_makes_long_rows_wide():
-    rows = [{"v": "set", "d": "fog", "m": 1}, {"v": "set", "d": "night", "m": 2}, {"v": "none", "d": "fog", "m": 3}]
-    assert plots.pivot(rows, "v", "d", "m") == [{"v": "set", "fog": 1, "night": 2}, {"v": "none", "fog": 3}]
-
-
-@pytest.mark.parametrize("name", ["scenes:night", "camvid:dusk@/x/camvid", "folder@my_photos"])
-def test_short_name_leaves_the_folder_out(name: str):
-    assert plots.short_name(name) == {"scenes": name, "camvid": "camvid:dusk", "folder": "folder:my_photos"}[name[:6]]
