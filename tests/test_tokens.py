@@ -12,7 +12,8 @@ from setlib.tokens import LowRankTokens, TokenBranch
 
 LAYERS, CHANNELS = (2, 5), 12
 SPECTRAL = [name for name in REFINERS if name.startswith("set") and name != "set-released"]
-OVER_GRID = [name for name in SPECTRAL if name not in ("set-channels", "set-space", "set-dct", "set-placebo")]
+OTHERS = ("set-channels", "set-space", "set-dct", "set-placebo", "set-style-placebo")
+OVER_GRID = [name for name in SPECTRAL if name not in OTHERS]
 OURS = ["rein", "fada", "adaptformer", *SPECTRAL]  # what changes features behind the layers, one image at a time
 
 

@@ -41,7 +41,7 @@ TURN = 0.2  # seconds that a turn lasts at least: a short step is taken several 
 SIZES: tuple[Size, ...] = ((4, 32, 32, 1024), (2, 16, 32, 384))
 GRIDS: tuple[Size, ...] = ((16, 16, 16, 384), (4, 32, 32, 384), (1, 64, 64, 384))  # of as many patches each
 ALL_LAYERS = ("model.refined_layers=", "train.batch_size=4", "train.precision=float32")
-BASELINES = ("none", "full", "lora", "vpt", "adaptformer", "rein", "fada", "set")
+BASELINES = ("none", "full", "lora", "vpt", "adaptformer", "rein", "fada", "set", "set-style")
 
 
 class Case(NamedTuple):
