@@ -350,7 +350,7 @@ def curves(found: Sequence[Found]) -> dict[str, tuple[list[int], list[float]]]:
 
 
 @torch.no_grad()
-def style_distances(run: Run, layouts: int = 4) -> dict[str, tuple[list[int], list[float]]]:
+def style_distances(run: Run, layouts: int = 2) -> dict[str, tuple[list[int], list[float]]]:
     """Behind each layer: how far one rendered street in two styles is apart, in units of two streets in one style.
 
     {variant: (layers, ratio)}, of each variant's first model.
