@@ -159,14 +159,14 @@ class Ablation:
     """Variants x seeds x (source -> targets); `overrides` make each training smaller than the main one."""
 
     variants: Names = (  # refiners with any options behind them: "set model.rank=4"
-        *("none", "rein", "set", "set-amplitude", "set-phase", "set-unnormalised", "style", "set-style"),
+        *("none", "rein", "set", "set-amplitude", "set-phase", "style", "set-style"),
     )
     baseline: str = ""  # the variant that the others are compared with; empty: the first
     seeds: Annotated[tuple[Count, ...], Field(min_length=1)] = (0, 1)
     transfers: tuple[
         Annotated[str, AfterValidator(_transfer)], ...
     ] = ()  # "SOURCE -> TARGET TARGET"; empty: from the run's source to its targets
-    lengths: Annotated[tuple[Positive, ...], Field(min_length=1)] = (25, 75, 200)  # steps, of the learning curve
+    lengths: Annotated[tuple[Positive, ...], Field(min_length=1)] = (25, 100)  # steps, of the learning curve
     overrides: tuple[str, ...] = ("train.steps=50", "train.views=120", "train.batch_size=2", "data.eval_images=6")
 
     def __post_init__(self) -> None:

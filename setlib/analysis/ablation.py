@@ -234,7 +234,7 @@ def differences(found: Sequence[Found], baseline: str = "", random_seed: int = 0
     """How far each variant is above the baseline (default: the first), in pairs of equal seed and picture, in points.
 
     Rows variant, baseline, domain (a title of `cells`), mean, low, high, values (one a seed), seeds. low and high: a
-    95 % interval, corrected for the number of variants (Bonferroni); None with one seed. Its standard error is that of
+    95 % interval, corrected for the number of variants (Bonferroni); None with fewer than three seeds. Its standard error is that of
     a hierarchical bootstrap, which draws seeds and pictures anew, the same for both. With few seeds a bootstrap finds
     only (n - 1) / n of the seeds' variance: the rest is added, and a t distribution stands in for the normal one (with
     Satterthwaite's degrees of freedom). Pictures are drawn in stretches of STRETCH neighbours.
@@ -291,7 +291,7 @@ def _interval(
     values: np.ndarray, means: np.ndarray, stretches: int, compared: int
 ) -> tuple[float | None, float | None]:
     """The ends of the interval of `differences`. values: (S,) of the seeds; means: (R,) of the bootstrap."""
-    if len(values) < 2:
+    if len(values) < 3:
         return None, None
     by_seed = values.var(ddof=1) / len(values)
     whole = np.nanvar(means) + by_seed / len(values)
@@ -309,10 +309,11 @@ def verdict(rows: Sequence[dict]) -> str:
         known = [row for row in own if row["low"] is not None]
         above, below = ([row for row in known if row["low"] > 0], [row for row in known if row["high"] < 0])
         open_ones = [row for row in own if row not in above and row not in below]
+        rest = "not told apart" if known else "too few seeds to tell apart"
         text += f"{title[0].upper()}{title[1:]}, beside {own[0]['baseline']}: "
         parts = [
             f"{words} {', '.join(map(_say_row, group))}"
-            for words, group in (("above it", above), ("below it", below), ("not told apart", open_ones))
+            for words, group in (("above it", above), ("below it", below), (rest, open_ones))
             if group
         ]
         text += "; ".join(parts) + ". "

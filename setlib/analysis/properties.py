@@ -79,6 +79,14 @@ def table(names: Iterable[str] = REFINERS) -> list[dict[str, Any]]:
     return [properties(name) for name in names]
 
 
+def readable(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of `properties` with the attention in words: by branch its entropy and, in brackets, the deviation."""
+    return [
+        row | {"attention": ", ".join(f"{b} {mean:.5f} ({std:.5f})" for b, (mean, std) in row["attention"].items())}
+        for row in rows
+    ]
+
+
 def draw_features(count: int) -> Tensor:
     """Random features (count, H, W, CHANNELS) that fall with frequency, as a picture's do."""
     noise = transform(torch.randn(count, *SIZE, CHANNELS, dtype=torch.float64))

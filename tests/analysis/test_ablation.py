@@ -44,8 +44,11 @@ def test_differences_are_those_of_equal_seeds():
         ablation.differences(made({"none": [10.0], "set": [12.0]}), "rein")
 
 
-def test_one_seed_has_no_interval():
-    assert {row["low"] for row in ablation.differences(made({"none": [10.0], "set": [12.0]}), "none")} == {None}
+def test_fewer_than_three_seeds_have_no_interval():
+    rows = ablation.differences(made({"none": [10.0, 11.0], "set": [12.0, 13.0]}), "none")
+    assert {row["low"] for row in rows} == {None} and "too few seeds to tell apart **set** +2.0." in ablation.verdict(
+        rows
+    )
 
 
 def test_intervals_widen_with_the_number_of_variants():
