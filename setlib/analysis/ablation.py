@@ -234,10 +234,10 @@ def differences(found: Sequence[Found], baseline: str = "", random_seed: int = 0
     """How far each variant is above the baseline (default: the first), in pairs of equal seed and picture, in points.
 
     Rows variant, baseline, domain (a title of `cells`), mean, low, high, values (one a seed), seeds. low and high: a
-    95 % interval, corrected for the number of variants (Bonferroni); None with fewer than three seeds. Its standard error is that of
-    a hierarchical bootstrap, which draws seeds and pictures anew, the same for both. With few seeds a bootstrap finds
-    only (n - 1) / n of the seeds' variance: the rest is added, and a t distribution stands in for the normal one (with
-    Satterthwaite's degrees of freedom). Pictures are drawn in stretches of STRETCH neighbours.
+    95 % interval, corrected for the number of variants (Bonferroni); None with fewer than three seeds. Its standard
+    error is that of a hierarchical bootstrap, which draws seeds and pictures anew, the same for both. With few seeds a
+    bootstrap finds only (n - 1) / n of the seeds' variance: the rest is added, and a t distribution stands in for the
+    normal one (with Satterthwaite's degrees of freedom). Pictures are drawn in stretches of STRETCH neighbours.
     Raises ValueError if the baseline is not among the variants.
     """
     variants = list(dict.fromkeys(one.variant for one in found))
