@@ -91,7 +91,8 @@ def train_together(
 ) -> dict[str, tuple[Segmenter, list[dict]]]:
     """Trains runs that share source, crops and backbone one after the other: the frozen layers are computed once.
 
-    Once for each kind of style, that is. crops: for those of theirs. bar: moved on by one for each training.
+    Once for each kind of style, that is. Fresh crops (train.views=0) are each run's own. crops: for those of their style.
+    bar: moved on by one for each training.
     """
     first = next(iter(runs.values())).experiment
     backbone = load_backbone(first.model.backbone, patch_size=first.model.patch_size)
@@ -102,7 +103,7 @@ def train_together(
     trained = {}
     for style, own in groups.items():
         shared = crops if isinstance(crops, RandomCrops) or (crops and kind(crops.style) == style) else None
-        if shared is None and not all(is_finished(run) for run in own.values()):
+        if shared is None and first.train.views and not all(is_finished(run) for run in own.values()):
             models = (build_segmenter(run.experiment, backbone) for run in own.values())  # not kept
             shared = keep_crops(models, RandomCrops(source, first))
         for name, run in own.items():
@@ -129,12 +130,14 @@ def run_ablation(run: Run) -> list[Found]:
                 if not domain.has_labels:
                     tqdm.write(f"{name} has no labels: looked at, not scored")
                     continue
-                for trial, score in zip(group, evaluate(models, domain).values(), strict=True):
-                    _write(trial, score)
+                lacking = {n: t for n, t in zip(models, group, strict=True) if not _path(t, name).is_file()}
+                found = evaluate({n: models[n] for n in lacking}, domain) if lacking else {}
+                for n, score in found.items():
+                    _write(lacking[n], score)
             bar.update(len(group))
-    found = [_read(trial, name) for trial in trials for name in trial.domains if _path(trial, name).is_file()]
-    write_atomic(run.path / "ablation" / "table.csv", table(found).to_csv(index=False))
-    return found
+    rows = [_read(trial, name) for trial in trials for name in trial.domains if _path(trial, name).is_file()]
+    write_atomic(run.path / "ablation" / "table.csv", table(rows).to_csv(index=False))
+    return rows
 
 
 def _alike(trials: Sequence[Trial]) -> list[list[Trial]]:
