@@ -229,8 +229,9 @@ class Experiment:
     def override(self, *options: str) -> Experiment:
         """This experiment with dotted `key=value` options put in. Raises ValueError as `build` does."""
         made = self._with(options)
-        for options in (made.ablation.overrides, *(text.split()[1:] for text in made.ablation.variants)):
-            made._with(options)  # must be possible too
+        made._with(made.ablation.overrides)  # must be possible too, and so must each variant
+        for variant in made.ablation.variants:
+            made._with(variant.split()[1:])
         return made
 
     def _with(self, options: Sequence[str]) -> Experiment:

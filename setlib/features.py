@@ -107,7 +107,8 @@ class KeptCrops:
 
 def keep_crops(models: Iterable[Segmenter], crops: RandomCrops, progress: bool = True) -> KeptCrops | RandomCrops:
     """What models are trained on: crops that are kept, or, where train.views is 0, fresh ones. Fits their styles."""
-    models = list(models)
+    models, known = list(models), None
     for model in models:
-        fit_style(model, crops)
+        fit_style(model, crops, known)
+        known = model.refiner.style or known
     return KeptCrops(models, crops, progress) if crops.experiment.train.views else crops

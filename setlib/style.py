@@ -148,13 +148,17 @@ def random_basis(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def fit_style(model: Segmenter, crops: RandomCrops) -> None:
+def fit_style(model: Segmenter, crops: RandomCrops, known: SourceStyle | None = None) -> None:
     """Gives the model's refiner, if it has a style that is not fitted yet, that of the first crops of its source.
 
     Layer by layer, so that each sees what it will see: features that the layers before have brought to the style.
+    known: the style of these crops that another model has; one of its kind is taken over.
     """
     style = model.refiner.style
     if style is None or style.fitted.all():
+        return
+    if known is not None and kind(known) == kind(style):
+        style.load_state_dict(known.state_dict())
         return
     images = [crops[i].image for i in range(CROPS)]
     again = [restyled(image, place * CROPS + i) for place in range(AGAIN) for i, image in enumerate(images)]

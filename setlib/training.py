@@ -68,7 +68,7 @@ def train(
     optimiser = make_optimiser(model)
     training = Training(run, model, optimiser)
     training.resume()
-    fit_style(model, RandomCrops(source, experiment))
+    fit_style(model, RandomCrops(source, experiment), crops.style if isinstance(crops, KeptCrops) else None)
     crops = crops or keep_crops([model], RandomCrops(source, experiment), progress)
     model.train()
 

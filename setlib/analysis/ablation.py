@@ -91,8 +91,8 @@ def train_together(
 ) -> dict[str, tuple[Segmenter, list[dict]]]:
     """Trains runs that share source, crops and backbone one after the other: the frozen layers are computed once.
 
-    Once for each kind of style, that is. Fresh crops (train.views=0) are each run's own. crops: for those of their style.
-    bar: moved on by one for each training.
+    Once for each kind of style, that is; fresh crops (train.views=0) are each run's own. crops: for those of their
+    style. bar: moved on by one for each training.
     """
     first = next(iter(runs.values())).experiment
     backbone = load_backbone(first.model.backbone, patch_size=first.model.patch_size)
