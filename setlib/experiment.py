@@ -252,9 +252,8 @@ class Experiment:
     def transfers(self) -> list[tuple[str, tuple[str, ...]]]:
         """Source and targets of every part of the ablation."""
         pairs = [text.partition("->") for text in self.ablation.transfers]
-        return [(source.strip(), tuple(targets.split())) for source, _, targets in pairs] or [
-            (self.data.source, self.data.targets)
-        ]
+        own = [(self.data.source, self.data.targets)]
+        return [(source.strip(), tuple(targets.split())) for source, _, targets in pairs] or own
 
     def flat(self) -> dict[str, Any]:
         """Every field by its dotted name, as plain JSON types."""

@@ -12,7 +12,6 @@ from setlib import baselines, variants
 from setlib.files import nearest
 from setlib.style import OCTAVES, SourceStyle
 from setlib.tokens import Refiner, Rein, SpectralTokens
-from setlib.wavelets import WaveletTokens
 
 
 class Options(NamedTuple):
@@ -67,7 +66,7 @@ REFINERS: dict[str, Build] = {
     "vpt": lambda layers, channels, options: baselines.Prompts(layers, channels, options.num_prompts),
     "adaptformer": lambda layers, channels, options: baselines.Adapters(layers, channels, options.adapter_width),
     "rein": _tokens(Rein),
-    "fada": _tokens(WaveletTokens),
+    "fada": _tokens(baselines.WaveletTokens),
     "set": _tokens(SpectralTokens),
     "set-amplitude": _tokens(SpectralTokens, phase=False),
     "set-phase": _tokens(SpectralTokens, amplitude=False),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from setlib import baselines, wavelets
+from setlib import baselines
 from setlib.checkpoint import build_segmenter, load_segmenter, save_segmenter
 from setlib.experiment import Experiment
 from setlib.features import SharedFeatures
@@ -120,9 +120,9 @@ def test_fada_is_its_formula():
     refiner, x = build_refiner("fada", (2, 5), 12, 7, 3), torch.randn(2, 4, 6, 12)
     for p in refiner.parameters():
         nn.init.normal_(p, std=0.5)
-    bands = wavelets.split_haar(x)
+    bands = baselines.split_haar(x)
     changed = [refiner.low(bands[0].flatten(1, 2), 1), *(refiner.high(b.flatten(1, 2), 1) for b in bands[1:])]
-    expected = x + refiner.scale * wavelets.join_haar(torch.stack(changed).view_as(bands), (4, 6))
+    expected = x + refiner.scale * baselines.join_haar(torch.stack(changed).view_as(bands), (4, 6))
     torch.testing.assert_close(refiner(x, 5), expected)
 
 
@@ -133,9 +133,9 @@ def test_fada_is_its_formula():
 @given(st.tuples(st.integers(1, 13), st.integers(1, 13)), st.integers(0, 2**31))
 def test_haar_bands_joined_are_the_features_and_keep_the_energy(size, seed):
     x = torch.randn(2, *size, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    bands = wavelets.split_haar(x)
+    bands = baselines.split_haar(x)
     assert bands.shape == (4, 2, -(-size[0] // 2), -(-size[1] // 2), 3)
-    torch.testing.assert_close(wavelets.join_haar(bands, size), x)
+    torch.testing.assert_close(baselines.join_haar(bands, size), x)
     if size[0] % 2 == size[1] % 2 == 0:
         torch.testing.assert_close(bands.square().sum(), x.square().sum())
 
@@ -144,7 +144,7 @@ def test_haar_bands_are_the_mean_and_the_differences_of_each_square():
     x = torch.randn(2, 4, 6, 3, generator=torch.Generator().manual_seed(0))
     one, right, below, across = (x[:, i::2, j::2] for i in (0, 1) for j in (0, 1))
     signs = ((1, 1, 1), (-1, 1, -1), (1, -1, -1), (-1, -1, 1))  # of right, below and across
-    for band, (r, b, a) in zip(wavelets.split_haar(x), signs, strict=True):
+    for band, (r, b, a) in zip(baselines.split_haar(x), signs, strict=True):
         torch.testing.assert_close(band, (one + r * right + b * below + a * across) / 2)
-    assert not wavelets.split_haar(torch.ones(1, 5, 7, 2))[1:].any()  # odd sides repeat their last patches
-    assert wavelets.split_haar(x.half()).dtype == torch.float32
+    assert not baselines.split_haar(torch.ones(1, 5, 7, 2))[1:].any()  # odd sides repeat their last patches
+    assert baselines.split_haar(x.half()).dtype == torch.float32

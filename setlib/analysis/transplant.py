@@ -15,8 +15,8 @@ from scipy import fft
 from torch import Tensor
 
 from setlib import spectral
+from setlib.baselines import join_haar, split_haar
 from setlib.style import random_basis
-from setlib.wavelets import join_haar, split_haar
 
 CUT = 0.25  # between low and high frequencies; 1 = Nyquist
 SPANS = {  # low < radius <= high; from 0 on with zero frequency
