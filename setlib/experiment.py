@@ -93,7 +93,7 @@ class Model:
     num_prompts: Width = 150  # of vpt, per layer
     adapter_width: Width = 64
     lora_rank: Width = 8
-    style_layers: Layers = (1, 2, 3)  # of style, rein-style and set-style: behind which features get the source's style
+    style_layers: Layers = (1, 2, 3)  # of refiners with style in their name: behind which features get the source's
     any_batch: bool = False  # lets set-released, whose output depends on the batch, be evaluated at any batch size
     head: Literal["per-pixel", "mask2former"] = "per-pixel"  # mask2former: as many queries as there are tokens
     head_channels: Width = 128
@@ -229,9 +229,8 @@ class Experiment:
     def override(self, *options: str) -> Experiment:
         """This experiment with dotted `key=value` options put in. Raises ValueError as `build` does."""
         made = self._with(options)
-        made._with(made.ablation.overrides)  # must be possible too, and so must each variant
         for variant in made.ablation.variants:
-            made._with(variant.split()[1:])
+            made._with([*made.ablation.overrides, *variant.split()[1:]])  # must be possible too
         return made
 
     def _with(self, options: Sequence[str]) -> Experiment:

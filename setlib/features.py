@@ -90,7 +90,7 @@ class KeptCrops:
         self.style = features.style
         chunks = [chunk.tolist() for chunk in torch.arange(settings.views).split(settings.batch_size)]
         self.crops: list[Batch] = []
-        with tqdm(total=settings.views, desc="frozen features", unit="crop", disable=not progress) as bar:
+        with tqdm(total=settings.views, desc="frozen features", unit="crop", leave=None, disable=not progress) as bar:
             for images, labels, _ in crops.batches(chunks):
                 frozen = features(images.float() / 255)
                 for i in range(len(images)):

@@ -15,7 +15,7 @@ from setlib.files import PROJECT, VERSION, load_json, peak_bytes, write_atomic
 
 SAME_NUMBERS = (  # cost time, memory or what a damaged file costs; change no number that is already made
     *("train.checkpointing", "train.accumulate", "data.workers"),
-    *("ablation.variants", "ablation.seeds", "ablation.baseline", "ablation.transfers"),  # each training has its folder
+    "ablation.",  # each of its trainings has a folder, which knows its own options
     *("train.validate_every", "train.validate_on", "inference.windows", "data.on_error", "train.checkpoint_every"),
 )
 
@@ -36,7 +36,7 @@ class Run:
         stored = path / "experiment.json"
         if stored.is_file():
             new, old = experiment.flat(), cls.load(path).experiment.flat()
-            changed = (key for key in new if new[key] != old[key] and key not in SAME_NUMBERS)
+            changed = (key for key in new if new[key] != old[key] and not key.startswith(SAME_NUMBERS))
             other = [key for key in changed if _one_folder(new[key]) != _one_folder(old[key])]
             differing = [f"{key} is {old[key]}, not {new[key]}" for key in other]
             if differing and any(file.name != stored.name for file in path.iterdir()):  # something was made with it

@@ -108,7 +108,7 @@ class Segmenter(nn.Module):
     def frozen_until(self) -> int:
         """Number of first layers whose own output nothing that learns or is mixed can change: computed once."""
         train, last = self.experiment.train, max(self.feature_layers)
-        mixed = train.mix_layer if train.mix and train.mix_layer else last
+        mixed = train.mix_layer if self.training and train.mix and train.mix_layer else last
         return min(self.refiner.frozen_until(self.backbone.num_layers), mixed, last)
 
     def trainable_state(self) -> dict[str, Tensor]:

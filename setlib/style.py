@@ -73,9 +73,10 @@ class SourceStyle(nn.Module):
         index = self.layers.index(layer)
         if not self.fitted[index]:
             return features
-        x = self._turned(features.float())
+        x = self._turned(features if features.dtype == torch.float64 else features.float())
         mean, level = self.statistics(x)
-        gain = ((1 - self.level_kept[index]) * (self.level[index] - level)).exp()  # (B, bands, C)
+        away = (self.level[index] - level).where(self.level[index] > math.log(2 * TINY), 0)  # 0 where no bin was seen
+        gain = ((1 - self.level_kept[index]) * away).exp()  # (B, bands, C)
         goal = self.mean[index] + self.mean_kept[index] * (mean - self.mean[index])  # (B, C)
         x = x - mean[:, None, None]
         if self.edges:
@@ -162,15 +163,15 @@ def fit_style(model: Segmenter, crops: RandomCrops, known: SourceStyle | None = 
         return
     images = [crops[i].image for i in range(CROPS)]
     again = [restyled(image, place * CROPS + i) for place in range(AGAIN) for i, image in enumerate(images)]
-    whole = torch.stack(images + again * style.gains).float() / 255
+    parts = torch.stack(images + again * style.gains).split(model.experiment.inference.windows)
     with model.autocast():
         for layer in style.layers:
-            parts = whole.to(model.device).split(model.experiment.inference.windows)
-            maps = [model.backbone.frozen_features(part, layer, (layer,), style=style).maps[layer] for part in parts]
-            style.observe(torch.cat(maps), layer, len(whole) // CROPS)
+            given = (part.to(model.device).float() / 255 for part in parts)
+            maps = [model.backbone.frozen_features(one, layer, (layer,), style=style).maps[layer] for one in given]
+            style.observe(torch.cat(maps), layer, 1 + AGAIN * style.gains)
 
 
 def restyled(image: Tensor, number: int) -> Tensor:
     """A crop (3, h, w) uint8 in other light, weather or focus; which, the number says."""
-    kind = RESTYLES[number % len(RESTYLES)]
-    return torch.from_numpy(corrupt(image.permute(1, 2, 0).numpy(), kind, 3, str(number))).permute(2, 0, 1)
+    picture = corrupt(image.permute(1, 2, 0).numpy(), RESTYLES[number % len(RESTYLES)], 3, str(number))
+    return torch.from_numpy(picture).permute(2, 0, 1)

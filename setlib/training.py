@@ -74,7 +74,9 @@ def train(
 
     done, label = training.step, f"train {experiment.model.refiner}, seed {experiment.seed}"
     chosen = [own_part(batch_indices(experiment, step)) for step in range(done, settings.steps)]
-    with tqdm(total=settings.steps, initial=done, desc=label, unit="step", smoothing=0, disable=not progress) as bar:
+    with tqdm(
+        total=settings.steps, initial=done, desc=label, unit="step", smoothing=0, leave=None, disable=not progress
+    ) as bar:
         for step, batch in enumerate(crops.batches(chosen), start=done):
             began = time.perf_counter()
             images, labels, frozen = batch.to(model.device)

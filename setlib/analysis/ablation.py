@@ -21,8 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from setlib.analysis.survey import styled_scenes
+from setlib.backbone import FrozenBackbone
 from setlib.checkpoint import build_segmenter, is_finished, load_segmenter
 from setlib.data import domains
+from setlib.data.corruptions import take_apart
 from setlib.data.crops import RandomCrops
 from setlib.evaluation import Score, evaluate
 from setlib.experiment import Experiment
@@ -40,17 +42,18 @@ RESAMPLES, LEVEL = 2000, 0.95
 STRETCH = 10  # pictures are drawn anew in stretches of so many: neighbours in a video look alike
 
 
+SHARED = (  # what variants that are compared have in common
+    *("seed=", "model.refiner=", "ablation.", "data.source=", "data.targets=", "data.class_set="),
+    *("data.eval_images=", "data.content_seed="),
+)
+
+
 class Trial(NamedTuple):
-    """One training: a variant, a seed and a source, in a run folder of its own."""
+    """One training: a variant, a seed and a source, in a run folder of its own; domains: that it is scored on."""
 
     variant: str
     run: Run
-
-    @property
-    def domains(self) -> list[str]:
-        """Source and targets."""
-        data = self.run.experiment.data
-        return list(dict.fromkeys([data.source, *data.targets]))
+    domains: tuple[str, ...]
 
 
 class Found(NamedTuple):
@@ -71,14 +74,33 @@ class Found(NamedTuple):
 
 
 def plan(run: Run) -> list[Trial]:
-    """Every training of `experiment.ablation`, in folders below RUN/ablation."""
-    settings, trials = run.experiment.ablation, []
-    for (source, targets), seed, variant in product(run.experiment.transfers, settings.seeds, settings.variants):
+    """Every training of `experiment.ablation`, in folders below RUN/ablation; each knows of itself alone.
+
+    So more variants, seeds, sources and targets may be asked for later. Domains without labels are left out, and said.
+    Raises ValueError for what cannot be compared.
+    """
+    settings, trials, labelled = run.experiment.ablation, [], dict[str, bool]()
+    transfers, variants = run.experiment.transfers, [" ".join(text.split()) for text in settings.variants]
+    for kept in (variants, settings.seeds, [source for source, _ in transfers]):
+        if twice := [value for value in kept if list(kept).count(value) > 1]:
+            raise ValueError(f"The ablation has '{twice[0]}' twice: name each variant, seed and source once.")
+    for (source, targets), seed, variant in product(transfers, settings.seeds, variants):
         refiner, *words = variant.split()
-        data = f"data.source={source}", f"data.targets={','.join(targets)}"
+        if fixed := [word for word in words if word.startswith(SHARED)]:
+            raise ValueError(f"Variant '{variant}' sets {fixed[0].partition('=')[0]}, which all variants must share.")
+        options = f"ablation.variants={variant}", f"ablation.seeds={seed}", "ablation.baseline=", "ablation.transfers="
+        own = f"data.source={source}", f"data.targets={source}", f"model.refiner={refiner}", f"seed={seed}"
         folder = f"{_file_name(source)}/" * bool(settings.transfers) + f"{_file_name(variant)}-seed{seed}"
-        options = *data, f"model.refiner={refiner}", f"seed={seed}", *settings.overrides, *words
-        trials.append(Trial(variant, run.nested(f"ablation/{folder}", *options)))
+        made = run.nested(f"ablation/{folder}", *options, *settings.overrides, *own, *words)
+        if refiner == "set-released" and not made.experiment.model.any_batch:
+            raise ValueError(f"Variant '{variant}' is scored picture by picture: it needs model.any_batch=true.")
+        for name in (source, *targets):
+            if name not in labelled:
+                is_rendered = domains.parse(name).name == "scenes"
+                labelled[name] = is_rendered or domains.load(name, made.experiment.data, role="target").has_labels
+        trials.append(Trial(variant, made, tuple(name for name in dict.fromkeys((source, *targets)) if labelled[name])))
+    if bare := [name for name, has_labels in labelled.items() if not has_labels]:
+        tqdm.write(f"{', '.join(bare)}: no labels, looked at, not scored")
     return trials
 
 
@@ -119,38 +141,41 @@ def run_ablation(run: Run) -> list[Found]:
     A seed decides initial weights and the order of the crops; crops and frozen features are shared. What is finished is
     loaded, so that a killed ablation goes on. All rows, a class each, are in RUN/ablation/table.csv.
     """
-    trials = plan(run)
-    left = [trial for trial in trials if not all(_path(trial, name).is_file() for name in trial.domains)]
-    with tqdm(total=len(left) * 2, desc="ablation", unit="part", smoothing=0, disable=not left) as bar:
-        for group in _alike(left):
+    trials, backbones = plan(run), dict[tuple, FrozenBackbone]()
+    groups = _alike(trials, backbones) if any(map(_lacking, trials)) else []
+    left = [group for group in groups if any(map(_lacking, group))]
+    with tqdm(total=2 * sum(map(len, left)), desc="ablation", unit="part", smoothing=0, disable=not left) as bar:
+        for group in left:  # whole, so that frozen layers end where they would have, had nothing been done before
             runs = {f"{trial.variant}, seed {trial.run.experiment.seed}": trial.run for trial in group}
             models = {name: model for name, (model, _) in train_together(runs, bar=bar).items()}
-            for name in group[0].domains:
-                domain = domains.load(name, group[0].run.experiment.data, role="target")
-                if not domain.has_labels:
-                    tqdm.write(f"{name} has no labels: looked at, not scored")
-                    continue
-                lacking = {n: t for n, t in zip(models, group, strict=True) if not _path(t, name).is_file()}
-                found = evaluate({n: models[n] for n in lacking}, domain) if lacking else {}
-                for n, score in found.items():
-                    _write(lacking[n], score)
+            for domain in dict.fromkeys(domain for trial in group for domain in _lacking(trial)):
+                lack = {name: trial for name, trial in zip(models, group, strict=True) if domain in _lacking(trial)}
+                loaded = domains.load(domain, group[0].run.experiment.data, role="target")
+                for name, score in evaluate({name: models[name] for name in lack}, loaded).items():
+                    _write(lack[name], score)
             bar.update(len(group))
-    rows = [_read(trial, name) for trial in trials for name in trial.domains if _path(trial, name).is_file()]
-    write_atomic(run.path / "ablation" / "table.csv", table(rows).to_csv(index=False))
-    return rows
+    found = [_read(trial, domain) for trial in trials for domain in trial.domains]
+    write_atomic(run.path / "ablation" / "table.csv", table(found).to_csv(index=False))
+    return found
 
 
-def _alike(trials: Sequence[Trial]) -> list[list[Trial]]:
+def _lacking(trial: Trial) -> list[str]:
+    """The domains that a trial is not scored on yet."""
+    return [domain for domain in trial.domains if not _path(trial, domain).is_file()]
+
+
+def _alike(trials: Sequence[Trial], backbones: dict[tuple, FrozenBackbone]) -> list[list[Trial]]:
     """Trials in groups that share source, crops, pictures and the frozen layers that are computed once for all."""
     groups: dict[str, dict[int, list[Trial]]] = {}
     for trial in trials:
         made = trial.run.experiment
-        model = build_segmenter(made)
-        shared = made.data, made.inference, made.train.views, made.train.batch_size, made.model.backbone
-        learns = model.frozen_until if model.refiner.layers else 0  # a head alone goes with any of its data
+        name = made.model.backbone, made.model.patch_size
+        backbones[name] = backbones.get(name) or load_backbone(name[0], patch_size=name[1])
+        model = build_segmenter(made, backbones[name])
+        shared = made.data, made.inference, made.train.views, made.train.batch_size, name, model.precision
         mixed = made.train.mix, made.train.mix_layer, made.train.mix_high
-        key = repr((shared, mixed, made.model.patch_size, model.precision, kind(model.refiner.style)))
-        groups.setdefault(key, {}).setdefault(learns, []).append(trial)
+        learns = model.frozen_until if model.refiner.layers else 0  # what refines nothing goes with any of its data
+        groups.setdefault(repr((shared, mixed, kind(model.refiner.style))), {}).setdefault(learns, []).append(trial)
     for by_layer in groups.values():
         if len(by_layer) > 1 and 0 in by_layer:
             by_layer[max(by_layer)] += by_layer.pop(0)
@@ -171,6 +196,8 @@ def _write(trial: Trial, score: Score) -> None:
 def _read(trial: Trial, domain: str) -> Found:
     with safe_open(_path(trial, domain), "np") as saved:
         about, tally = saved.metadata(), saved.get_tensor("tally")
+    if about["domain"] != domain:
+        raise ValueError(f"{_path(trial, domain)} holds {about['domain']}, not {domain}: use one name for one folder.")
     own = trial.variant, trial.run.experiment, domain
     return Found(*own, about["class_set"], json.loads(about["classes"]), about["precision"], tally)
 
@@ -194,20 +221,20 @@ def table(found: Sequence[Found]) -> pandas.DataFrame:
 def cells(found: Sequence[Found]) -> dict[str, dict[tuple[str, int], list[Found]]]:
     """What is compared, by its title: each domain, then the targets of each class set together (MEAN).
 
-    In each, by variant and seed, what is averaged. mIoU of different class sets is never averaged; a target without a
-    labelled pixel is in no mean.
+    In each, by variant and seed, what is averaged. mIoU of different class sets is never averaged; a domain without a
+    labelled pixel is left out.
     """
-    many = len({one.experiment.data.source for one in found}) > 1
-    alone: dict[str, dict] = {}
-    means: dict[str, dict] = {}
+    targets: dict[str, set[str]] = {}
     for one in found:
-        source = one.experiment.data.source
-        start, who = f"{domains.short_name(source)} -> " * many, (one.variant, one.experiment.seed)
-        own = domains.short_name(one.domain) if many else one.domain
-        alone.setdefault(start + own, {}).setdefault(who, []).append(one)
-        if one.domain != source and one.tally[:, 1].any():
-            beside = {o.class_set for o in found if o.experiment.data.source == source != o.domain}
-            title = start + MEAN + f", {one.class_set}" * (len(beside) > 1)
+        if one.domain != one.experiment.data.source:
+            targets.setdefault(one.experiment.data.source, set()).add(one.class_set)
+    alone, means = dict[str, dict](), dict[str, dict]()
+    for one in (one for one in found if one.tally[:, 1].any()):
+        source, who = one.experiment.data.source, (one.variant, one.experiment.seed)
+        start = f"{source} -> " * (len({other.experiment.data.source for other in found}) > 1)
+        alone.setdefault(start + one.domain, {}).setdefault(who, []).append(one)
+        if one.domain != source:
+            title = start + MEAN + f", {one.class_set}" * (len(targets[source]) > 1)
             means.setdefault(title, {}).setdefault(who, []).append(one)
     return alone | means
 
@@ -238,9 +265,9 @@ def differences(found: Sequence[Found], baseline: str = "", random_seed: int = 0
 
     Rows variant, baseline, domain (a title of `cells`), mean, low, high, values (one a seed), seeds. low and high: a
     95 % interval, corrected for the number of variants (Bonferroni); None with fewer than three seeds. Its standard
-    error is that of a hierarchical bootstrap, which draws seeds and pictures anew, the same for both. With few seeds a
-    bootstrap finds only (n - 1) / n of the seeds' variance: the rest is added, and a t distribution stands in for the
-    normal one (with Satterthwaite's degrees of freedom). Pictures are drawn in stretches of STRETCH neighbours.
+    error is that of a hierarchical bootstrap, which draws seeds and pictures anew (`Draws`). Of n units a bootstrap
+    finds only (n - 1) / n of the variance: the rest is added, for seeds and for pictures, and a t distribution stands
+    in for the normal one (with Satterthwaite's degrees of freedom).
     Raises ValueError if the baseline is not among the variants.
     """
     variants = list(dict.fromkeys(one.variant for one in found))
@@ -249,28 +276,56 @@ def differences(found: Sequence[Found], baseline: str = "", random_seed: int = 0
         raise ValueError(f"The baseline '{baseline}' is none of the variants {', '.join(variants)}.")
     others, rows = [variant for variant in variants if variant != baseline], []
     for title, models in cells(found).items():
-        random = np.random.default_rng(random_seed)
         seeds = [seed for variant, seed in models if variant == baseline]
-        drawn = random.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), RESAMPLES) / len(seeds)  # (R, S)
-        names, stretches = [part.domain for part in models[baseline, seeds[0]]], 0
-        points = {variant: np.zeros(len(seeds)) for variant in variants}
-        resampled = {variant: np.zeros((RESAMPLES, len(seeds))) for variant in variants}
-        for place in range(len(names)):
-            count = len(models[baseline, seeds[0]][place].tally)
-            blocks = math.ceil(count / STRETCH)
-            stretches += blocks
-            often = random.multinomial(blocks, np.full(blocks, 1 / blocks), RESAMPLES).repeat(STRETCH, axis=1)
+        draws = Draws(random_seed, len(seeds))
+        points, resampled = ({variant: 0.0 for variant in variants} for _ in range(2))
+        for place, part in enumerate(models[baseline, seeds[0]]):
+            often = draws.pictures(part.domain, len(part.tally)).astype(float)
             for variant in variants:
-                tally = np.stack([models[variant, seed][place].tally for seed in seeds])  # (S, P, 3, K)
-                points[variant] += _miou(tally.sum(1)) / len(names)
-                resampled[variant] += _miou(np.tensordot(often[:, :count], tally, (1, 1))) / len(names)
+                tally = np.stack([models[variant, seed][place].tally for seed in seeds]).astype(float)  # (S, P, 3, K)
+                points[variant] += _miou(tally.sum(1))
+                resampled[variant] += _miou(np.tensordot(often, tally, (1, 1)))  # (R, S)
+        parts = len(models[baseline, seeds[0]])
         for variant in others:
-            values = points[variant] - points[baseline]
-            means = ((resampled[variant] - resampled[baseline]) * drawn).sum(1)
-            low, high = _interval(values, means, stretches, len(others))
+            values = (points[variant] - points[baseline]) / parts
+            means = ((resampled[variant] - resampled[baseline]) / parts * draws.seeds).sum(1)
+            low, high = _interval(values, means, draws, len(others))
             row = {"variant": variant, "baseline": baseline, "domain": title, "mean": float(values.mean())}
             rows.append(row | {"low": low, "high": high, "values": values.tolist(), "seeds": seeds})
     return rows
+
+
+class Draws:
+    """What a hierarchical bootstrap draws, the same for all variants: seeds, and the pictures of each domain.
+
+    seeds: (R, S) shares. stretches, sets: of all pictures, how many that are drawn on their own, and in how many sets.
+    """
+
+    def __init__(self, random_seed: int, seeds: int) -> None:
+        self.random = np.random.default_rng(random_seed)
+        self.seeds = self.random.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
+        self.stretches, self._sets = 0, dict[str, np.ndarray]()
+
+    @property
+    def sets(self) -> int:
+        """Of pictures that are not the same ones."""
+        return len(self._sets)
+
+    def pictures(self, domain: str, count: int) -> np.ndarray:
+        """How often each picture is drawn, (R, count).
+
+        Picture i of every rendered style is one street, and a corrupted domain has the pictures of its own: these are
+        drawn together. Others are drawn in stretches of at most STRETCH neighbours, which in a video look alike.
+        """
+        is_rendered, plain = domain.partition(":")[0] == "scenes", take_apart(domain)[0]
+        name = "scenes" if is_rendered else plain
+        if name not in self._sets:
+            length = 1 if is_rendered else max(1, min(STRETCH, count // 6))
+            blocks = math.ceil(count / length)
+            self.stretches += blocks
+            often = self.random.multinomial(blocks, np.full(blocks, 1 / blocks), RESAMPLES)
+            self._sets[name] = often.repeat(length, axis=1)[:, :count]
+        return self._sets[name]
 
 
 def cross(rows: Sequence[dict], means: Sequence[dict]) -> list[dict]:
@@ -290,16 +345,15 @@ def _miou(tallies: np.ndarray) -> np.ndarray:
         return np.nanmean(iou_of_tally(tallies), axis=-1)
 
 
-def _interval(
-    values: np.ndarray, means: np.ndarray, stretches: int, compared: int
-) -> tuple[float | None, float | None]:
+def _interval(values: np.ndarray, means: np.ndarray, draws: Draws, compared: int) -> tuple[float | None, float | None]:
     """The ends of the interval of `differences`. values: (S,) of the seeds; means: (R,) of the bootstrap."""
-    if len(values) < 3:
+    free = draws.stretches - draws.sets
+    if len(values) < 3 or not free:
         return None, None
     by_seed = values.var(ddof=1) / len(values)
-    whole = np.nanvar(means) + by_seed / len(values)
-    by_picture = max(whole - by_seed, 0.0)
-    freedom = whole**2 / (by_seed**2 / (len(values) - 1) + by_picture**2 / max(stretches - 1, 1)) if whole else math.inf
+    by_picture = max(np.nanvar(means) - by_seed * (1 - 1 / len(values)), 0.0) * draws.stretches / free
+    whole = by_seed + by_picture
+    freedom = whole**2 / (by_seed**2 / (len(values) - 1) + by_picture**2 / free) if whole else math.inf
     reach = stats.t.isf((1 - LEVEL) / 2 / compared, freedom) * math.sqrt(whole)
     return float(values.mean() - reach), float(values.mean() + reach)
 
@@ -313,7 +367,8 @@ def verdict(rows: Sequence[dict]) -> str:
         above, below = ([row for row in known if row["low"] > 0], [row for row in known if row["high"] < 0])
         open_ones = [row for row in own if row not in above and row not in below]
         rest = "not told apart" if known else "too few seeds to tell apart"
-        text += f"{title[0].upper()}{title[1:]}, beside {own[0]['baseline']}: "
+        name = domains.short_name(title)
+        text += f"{name[0].upper()}{name[1:]}, beside {own[0]['baseline']}: "
         parts = [
             f"{words} {', '.join(map(_say_row, group))}"
             for words, group in (("above it", above), ("below it", below), (rest, open_ones))
@@ -339,7 +394,8 @@ def lengthened(run: Run) -> Run:
     settings = run.experiment.ablation
     compared = dict.fromkeys([settings.variants[0], run.experiment.model.refiner])
     variants = [f"{name} train.steps={steps}" for name in compared for steps in settings.lengths]
-    return run.nested("curve", f"ablation.variants={','.join(variants)}", f"ablation.seeds={settings.seeds[0]}")
+    options = f"ablation.variants={','.join(variants)}", f"ablation.seeds={settings.seeds[0]}", "ablation.baseline="
+    return run.nested("curve", *options, "ablation.transfers=")
 
 
 def curves(found: Sequence[Found]) -> dict[str, tuple[list[int], list[float]]]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from setlib.experiment import Ablation
 from setlib.mixing import Wrapped
 from setlib.segmenter import Segmenter
 
@@ -17,9 +18,11 @@ from setlib.segmenter import Segmenter
 def soup(models: Sequence[Segmenter]) -> Segmenter:
     """The mean of all that learns, and of a style of the source. Source: Model soups (Wortsman, ICML 2022), uniform.
 
+    Departure: seeds draw the first values of heads and tokens too, where the source's models begin with the same.
     Raises ValueError unless the models differ in their seed alone.
     """
-    kinds = {(replace(model.experiment, seed=0), model.backbone.fingerprint) for model in models}
+    alike = {"seed": 0, "ablation": Ablation()}
+    kinds = {(replace(model.experiment, **alike), model.backbone.fingerprint) for model in models}
     if len(kinds) != 1:
         raise ValueError(f"A soup is of models that differ in their seed alone, these are of {len(kinds)} kinds.")
     made, states = copy.deepcopy(models[0]), [model.trainable_state() for model in models]
@@ -30,7 +33,7 @@ def soup(models: Sequence[Segmenter]) -> Segmenter:
 
 
 def wise(model: Segmenter, share: float) -> Segmenter:
-    """The model with features f + share * (refiner(f) - f): 0 = frozen, 1 = the model. All else it shares with it.
+    """The model with features f + share * (refiner(f) - f): 0 = no refiner, 1 = the model. A style stays whole.
 
     For scoring: what is saved of it cannot be loaded. Raises ValueError for a refiner that works inside its layers.
     Source: WiSE-FT (Wortsman, CVPR 2022). Departure: there weights are averaged, here features.

@@ -1,8 +1,7 @@
 """What tokens do, in numbers: where they attend, over the spectrum and over the picture, and what they change.
 
-Also the shapes of a batch on its way past them, and what goes wrong in the released code: images of a batch that change
-each other's features, and attention that cannot leave the mean. Everything here measures; drawing is in the room
-`plots`, the refiners are in `tokens.py`.
+Also the shapes of a batch on its way past them. Everything here measures; drawing is in the room `plots`, the refiners
+are in `tokens.py`.
 """
 
 from __future__ import annotations

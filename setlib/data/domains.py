@@ -174,8 +174,8 @@ def say(note: str) -> None:
 
 def short_name(domain: str) -> str:
     """A domain's name without its folder: `camvid:dusk@/data/camvid` is camvid:dusk, `folder@photos` folder:photos."""
-    head, _, folder = domain.partition("@")
-    return head if ":" in head or not folder else f"{head}:{PurePath(folder).name}"
+    parts = [part.partition("@") for part in domain.split(" -> ")]
+    return " -> ".join(a if ":" in a or not folder else f"{a}:{PurePath(folder).name}" for a, _, folder in parts)
 
 
 def check_edges(data: Data) -> None:

@@ -203,19 +203,18 @@ def confusion(counts: np.ndarray, class_set: ClassSet, ax: Axes | None = None) -
 
 
 @quiet
-def forest(rows: Sequence[Mapping]) -> AnyFigure:
-    """Differences from a baseline, a panel per domain: every seed a hollow point, mean and interval, bold beyond zero.
+def forest(rows: Sequence[Mapping]) -> AnyFigure | None:
+    """Differences from a baseline, a panel per domain: every seed a hollow point, mean and interval; None without rows.
 
-    rows: variant, baseline, domain, mean, low, high (None: not known), values, in points, as
-    `analysis.ablation.differences` makes them.
+    rows: those of `analysis.ablation.differences`, in points.
     """
+    if not rows:
+        return None
     variants, domains = (list(dict.fromkeys(row[key] for row in rows)) for key in ("variant", "domain"))
     high, wide = -(-len(domains) // 4), min(4, len(domains))
     made = Figure((WIDTH / 100, (0.24 * len(variants) + 0.7) * high + 0.3), layout="constrained")
-    places = made.subplots(high, wide, sharey=True, squeeze=False).flatten()
-    for ax in places[len(domains) :]:
-        ax.remove()
-    for ax, domain in zip(places, domains, strict=False):
+    for number, domain in enumerate(domains):
+        ax = made.add_subplot(high, wide, number + 1)
         ax.axvline(0, color="#888888", linewidth=1)
         for row in (row for row in rows if row["domain"] == domain):
             place, known = variants.index(row["variant"]), row["low"] is not None
@@ -226,7 +225,8 @@ def forest(rows: Sequence[Mapping]) -> AnyFigure:
             if known:
                 ax.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2)
             ax.plot(row["mean"], place, "D", color=colour, markersize=5)
-        ax.set(yticks=range(len(variants)), yticklabels=variants, ylim=(len(variants) - 0.5, -0.5))
+        ax.set_yticks(range(len(variants)), variants if number % wide == 0 else [""] * len(variants))
+        ax.set_ylim(len(variants) - 0.5, -0.5)
         ax.set_title(short_name(domain).replace(" -> ", "\n-> "), loc="left")
         ax.grid(True, axis="x")
     made.supxlabel(f"mIoU above {rows[0]['baseline']} (points)", fontsize=9)

@@ -8,6 +8,10 @@ from setlib.experiment import Experiment
 from setlib.run import Run
 
 CLASSES = 4
+OPTIONS = [
+    "ablation.variants=none,set,set model.rank=2 model.refined_layers=2,3",
+    "ablation.overrides=train.steps=2,data.eval_images=2",
+]
 
 
 def made(values, pictures=40, noise=0.0, random_seed=0, domain="scenes:night", shared=0.0):
@@ -71,6 +75,52 @@ def test_intervals_hold_the_truth_as_often_as_they_say(by_seed, by_picture):
     assert hits >= 0.85 * tries  # 95 % nominal; below 85 % by chance once in a thousand
 
 
+def test_rendered_styles_are_the_same_streets_and_few_pictures_are_units_too():
+    values = {"none": [10.0, 11.0, 12.0], "set": [12.0, 13.1, 13.9]}
+    one = made(values, 30, 5.0, domain="scenes:night", shared=8.0)
+    twin = [found._replace(domain="scenes:fog") for found in one]
+    alone, both = (ablation.differences(found, "none")[-1] for found in (one, [*one, *twin]))
+    assert both["high"] - both["low"] == pytest.approx(alone["high"] - alone["low"])  # no street counts twice
+    draws = ablation.Draws(0, 3)
+    assert (draws.pictures("scenes:fog", 8) == draws.pictures("scenes:night", 8)).all()
+    assert draws.pictures("camvid:dusk@x", 60).shape == (ablation.RESAMPLES, 60)
+    assert draws.pictures("camvid:dusk@x~fog3", 60) is draws.pictures("camvid:dusk@x", 60)
+    assert (draws.stretches, draws.sets) == (8 + 6, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["ablation.variants=none,none"], "twice"),
+        (["ablation.seeds=0,0"], "has '0' twice"),
+        (["ablation.variants=none,set data.eval_images=1"], "sets data.eval_images, which all variants must share"),
+        (["ablation.variants=none,set-released"], "needs model.any_batch=true"),
+        (["ablation.transfers=scenes:game -> scenes:fog,scenes:game -> scenes:night"], "has 'scenes:game' twice"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_anything_is_trained(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        ablation.plan(Run.open(tmp_path, Experiment.build("smoke", overrides=options)))
+
+
+def test_targets_may_be_added_later_without_a_training(tmp_path):
+    options = [OPTIONS[1], "ablation.variants=none,set", "ablation.seeds=0"]
+    for targets in ("scenes:night", "scenes:fog scenes:night"):
+        transfers = f"ablation.transfers=scenes:game -> {targets}"
+        found = ablation.run_ablation(Run.open(tmp_path, Experiment.build("smoke", overrides=[*options, transfers])))
+        made_at = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
+        assert len(found) == 2 * (1 + len(targets.split())) and len(made_at) == 2
+    assert made_at == {path: path.stat().st_mtime_ns for path in made_at}
+
+
+def test_the_curve_is_of_the_first_variant_and_the_runs_own(tmp_path):
+    options = [OPTIONS[1], "ablation.variants=none,rein", "ablation.baseline=rein", "ablation.lengths=1,3"]
+    run = Run.open(tmp_path, Experiment.build("smoke", targets=["scenes:night"], overrides=options))
+    curves = ablation.curves(ablation.run_ablation(ablation.lengthened(run)))
+    names = [f"{name}, {domain}" for name in ("none", "set") for domain in ("scenes:game", ablation.MEAN)]
+    assert sorted(curves) == sorted(names) and all(steps == [1, 3] for steps, _ in curves.values())
+
+
 def test_words_follow_the_numbers():
     values = {"none": [5.0, 6.0, 5.5], "rein": [15.0, 16.1, 15.5], "set": [5.1, 5.9, 5.6], "fada": [1.0, 2.0, 1.6]}
     text = ablation.verdict(ablation.differences(made(values)))
@@ -85,12 +135,6 @@ def test_a_domain_without_a_labelled_pixel_is_in_no_mean():
     cells = ablation.spread(ablation.scores(found))
     assert {cell["domain"] for cell in cells} == {"scenes:night", ablation.MEAN}
     assert cells[-1]["mean"] == pytest.approx(12)
-
-
-OPTIONS = [
-    "ablation.variants=none,set,set model.rank=2 model.refined_layers=2,3",
-    "ablation.overrides=train.steps=2,data.eval_images=2",
-]
 
 
 def test_variants_are_refiners_with_options_trained_and_scored(tmp_path):
