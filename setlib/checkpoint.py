@@ -52,10 +52,6 @@ def build_segmenter(
     depth = backbone.num_layers
     read = config.feature_layers or even_layers(depth)
     refined = config.refined_layers or tuple(range(1, depth + 1))
-    styled = config.style_layers if "style" in config.refiner else ()
-    for key, layers in (("feature_layers", read), ("refined_layers", refined), ("style_layers", styled)):
-        if max(layers, default=0) > depth:
-            raise ValueError(f"Option model.{key} names {layers}, but {backbone.name} has the layers 1 to {depth}.")
     if experiment.train.mix and experiment.train.mix_layer > max(read):
         found = f"({experiment.train.mix_layer}) stands behind all that the head reads"
         raise ValueError(f"Option train.mix_layer {found}: name a layer from 1 to {max(read)}, or 0 for the pixels.")
@@ -73,6 +69,10 @@ def build_segmenter(
             head = PerPixelHead(len(read), backbone.channels, config.head_channels, len(CITYSCAPES))
         options["query_channels"] = config.head_channels if is_mask_head else 0
         refiner = build_refiner(config.refiner, refined, backbone.channels, **options)
+        styled = refiner.style.layers if refiner.style else ()
+        for key, layers in (("feature_layers", read), ("refined_layers", refined), ("style_layers", styled)):
+            if max(layers, default=0) > depth:
+                raise ValueError(f"Option model.{key} names {layers}, but {backbone.name} has the layers 1 to {depth}.")
         if is_mask_head:
             learned = 0 if refiner.queries() is not None else config.num_tokens  # queries
             head = Mask2FormerHead(backbone.channels, config.head_channels, len(CITYSCAPES), learned, **sizes)

@@ -141,8 +141,8 @@ def run_ablation(run: Run) -> list[Found]:
     A seed decides initial weights and the order of the crops; crops and frozen features are shared. What is finished is
     loaded, so that a killed ablation goes on. All rows, a class each, are in RUN/ablation/table.csv.
     """
-    trials, backbones = plan(run), dict[tuple, FrozenBackbone]()
-    groups = _alike(trials, backbones) if any(map(_lacking, trials)) else []
+    trials = plan(run)
+    groups = _alike(trials) if any(map(_lacking, trials)) else []
     left = [group for group in groups if any(map(_lacking, group))]
     with tqdm(total=2 * sum(map(len, left)), desc="ablation", unit="part", smoothing=0, disable=not left) as bar:
         for group in left:  # whole, so that frozen layers end where they would have, had nothing been done before
@@ -164,9 +164,9 @@ def _lacking(trial: Trial) -> list[str]:
     return [domain for domain in trial.domains if not _path(trial, domain).is_file()]
 
 
-def _alike(trials: Sequence[Trial], backbones: dict[tuple, FrozenBackbone]) -> list[list[Trial]]:
+def _alike(trials: Sequence[Trial]) -> list[list[Trial]]:
     """Trials in groups that share source, crops, pictures and the frozen layers that are computed once for all."""
-    groups: dict[str, dict[int, list[Trial]]] = {}
+    groups, backbones = dict[str, dict[int, list[Trial]]](), dict[tuple, FrozenBackbone]()
     for trial in trials:
         made = trial.run.experiment
         name = made.model.backbone, made.model.patch_size
@@ -224,14 +224,14 @@ def cells(found: Sequence[Found]) -> dict[str, dict[tuple[str, int], list[Found]
     In each, by variant and seed, what is averaged. mIoU of different class sets is never averaged; a domain without a
     labelled pixel is left out.
     """
-    targets: dict[str, set[str]] = {}
+    targets: dict[str, set[str]] = {one.experiment.data.source: set() for one in found}
     for one in found:
         if one.domain != one.experiment.data.source:
-            targets.setdefault(one.experiment.data.source, set()).add(one.class_set)
+            targets[one.experiment.data.source].add(one.class_set)
     alone, means = dict[str, dict](), dict[str, dict]()
     for one in (one for one in found if one.tally[:, 1].any()):
         source, who = one.experiment.data.source, (one.variant, one.experiment.seed)
-        start = f"{source} -> " * (len({other.experiment.data.source for other in found}) > 1)
+        start = f"{source} -> " * (len(targets) > 1)
         alone.setdefault(start + one.domain, {}).setdefault(who, []).append(one)
         if one.domain != source:
             title = start + MEAN + f", {one.class_set}" * (len(targets[source]) > 1)
