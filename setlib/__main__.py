@@ -213,7 +213,7 @@ def ablate_command(args: argparse.Namespace) -> int:
 
     found = ablation.run_ablation(run)
     rows = ablation.differences(found, run.experiment.ablation.baseline)
-    print(plots.Table(ablation.cross(rows, ablation.spread(ablation.scores(found)))))
+    print(plots.Table(ablation.cross(rows, ablation.spread(found))))
     print(f"\n{ablation.verdict(rows)}")
     run.write_json("ablation/differences.json", rows)
     run.save_figure(plots.forest(rows), "ablation")

@@ -233,16 +233,19 @@ class Training:
     """What changes from step to step, and its checkpoint: weights, optimiser, moving average, history."""
 
     def __init__(self, run: Run, model: Segmenter, optimiser: torch.optim.Optimizer) -> None:
-        self.run, self.model, self.optimiser, self.decay = run, model, optimiser, model.experiment.train.ema
+        self.run, self.model, self.optimiser, self.settings = run, model, optimiser, model.experiment.train
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if self.decay else {}
+        averaged = self.parameters if self.settings.ema or self.settings.last else {}
+        self.average = {name: p.detach().clone() for name, p in averaged.items()}
         self.history: list[dict] = []
         self.step = 0  # steps that are done
 
     def update_average(self) -> None:
         """Moves the average, if one is kept, towards the weights."""
+        place = self.step + 1 - max(self.settings.steps - self.settings.last, 0)  # among the last steps, from 1
+        share = 1 / max(place, 1) if self.settings.last else 1 - self.settings.ema
         for name, value in self.average.items():
-            value.lerp_(self.parameters[name].detach(), 1 - self.decay)
+            value.lerp_(self.parameters[name].detach(), share)
 
     @torch.no_grad()
     def use_average(self) -> None:

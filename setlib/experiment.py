@@ -120,6 +120,7 @@ class Train:
     mix: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of crops whose amplitudes are mixed with their neighbour's
     mix_layer: Count = 0  # behind which frozen layer that is; 0 = in the pixels
     mix_high: PositiveFloat = 1.5  # radius of the highest frequencies that are mixed: 1 = Nyquist
+    agree: NonNegativeFloat = 0.0  # weight of a loss: predictions of mixed crops are to be those of the unmixed ones
     learning_rate: PositiveFloat = 1e-3
     refiner_rates: tuple[Annotated[str, AfterValidator(_rate)], ...] = ("set=0.1",)  # in units of the head's rate
     weight_decay: NonNegativeFloat = 0.05  # none on tokens, norms, biases and scales
@@ -127,6 +128,7 @@ class Train:
     power: NonNegativeFloat = 0.9  # of the polynomial decay after them
     clip_norm: NonNegativeFloat = 1.0  # largest gradient norm; 0 = off
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the moving average of the weights; 0 = off
+    last: Count = 0  # last steps whose weights are averaged evenly, whatever ema says; 0 = off
     checkpoint_every: Positive = 100  # steps
     validate_every: Count = 0  # steps between scores on other source pictures, before ema; 0 = never. Chooses nothing
     validate_on: str = ""  # a domain of the source's data set: gtav:val@folder; empty = what its name gives for scoring
@@ -134,6 +136,8 @@ class Train:
     checkpointing: bool = False  # keeps only the input of each layer for the gradient: less memory, more time
 
     def __post_init__(self) -> None:
+        if self.agree and not (self.mix and self.mix_layer):
+            raise ValueError("Option train.agree compares mixed crops: it needs train.mix and train.mix_layer.")
         if self.warmup >= self.steps:
             raise ValueError(f"Option train.warmup ({self.warmup}) must be below train.steps ({self.steps}).")
 

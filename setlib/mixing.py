@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from setlib.data.crops import mix_weight
+from setlib.features import FrozenFeatures
+from setlib.mask2former import Masks
 from setlib.segmenter import Segmenter
 from setlib.spectral import mix_amplitude
 from setlib.tokens import Refiner
@@ -62,6 +65,19 @@ def mix_weights(model: Segmenter, step: int) -> list[float]:
     train, size = model.experiment.train, model.experiment.train.batch_size
     share = train.mix if train.mix_layer else 0.0
     return [mix_weight(share, model.experiment.seed, i) for i in range(step * size, (step + 1) * size)]
+
+
+def disagreement(model: Segmenter, output: Tensor | Masks, images: Tensor, frozen: FrozenFeatures | None) -> Tensor:
+    """How far predictions of mixed crops are from those of the same crops as they are, which get no gradient.
+
+    Kullback-Leibler divergence of class probabilities, mean over the patch grid, summed over the crops. Source: the
+    consistency loss of FACT (Xu, CVPR 2021); departure: one way, and without a second network that follows the first.
+    """
+    size = model.backbone.grid(images.shape[2:])
+    with torch.no_grad():
+        wanted = model.head.probabilities(model(images, frozen), size)  # (B, K, H, W)
+    found = model.head.probabilities(output, size).clamp(min=1e-6).log()
+    return F.kl_div(found, wanted, reduction="none").sum(1).mean((1, 2)).sum()
 
 
 def mixing(model: Segmenter, weights: Sequence[float]) -> Refiner:

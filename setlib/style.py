@@ -73,7 +73,8 @@ class SourceStyle(nn.Module):
         index = self.layers.index(layer)
         if not self.fitted[index]:
             return features
-        x = self._turned(features if features.dtype == torch.float64 else features.float())
+        x = features if features.dtype == torch.float64 else features.float()
+        x = turned(x) if self.scrambled else x
         mean, level = self.statistics(x)
         away = (self.level[index] - level).where(self.level[index] > math.log(2 * TINY), 0)  # 0 where no bin was seen
         gain = ((1 - self.level_kept[index]) * away).exp()  # (B, bands, C)
@@ -84,7 +85,8 @@ class SourceStyle(nn.Module):
             x = spectral.invert(waves, (x.shape[1], x.shape[2]))
         else:
             x = x * gain[:, None]
-        return self._turned(x + goal[:, None, None], back=True).to(features.dtype)
+        x = x + goal[:, None, None]
+        return (turned(x, back=True) if self.scrambled else x).to(features.dtype)
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean over the patches (B, C) and, by band, the logarithm of the root of the energy, (B, bands, C)."""
@@ -103,8 +105,8 @@ class SourceStyle(nn.Module):
 
         The first N are the pictures as they are, the others the same ones restyled.
         """
-        index = self.layers.index(layer)
-        for name, values in zip(("mean", "level"), self.statistics(self._turned(features.float())), strict=True):
+        index, x = self.layers.index(layer), turned(features.float()) if self.scrambled else features.float()
+        for name, values in zip(("mean", "level"), self.statistics(x), strict=True):
             values = values.unflatten(0, (styles, -1))  # (S, N, ...)
             getattr(self, name)[index] = values[0].mean(0)
             if self.gains:
@@ -115,17 +117,8 @@ class SourceStyle(nn.Module):
 
     def _bands(self, x: Tensor) -> Tensor:
         """The band of each bin of x's half spectrum, (H, W // 2 + 1)."""
-        return torch.bucketize(spectral.frequency_radius((x.shape[1], x.shape[2])), torch.tensor(self.edges)).to(
-            x.device
-        )
-
-    def _turned(self, x: Tensor, back: bool = False) -> Tensor:
-        """x, for a placebo with random signs in a random order of the positions, or, with `back`, that undone."""
-        if not self.scrambled:
-            return x
-        order, signs = (part.to(x.device) for part in random_basis(x.shape[1] * x.shape[2]))
-        flat = x.flatten(1, 2)
-        return (flat[:, order.argsort()] * signs if back else (flat * signs)[:, order]).view_as(x)
+        radius = spectral.frequency_radius((x.shape[1], x.shape[2]))
+        return torch.bucketize(radius, torch.tensor(self.edges)).to(x.device)
 
 
 def kind(style: SourceStyle | None) -> tuple:
@@ -138,6 +131,16 @@ def same(one: SourceStyle | None, other: SourceStyle | None) -> bool:
     if one is other or one is None or other is None:
         return one is other
     return kind(one) == kind(other) and all(map(torch.equal, one.buffers(), other.buffers()))
+
+
+def turned(x: Tensor, back: bool = False, seed: int = 0, signed: bool = True) -> Tensor:
+    """Features (B, H, W, C) over a random orthonormal basis of the positions, or, with `back`, from there.
+
+    It has no place and no frequency: random signs (not without `signed`) in a random order of the positions.
+    """
+    order, signs = (part.to(x.device) for part in random_basis(x.shape[1] * x.shape[2], seed))
+    signs, flat = (signs if signed else signs.abs()).to(x.dtype), x.flatten(1, 2)
+    return (flat[:, order.argsort()] * signs if back else (flat * signs)[:, order]).view_as(x)
 
 
 @lru_cache(maxsize=32)

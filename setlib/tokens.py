@@ -140,12 +140,12 @@ class TokenQueries(nn.Module):
 class Rein(Refiner):
     """f + s * beta(f) on the patches themselves, s a learnable scalar from 1e-3. Source: Rein (CVPR 2024), Sec. 3.3."""
 
-    linked = "patches"
+    linked, start = "patches", 1e-3  # of s
 
     def __init__(self, layers: Sequence[int], channels: int, num_tokens: int, rank: int, query_channels: int) -> None:
         super().__init__(layers, channels, query_channels)
         self.patches = TokenBranch(LowRankTokens(len(layers), num_tokens, channels, rank), channels)
-        self.scale = nn.Parameter(torch.tensor(1e-3))
+        self.scale = nn.Parameter(torch.tensor(self.start))
 
     def forward(self, features: Tensor, layer: int) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""

@@ -25,7 +25,7 @@ from setlib.distributed import accelerator, own_part, state
 from setlib.evaluation import evaluate
 from setlib.experiment import Experiment, Train
 from setlib.features import KeptCrops, keep_crops
-from setlib.mixing import mix_weights, mixing
+from setlib.mixing import disagreement, mix_weights, mixing
 from setlib.run import Run
 from setlib.segmenter import Segmenter
 from setlib.style import fit_style
@@ -90,6 +90,9 @@ def train(
                 with contextlib.nullcontext() if last_part else engine.no_sync(network):
                     output = network(images[part], frozen and frozen[part], mixing(model, [weights[i] for i in part]))
                     part_loss = model.loss(output, labels[part], counts, [seeds[i] for i in part])
+                    if settings.agree and any(weights[i] for i in part):
+                        apart = disagreement(model, output, images[part], frozen and frozen[part])
+                        part_loss = part_loss + settings.agree / settings.batch_size * apart
                     (part_loss * engine.num_processes).backward()  # the engine takes the processes' mean
                 total += part_loss.detach()
             loss = engine.reduce(total, "sum").item()

@@ -17,11 +17,12 @@ from torch.nn.utils import parametrize
 from setlib import spectral
 from setlib._kernels import change_phase, join_spectrum, split_spectrum
 from setlib.spectral import PIXELS, Spectrum, is_empty, mirror_rows, own_partners
-from setlib.style import random_basis
-from setlib.tokens import LowRankTokens, Refiner, SpectralTokens, TokenBranch, TokenQueries
+from setlib.style import turned
+from setlib.tokens import LowRankTokens, Refiner, Rein, SpectralTokens, TokenBranch, TokenQueries
 
 TEMPERATURE = 10.0  # at the start, of cosine similarities: at C = 384 these spread by 1 / sqrt(C) = 0.05
 SOMA_RANK = 16  # of each linear map. Source: SoMA
+LOW = 1 / 8  # radius: 1 = Nyquist
 SHORTEST = 0.1  # length below which a sum of phasors has no direction; a gradient grows tenfold at most
 
 
@@ -151,6 +152,19 @@ class CosineTransformTokens(Refiner):
         return to_cosines(sign * refined, back=True).to(features.dtype)
 
 
+class LowTokens(SpectralTokens):
+    """SET's amplitude branch at frequencies up to radius LOW alone: all that tokens of style need, if style is there.
+
+    Behind layers 1 to 3 that is where style leads in amplitudes (notebook 02); later it leads nowhere.
+    """
+
+    def refine_spectrum(self, features: Tensor, layer: int) -> Spectrum:
+        """The refined half spectrum of features (B, H, W, C): amplitude >= 0, and phase in radians."""
+        refined, (amplitude, phase) = super().refine_spectrum(features, layer), split_spectrum(features)
+        low = spectral.frequency_radius((features.shape[1], features.shape[2])) <= LOW  # (H, W // 2 + 1)
+        return Spectrum(torch.where(low[..., None].to(features.device), refined.amplitude, amplitude), phase)
+
+
 class RandomBasisTokens(SpectralTokens):
     """SET's placebo: the same refiner over a random orthonormal basis of the positions in place of the Fourier basis.
 
@@ -160,11 +174,13 @@ class RandomBasisTokens(SpectralTokens):
 
     def forward(self, features: Tensor, layer: int) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        order, signs = (part.to(features.device) for part in random_basis(features.shape[1] * features.shape[2]))
-        signs = signs.to(features.dtype)
-        mixed = (features.flatten(1, 2) * signs)[:, order].view_as(features)
-        refined = super().forward(mixed, layer).flatten(1, 2)[:, order.argsort()] * signs
-        return refined.view_as(features)
+        return turned(super().forward(turned(features), layer), back=True)
+
+
+class EagerRein(Rein):
+    """Rein whose scale starts a hundred times larger: what starts small hardly moves in a short training."""
+
+    start = 0.1
 
 
 class MinorComponents(nn.Module):

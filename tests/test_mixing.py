@@ -71,6 +71,28 @@ def test_kept_features_end_where_mixing_begins(source, tmp_path, refiner, layer)
     np.testing.assert_allclose(losses(tmp_path / "whole", made.experiment, kept), found, rtol=1e-4)
 
 
+def test_predictions_of_mixed_crops_are_drawn_to_those_of_the_crops_as_they_are(source, tmp_path):
+    made = crops(source, "model.refiner=set", "train.mix=1", "train.mix_layer=2", "train.batch_size=4")
+    model, batch = build_segmenter(made.experiment).train(), next(made.batches([[0, 1, 2, 3]]))
+    images = batch.to("cpu")[0]
+    assert abs(mixing.disagreement(model, model(images), images, None)) < 1e-6
+    mixed = model(images, None, mixing.mixing(model, [0.9] * 4))
+    apart = mixing.disagreement(model, mixed, images, None)
+    size = model.backbone.grid((64, 128))
+    wanted, found = (model.head.probabilities(y, size) for y in (model(images).detach(), mixed))
+    torch.testing.assert_close(apart, (wanted * (wanted / found).log()).sum(1).mean((1, 2)).sum(), rtol=1e-3, atol=1e-6)
+    assert apart > 0 and apart.requires_grad
+    settings = made.experiment
+    plain, whole, parts = (
+        losses(tmp_path / f"{number}", settings.override(*options))
+        for number, options in enumerate([(), ("train.agree=5",), ("train.agree=5", "train.accumulate=2")])
+    )
+    assert whole[0] > plain[0]
+    np.testing.assert_allclose(whole, parts, atol=1e-4)
+    with pytest.raises(ValueError, match="compares mixed crops: it needs train.mix and train.mix_layer"):
+        settings.override("train.agree=1", "train.mix_layer=0")
+
+
 def test_a_layer_that_nothing_reads_and_a_pair_that_is_parted_are_refused(source, tmp_path):
     settings = crops(source, "train.mix=1", "train.mix_layer=4", "train.batch_size=4").experiment
     with pytest.raises(ValueError, match=r"mix_layer \(4\) .* name a layer from 1 to 3, or 0 for the pixels"):

@@ -53,14 +53,21 @@ def copied(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("train.ema=0.5", "train.warmup=2"), (*MASKS, "train.precision=bfloat16"), ("model.refiner=full",)]
+    "options",
+    [
+        (),
+        ("train.ema=0.5", "train.warmup=2"),
+        ("train.last=3",),
+        (*MASKS, "train.precision=bfloat16"),
+        ("model.refiner=full",),
+    ],
 )
 def test_the_loop_is_these_ten_lines(source, tmp_path, options):
     settings = experiment(source, "train.steps=7", *options)
     domain = load(source, settings.data, role="source")
     model = build_segmenter(settings).train()
     learns = [p for p in model.parameters() if p.requires_grad]
-    average = [p.detach().clone() for p in learns]
+    average, seen = [p.detach().clone() for p in learns], []
 
     optimiser, crops, found = train.make_optimiser(model), KeptCrops([model], RandomCrops(domain, settings), False), []
     for step in range(settings.train.steps):
@@ -75,6 +82,9 @@ def test_the_loop_is_these_ten_lines(source, tmp_path, options):
         found.append(loss.item())
         for mean, value in zip(average, learns, strict=True):
             mean.lerp_(value.detach(), 1 - settings.train.ema)
+        seen.append([value.detach().clone() for value in learns])
+    if last := settings.train.last:
+        average = [torch.stack(values).mean(0) for values in zip(*seen[-last:], strict=True)]
 
     trained, history = train.train(Run.open(tmp_path, settings), progress=False)
     assert losses(history) == found
@@ -155,12 +165,13 @@ RESUMED = [
     (),
     ("train.views=0",),
     ("train.ema=0.5",),
+    ("train.last=3",),
     ("train.precision=bfloat16", "model.refiner=full"),
     ("train.checkpointing=true",),
     ("model.refiner=set-released", "train.precision=bfloat16"),
     MASKS,
     ("train.mix=0.5", "train.views=0"),
-    ("train.mix=0.5", "train.mix_layer=3"),
+    ("train.mix=0.5", "train.mix_layer=3", "train.agree=1"),
 ]
 
 

@@ -12,7 +12,7 @@ from setlib.refiners import build_refiner
 from setlib.weights.load import load_backbone
 
 CHANNELS = 12
-NAMES = ["set-tokens", "set-channels", "set-space", "set-phasor", "set-cosine", "set-dct", "set-placebo"]
+NAMES = ["set-tokens", "set-channels", "set-space", "set-phasor", "set-cosine", "set-dct", "set-placebo", "set-low"]
 
 
 def build(name, moved=0.0, channels=CHANNELS, **options):
@@ -98,6 +98,21 @@ def test_the_placebo_has_sets_parameters_and_its_function_on_scrambled_positions
     expected = real((x.flatten(1, 2) * signs)[:, order].view_as(x), 2).flatten(1, 2)
     torch.testing.assert_close((placebo(x, 2).flatten(1, 2) * signs)[:, order], expected)
     assert (placebo(x, 2) - real(x, 2)).norm() > 0.1 * (real(x, 2) - x).norm()
+
+
+def test_low_tokens_leave_phases_and_what_is_above_their_radius():
+    refiner, x = build("set-low", 0.3).double(), features(1, 16, 32).double()
+    own, found = (spectral.split_spectrum(y) for y in (x, refiner(x, 2)))
+    low = spectral.frequency_radius((16, 32)) <= variants.LOW
+    moved = (found.amplitude - own.amplitude).abs().amax((0, 3)) > 1e-9
+    assert torch.equal(moved, low) and 1 < low.sum() < 10
+    kept = torch.polar(found.amplitude, own.phase)
+    torch.testing.assert_close(torch.polar(found.amplitude, found.phase), kept)
+
+
+def test_an_eager_rein_is_rein_with_a_larger_scale():
+    rein, eager, x = build("rein"), build("rein-eager"), features(1, 4, 6)
+    torch.testing.assert_close(eager(x, 2) - x, 100 * (rein(x, 2) - x), rtol=1e-3, atol=1e-4)
 
 
 def test_soma_learns_the_smallest_components_and_starts_as_the_backbone():

@@ -239,25 +239,16 @@ def cells(found: Sequence[Found]) -> dict[str, dict[tuple[str, int], list[Found]
     return alone | means
 
 
-def scores(found: Sequence[Found]) -> list[dict]:
-    """Rows variant, seed, precision, domain (a title of `cells`), miou (percent; of several domains the mean)."""
+def spread(found: Sequence[Found]) -> list[dict]:
+    """Per domain (a title of `cells`) and variant its mIoU, percent: values (one a seed), mean, low and high, seeds."""
     rows = []
     for title, models in cells(found).items():
-        for (variant, seed), parts in models.items():
-            miou = float(np.mean([part.miou for part in parts]))
-            own = {"variant": variant, "seed": seed, "precision": parts[0].precision}
-            rows.append(own | {"domain": title, "miou": miou})
+        for variant in dict.fromkeys(variant for variant, _ in models):
+            seeds = [seed for name, seed in models if name == variant]
+            values = [float(np.mean([part.miou for part in models[variant, seed]])) for seed in seeds]
+            row = {"variant": variant, "domain": title, "mean": float(np.mean(values))}
+            rows.append(row | {"low": min(values), "high": max(values), "seeds": seeds, "values": values})
     return rows
-
-
-def spread(rows: Sequence[dict]) -> list[dict]:
-    """Per variant and domain the mean over seeds and the range (lowest and highest seed), percent; of `scores`.
-
-    A domain without a labelled pixel has no cell.
-    """
-    of_cell = pandas.DataFrame(rows).dropna(subset="miou").groupby(["variant", "domain"], sort=False)
-    found = of_cell.miou.agg(mean="mean", low="min", high="max").assign(seeds=of_cell.seed.agg(list))
-    return found.assign(values=of_cell.miou.agg(list)).reset_index().to_dict("records")
 
 
 def differences(found: Sequence[Found], baseline: str = "", random_seed: int = 0) -> list[dict]:
@@ -402,7 +393,7 @@ def curves(found: Sequence[Found]) -> dict[str, tuple[list[int], list[float]]]:
     """mIoU by steps, of the source and of the mean of the targets: {name: (steps, percent)}, seeds averaged."""
     steps = {one.variant: one.experiment.train.steps for one in found}
     source, lines = found[0].experiment.data.source, dict[str, dict[int, float]]()
-    for cell in spread(scores(found)):
+    for cell in spread(found):
         if cell["domain"] == source or MEAN in cell["domain"]:
             name = re.sub(r"\s*train\.steps=\d+", "", cell["variant"])
             lines.setdefault(f"{name}, {cell['domain']}", {})[steps[cell["variant"]]] = cell["mean"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from setlib import spectral
 from setlib.baselines import join_haar, split_haar
-from setlib.style import random_basis
+from setlib.style import turned
 
 CUT = 0.25  # between low and high frequencies; 1 = Nyquist
 SPANS = {  # low < radius <= high; from 0 on with zero frequency
@@ -104,15 +104,11 @@ def placebo(part: Part, name: str, x: Tensor, y: Tensor, reach: Tensor, seed: in
     if name == "noise":
         change = torch.randn(x.shape, generator=generator)
     elif name == "channel axis":
-        turned = [z.flatten(1, 2).transpose(1, 2)[:, None] for z in (x, y)]  # (B, 1, C, N)
-        change = (part(*turned)[:, 0].transpose(1, 2).unflatten(1, (height, width))) - x
+        rows = [z.flatten(1, 2).transpose(1, 2)[:, None] for z in (x, y)]  # (B, 1, C, N)
+        change = (part(*rows)[:, 0].transpose(1, 2).unflatten(1, (height, width))) - x
     elif name in PLACEBOS:
-        order, signs = random_basis(height * width, seed)
-        signs = signs if name == "random basis" else torch.ones_like(signs)
-        mixed = [(z.flatten(1, 2) * signs)[:, order].view_as(z) for z in (x, y)]
-        change = torch.empty_like(x.flatten(1, 2))
-        change[:, order] = part(*mixed).flatten(1, 2)
-        change = (change * signs).view_as(x) - x
+        basis = partial(turned, seed=seed, signed=name == "random basis")
+        change = basis(part(basis(x), basis(y)), back=True) - x
     else:
         raise ValueError(f"Unknown placebo '{name}': expected one of {', '.join(PLACEBOS)}.")
     return x + change * (reach / change.flatten(1).norm(dim=1).clamp(min=1e-12)).view(-1, 1, 1, 1)

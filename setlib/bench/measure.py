@@ -23,17 +23,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from setlib import _kernels
 from setlib._memory import MALLOC
 from setlib.files import nearest
 from setlib.refiners import build_refiner
 
 Step = Callable[[], object]
 Size = tuple[int, int, int, int]  # (B, H, W, C)
-NAMES = ("refiner", "parts", "grid", "step", "cache", "checkpointing", "paper", "gpu")
+NAMES = ("refiner", "grid", "step", "cache", "checkpointing", "paper", "gpu")
 FRESH = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"))  # a process of its own
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -61,10 +59,6 @@ def cases() -> Iterator[Case]:
     for size in SIZES:
         for name in ("rein", "set", "set-released"):
             yield Case("refiner", name, _shown(size), partial(refiner_step, name, size))
-    for size in SIZES:  # where the time of SET's layer goes: the polar form is the spectrum without Fourier
-        yield Case("parts", "whole layer", _shown(size), partial(refiner_step, "set", size))
-        for part in ("spectrum", "Fourier", "attention", "linear maps"):
-            yield Case("parts", part, _shown(size), partial(part_step, part, size))
     for size in GRIDS:  # equal seconds mean a cost that is linear in patches
         for name in ("rein", "set"):
             yield Case("grid", name, _shown(size), partial(refiner_step, name, size))
@@ -91,36 +85,9 @@ def refiner_step(name: str, size: Size) -> Step:
     """One layer's refiner, forward and backward, on random features of a size."""
     torch.manual_seed(0)
     refiner = build_refiner(name, (1,), size[-1]).to(DEVICE)
-    return _both_ways(lambda x: [refiner(x, 1)], [torch.randn(size, device=DEVICE)], refiner)
-
-
-def part_step(part: str, size: Size) -> Step:
-    """One part of what SET's refiner does in a layer, forward and backward.
-
-    "spectrum": split and join; "Fourier": of it, both ways, twice; "attention" of both branches; their "linear maps".
-    """
-    torch.manual_seed(0)
-    x, grid = torch.randn(size, device=DEVICE), size[1:3]
-    if part == "spectrum":
-        return _both_ways(lambda y: [_kernels.join_spectrum(_kernels.split_spectrum(y), grid)], [x])
-    if part == "Fourier":
-        return lambda: [_kernels.from_parts(_kernels.to_parts(x), grid) for _ in range(2)]
-    refiner = build_refiner("set", (1,), size[-1]).to(DEVICE)
-    spectrum = [half.flatten(1, 2) for half in _kernels.split_spectrum(x)]
-    if part == "attention":
-        calls = [partial(branch.attention, index=0) for branch in refiner.branches().values()]
-    else:
-        calls = [branch.delta_map for branch in refiner.branches().values()]
-    return _both_ways(lambda *halves: [call(y) for call, y in zip(calls, halves, strict=True)], spectrum, refiner)
-
-
-def _both_ways(
-    call: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], module: nn.Module | None = None
-) -> Step:
-    """Forward and backward of call(*inputs), with random gradients at its outputs, to the inputs and what learns."""
-    leaves = [x.requires_grad_() for x in inputs] + list(module.parameters() if module else ())
-    gradients = [torch.randn_like(y) for y in call(*inputs)]
-    return lambda: torch.autograd.grad(call(*inputs), leaves, gradients, allow_unused=True)
+    x = torch.randn(size, device=DEVICE, requires_grad=True)
+    leaves, gradient = [x, *refiner.parameters()], torch.randn_like(refiner(x, 1))
+    return lambda: torch.autograd.grad(refiner(x, 1), leaves, gradient, allow_unused=True)
 
 
 def bench(only: Iterable[str] = ()) -> dict:

@@ -53,9 +53,9 @@ def _axes(ax: Axes | None, height: float) -> Axes:
     return ax if ax is not None else Figure((WIDTH / 100, height), layout="constrained").add_subplot()
 
 
-def _layers(layers: Sequence[str | int]) -> list[str]:
-    """Names of layers, which may be numbers: 0 for the pixels."""
-    return [layer if isinstance(layer, str) else f"layer {layer}" if layer else "pixels" for layer in layers]
+def _layer(layer: str | int) -> str:
+    """The name of a layer, which may be a number: 0 for the pixels."""
+    return layer if isinstance(layer, str) else f"layer {layer}" if layer else "pixels"
 
 
 @quiet
@@ -100,7 +100,7 @@ def distances(table: Sequence[Mapping], ax: Axes | None = None, chosen: str | in
     """Distance in amplitude and phase by layer: rows of `spectra.compare` with a layer; chosen: is pointed out."""
     series = {part: [row[part] for row in table] for part in ("amplitude", "phase")}
     layers = [row["layer"] for row in table]
-    ax = _bars(series, _layers(layers), _axes(ax, 2.2), upright=True, digits=3 if len(layers) < 8 else 2)
+    ax = _bars(series, list(map(_layer, layers)), _axes(ax, 2.2), upright=True, digits=3 if len(layers) < 8 else 2)
     if not table:
         ax.text(0.5, 0.5, "Nothing stands behind a layer here.", ha="center", transform=ax.transAxes)
     if chosen in layers:
@@ -274,7 +274,7 @@ def share_lines(rows: Sequence[Mapping], ax: Axes | None = None, chosen: str | i
             ax.fill_between(places, *ends, alpha=0.15, linewidth=0, **look)
     if chosen in layers:
         ax.axvspan(layers.index(chosen) - 0.5, layers.index(chosen) + 0.5, color="#e4e4e4", zorder=0)
-    ax.set_xticks(range(len(layers)), _layers(layers))
+    ax.set_xticks(range(len(layers)), list(map(_layer, layers)))
     ax.set(ylim=(0, 1), ylabel="share of the variance")
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.grid(True, axis="y")

@@ -15,13 +15,9 @@ from matplotlib.figure import Figure as AnyFigure
 from matplotlib.patches import Rectangle
 
 from setlib.plots.board import WIDTH
-from setlib.plots.charts import ABOVE, COLOURS, MARKERS, Figure, _axes, quiet
+from setlib.plots.charts import ABOVE, COLOURS, MARKERS, Figure, _axes, _layer, quiet
 
 PLACEBO = "#777777"
-
-
-def _layer(layer: int) -> str:
-    return f"layer {layer}" if layer else "pixels"
 
 
 def _frame(rows: Sequence[Mapping], value: str) -> pandas.DataFrame:

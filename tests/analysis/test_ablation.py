@@ -29,12 +29,8 @@ def made(values, pictures=40, noise=0.0, random_seed=0, domain="scenes:night", s
     return found
 
 
-def rows(values):
-    return ablation.scores(made(values))
-
-
 def test_spread_is_the_range_over_seeds():
-    cell = ablation.spread(rows({"set": [10.0, 14.0]}))[-1]
+    cell = ablation.spread(made({"set": [10.0, 14.0]}))[-1]
     found = (cell["domain"], cell["mean"], cell["low"], cell["high"], cell["seeds"])
     assert found == (ablation.MEAN, pytest.approx(12), pytest.approx(10), pytest.approx(14), [0, 1])
 
@@ -132,7 +128,7 @@ def test_words_follow_the_numbers():
 def test_a_domain_without_a_labelled_pixel_is_in_no_mean():
     empty = [one._replace(tally=one.tally * 0) for one in made({"none": [5.0], "set": [6.0]}, domain="folder@x")]
     found = [*empty, *made({"none": [5.0], "set": [12.0]})]
-    cells = ablation.spread(ablation.scores(found))
+    cells = ablation.spread(found)
     assert {cell["domain"] for cell in cells} == {"scenes:night", ablation.MEAN}
     assert cells[-1]["mean"] == pytest.approx(12)
 
@@ -145,7 +141,7 @@ def test_variants_are_refiners_with_options_trained_and_scored(tmp_path):
     }
     last = found[-1]
     assert (last.experiment.model.rank, last.experiment.model.refined_layers) == (2, (2, 3))
-    assert [row["domain"] for row in ablation.scores(found)[-2:]] == [ablation.MEAN] * 2
+    assert ablation.spread(found)[-1]["domain"] == ablation.MEAN
     table = ablation.table(found)
     assert len(table) == 6 * 2 * 19 and list(table.columns[:4]) == ["variant", "seed", "source", "domain"]
     assert (tmp_path / "ablation" / "table.csv").is_file()
@@ -156,8 +152,8 @@ def test_what_is_done_is_skipped_and_several_sources_are_one_table(tmp_path, mon
     options = [OPTIONS[1], "ablation.variants=none,set", "ablation.seeds=0", transfers]
     run = Run.open(tmp_path, Experiment.build("smoke", overrides=options))
     first = ablation.run_ablation(run)
-    titles = [row["domain"] for row in ablation.spread(ablation.scores(first)) if row["variant"] == "set"]
+    titles = [row["domain"] for row in ablation.spread(first) if row["variant"] == "set"]
     assert titles[1] == "scenes:game -> scenes:night" and titles[-1] == f"scenes:clear -> {ablation.MEAN}"
     monkeypatch.setattr(ablation, "train_together", None)
     again = ablation.run_ablation(run)
-    assert ablation.scores(again) == ablation.scores(first)
+    assert ablation.spread(again) == ablation.spread(first)
