@@ -1,0 +1,179 @@
+"""Killed at any moment, a command that is given again ends with the bits of one that was never killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import faults
+import network
+import pytest
+from faults import SMALL, Command
+
+STEPS = ("train.steps=8", "train.views=4", "train.checkpoint_every=2")
+ABLATION = ("ablation.variants=none,set", "ablation.seeds=0", "ablation.overrides=train.steps=3")
+
+
+def domain_of(folder: Path, count: int = 4, size: tuple[int, int] = (64, 32)) -> str:
+    """The domain beside the folder that a command is started in, made once."""
+    path = folder.parent / "domain"
+    return f"folder@{path}" if path.exists() else faults.make_domain(path, count, size)
+
+
+def train(folder: Path, *options: str, **more) -> Command:
+    source = domain_of(folder)
+    words = ["train", "--profile", "smoke", "--run", "run", "--source", source, "--target", source]
+    return Command(folder, *words, "-o", *SMALL, *STEPS, *options, **more)
+
+
+def ablate(folder: Path) -> Command:
+    source = domain_of(folder)
+    words = ["ablate", "--profile", "smoke", "--run", "run", "--source", source, "--target", source]
+    return Command(folder, *words, "-o", *SMALL, "train.views=4", *ABLATION)
+
+
+def evaluate(folder: Path) -> Command:
+    if not (folder / "run").exists():
+        shutil.copytree(folder.parent / "trained" / "run", folder / "run")
+    return Command(folder, "evaluate", "run", "--target", domain_of(folder), "scenes:fog", "-o", "data.eval_images=3")
+
+
+def prepare(folder: Path) -> Command:
+    return Command(folder, "prepare", domain_of(folder, 20, (128, 64)), "--out", "out", "--short-edge", 32)
+
+
+def render(folder: Path) -> Command:
+    return Command(folder, "check", "scenes:fog@scenes", "--profile", "smoke", "-o", "data.eval_images=20", *SMALL)
+
+
+def premise(folder: Path) -> Command:
+    words = ["premise", "--profile", "smoke", "--run", "run", "--layouts", 3, "--places", 1]
+    return Command(folder, *words, "-o", *SMALL)
+
+
+PATHS = {
+    "train": (train, "run"),
+    "train with two workers": (lambda folder: train(folder, "train.views=0", "data.workers=2"), "run"),
+    "evaluate": (evaluate, "run"),
+    "ablate": (ablate, "run"),
+    "prepare": (prepare, "out"),
+    "scenes": (render, "scenes"),
+    "premise": (premise, "run/premise"),
+}
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(9, marks=pytest.mark.reliability)])
+@pytest.mark.parametrize("name", PATHS)
+def test_at_random_moments(tmp_path, name, kills):
+    make, kept = PATHS[name]
+    if name == "evaluate":
+        (tmp_path / "trained").mkdir()
+        assert train(tmp_path / "trained").end() == 0
+    assert faults.survive(make, kept, tmp_path, kills, random.Random(kills)) >= kills
+
+
+@pytest.mark.parametrize("kills", [pytest.param(6, marks=pytest.mark.reliability)])
+def test_while_the_backbone_is_fetched(tmp_path, kills):
+    with network.index(tmp_path / "index") as (url, sha256, _):
+        own = partial(network.use_index, url, sha256)
+
+        def fetch(folder):
+            return train(folder, "model.backbone=dinov2-small-saliency", "train.steps=1", prepare=own)
+
+        assert faults.survive(fetch, "cache", tmp_path, kills, random.Random(0)) >= kills
+        left = [path for path in (tmp_path / "place" / "cache").iterdir() if path.is_dir()]
+        assert [path.name for path in left] == ["dinov2-small-saliency"]  # what a killed fetch left is gone
+
+
+# At every write
+
+
+def die_at(number: int) -> None:
+    """Lets this process kill itself before it opens, renames or removes a file in its folder for the nth time."""
+    here, count = os.getcwd(), 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal count
+        writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+        if (writes or event in ("os.rename", "os.remove")) and str(os.path.abspath(arguments[0])).startswith(here):
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+@pytest.mark.reliability
+def test_at_every_write_of_a_training(tmp_path):
+    (tmp_path / "whole").mkdir()
+    assert train(tmp_path / "whole").end() == 0
+    expected, number = faults.digest(tmp_path / "whole" / "run"), 0
+    code = None
+    while code != 0:
+        number += 1
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        command = train(folder, prepare=partial(die_at, number))
+        code = command.end()
+        assert code in (0, -signal.SIGKILL), command.output
+        faults.check_whole(folder / "run")
+        assert train(folder).end() == 0
+        assert faults.digest(folder / "run") == expected, f"killed before write {number}"
+        assert not list((folder / "run").rglob(".*.safetensors.*")), "a part of a file is left"
+        shutil.rmtree(folder)
+    assert number > 15
+
+
+# Asked to stop
+
+
+LONG = ("train.steps=120", "train.checkpoint_every=100000", "train.views=4")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("options", [(), ("train.views=0", "data.workers=2")], ids=["one process", "two workers"])
+def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(tmp_path, kind, options):
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    command = train(tmp_path / "cut", *LONG, *options)
+    command.wait_for("/120 [00:00<00:0")
+    command.kill(kind, group=True)
+    assert command.end() == 130
+    assert "python -m setlib train --profile smoke --run run" in command.error
+    assert (tmp_path / "cut" / "run" / "checkpoint.safetensors").is_file()
+    again = train(tmp_path / "cut", *LONG, *options)
+    assert again.end() == 0 and "goes on behind step" in again.output
+    assert train(tmp_path / "whole", *LONG, *options).end() == 0
+    assert faults.digest(tmp_path / "cut" / "run") == faults.digest(tmp_path / "whole" / "run")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_it_at_once(tmp_path, kind):
+    (tmp_path / "place").mkdir()
+    slow = ("train.batch_size=64", "train.views=0", "data.height=256", "data.width=512", "data.long_edge=512")
+    command = train(tmp_path / "place", *slow)
+    command.wait_for("step/s")
+    time.sleep(1)
+    command.kill(kind)
+    time.sleep(0.3)
+    assert command.process.exitcode is None, "the step should take longer"
+    command.kill(kind)
+    assert command.wait(2) == -kind
+    faults.check_whole(tmp_path / "place" / "run")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_any_other_command_stops_at_once_and_says_how_to_go_on(tmp_path, kind):
+    (tmp_path / "place").mkdir()
+    words = ["check", "scenes:fog@scenes", "--profile", "smoke", "-o", "data.eval_images=400"]
+    command = Command(tmp_path / "place", *words)
+    command.wait_for("render fog")
+    command.kill(kind)
+    assert command.wait(10) == 130 and "python -m setlib check scenes:fog@scenes" in command.error
+    faults.check_whole(tmp_path / "place" / "scenes")
