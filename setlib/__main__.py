@@ -10,6 +10,8 @@ import argparse
 import json
 import os
 import re
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import setlib
-from setlib.files import PROJECT, nearest, shown, write_atomic
+from setlib.files import LOCK, PROJECT, alone, nearest, on_stop, shown, write_atomic
 
 FREE = (  # after training
     *("data.eval_images", "data.content_seed", "data.eval_edges", "data.on_error", "data.exif_labels"),
@@ -266,7 +268,8 @@ def evaluate_command(args: argparse.Namespace) -> int:
     scores = setlib.evaluate_run(scored, {name: model}, targets)[name]
     if not state().is_main_process:
         return 0
-    write_metrics(run, scores, scored.experiment)
+    with alone(run.path / LOCK):
+        write_metrics(run, scores, scored.experiment)
     print(text_table(report.metric_rows(run)))
     if (run.path / "report.html").is_file():
         print(f"Report: {shown(report.write_report(run))}")
@@ -453,15 +456,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{args.command} works in one process: accelerate launch is for train and evaluate.")
         if missing := [name for name in PACKAGES if find_spec(name) is None]:
             raise ModuleNotFoundError(name=missing[0])
-        return args.call(args)
+        with on_stop(signal.default_int_handler):
+            return args.call(args)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if "--debug" in argv:
             raise
         if isinstance(error, ModuleNotFoundError):
             error = f"This Python ({sys.executable}) has no package {error.name}: {ENTER.format(PROJECT)}"
         return fail(error, 2)
+    except (MemoryError, RuntimeError) as error:
+        from setlib._memory import cure
+
+        if "--debug" in argv or not (text := cure(error, args.command)):
+            raise
+        return fail(text, 2)
     except KeyboardInterrupt:
-        return fail("stopped; what was finished is kept, and the same command goes on from there", 130)
+        again = f"python -m setlib {shlex.join(argv)}"
+        return fail(f"stopped; what was finished is kept, and the same command goes on from there: {again}", 130)
 
 
 if __name__ == "__main__":

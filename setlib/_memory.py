@@ -41,3 +41,18 @@ def label_map(scores: Tensor, size: tuple[int, int]) -> np.ndarray:
         wide = F.interpolate(mixed[None], size=(len(strip), w), mode="bilinear", align_corners=False)[0]
         labels[strip.numpy()] = wide.max(0).indices.numpy()
     return labels
+
+
+def cure(error: Exception, command: str) -> str:
+    """The sentence for an error that says that memory is full, and which settings lower it; "" for another error."""
+    text = str(error)
+    if "DataLoader worker" in text:
+        return f"A process that reads pictures was killed, most likely for want of memory: lower data.workers ({text})."
+    if not isinstance(error, MemoryError) and "allocate memory" not in text and "out of memory" not in text:
+        return ""
+    if command in ("evaluate", "predict"):
+        return "Out of memory: lower inference.windows or inference.scales, or leave inference.whole off."
+    size = "data.height, data.width and data.long_edge"
+    return (
+        f"Out of memory: lower train.batch_size, or raise train.accumulate, set train.checkpointing, or lower {size}."
+    )

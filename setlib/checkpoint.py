@@ -5,12 +5,13 @@ What learns is kept as safetensors, the backbone by name and hash.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
@@ -22,9 +23,9 @@ from tqdm import tqdm
 from setlib._memory import keep_freed_memory
 from setlib.backbone import FrozenBackbone
 from setlib.data.labels import CITYSCAPES
-from setlib.distributed import default_device
+from setlib.distributed import default_device, state
 from setlib.experiment import Experiment
-from setlib.files import hub_answers, load_json, write_atomic
+from setlib.files import LOCK, alone, hub_answers, load_json, on_stop, shown, write_atomic
 from setlib.heads import PerPixelHead
 from setlib.mask2former import HEAD_SIZES, Mask2FormerHead
 from setlib.refiners import Options, build_refiner
@@ -132,14 +133,20 @@ def load_segmenter(
             f"{folder} was trained on a backbone with hash {trained_on}, "
             f"but {model.backbone.name} has {found}: use the same weights."
         )
-    expected = {name: tuple(t.shape) for name, t in model.trainable_state().items()}
-    got = {name: tuple(t.shape) for name, t in tensors.items()}
-    if wrong := sorted(set(expected.items()) ^ set(got.items())):
-        raise ValueError(
-            f"Weights do not fit this model: {wrong[0][0]} differs or is missing ({len(wrong)} differences)."
-        )
+    if wrong := differences(model.trainable_state(), tensors):
+        raise ValueError(f"Weights do not fit this model: {wrong}.")
     model.load_state_dict(tensors, strict=False)
     return model.eval()
+
+
+def differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
+    """The tensors that are missing, too many or of another shape, the first ten of them; "" if there are none."""
+    wrong = [f"{name} is missing" for name in expected if name not in found]
+    wrong += [f"{name} is not known" for name in found if name not in expected]
+    for name in expected.keys() & found.keys():
+        shapes = [" x ".join(map(str, values[name].shape)) or "one number" for values in (found, expected)]
+        wrong += [f"{name} is {shapes[0]}, not {shapes[1]}"] if shapes[0] != shapes[1] else []
+    return ", ".join(sorted(wrong)[:10]) + (f" and {len(wrong) - 10} more" if wrong[10:] else "")
 
 
 def model_folder(name: str | Path, options: dict[str, Any]) -> Path:
@@ -165,7 +172,7 @@ def read_model(folder: Path) -> tuple[Experiment, str, list[dict], dict[str, Ten
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         experiment, fingerprint = Experiment.from_dict(config["experiment"]), config["backbone_fingerprint"]
         return experiment, fingerprint, config.get("results", []), load_file(folder / "model.safetensors")
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"The model in {folder} cannot be read ({error}): delete it and train again.") from None
 
 
@@ -230,7 +237,10 @@ def _public(text: str) -> str:
 
 
 class Training:
-    """What changes from step to step, and its checkpoint: weights, optimiser, moving average, history."""
+    """What changes from step to step, and its checkpoint: weights, optimiser, moving average, history.
+
+    From `resume` to the end of a with-block its folder is closed to others; in the block, signals only ask to stop.
+    """
 
     def __init__(self, run: Run, model: Segmenter, optimiser: torch.optim.Optimizer) -> None:
         self.run, self.model, self.optimiser, self.settings = run, model, optimiser, model.experiment.train
@@ -238,7 +248,28 @@ class Training:
         averaged = self.parameters if self.settings.ema or self.settings.last else {}
         self.average = {name: p.detach().clone() for name, p in averaged.items()}
         self.history: list[dict] = []
-        self.step = 0  # steps that are done
+        self.step = self.saved = 0  # steps that are done, and of the checkpoint
+        self.is_asked_to_stop, self.held = False, contextlib.ExitStack()
+
+    def __enter__(self) -> Training:
+        """Signals ask to stop."""
+        self.held.enter_context(on_stop(self.ask_to_stop))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Signals are what they were, and the folder is free."""
+        self.held.close()
+
+    def ask_to_stop(self, *_: object) -> None:
+        """Lets the step end."""
+        self.is_asked_to_stop = True
+
+    def give_up(self, step: int, what: str) -> NoReturn:
+        """Raises ValueError: what is wrong in a step, its likely cause, and what is kept."""
+        text = f"the checkpoint of step {self.saved} is kept" if self.saved else "there is no checkpoint yet"
+        rate, clipped = self.settings.learning_rate, "" if self.settings.clip_norm else ", or set train.clip_norm=1"
+        cure = f"most likely it learns too fast: lower train.learning_rate ({rate}){clipped}, in another folder"
+        raise ValueError(f"Training stopped at step {step}: {what}; {cure}; {text}.")
 
     def update_average(self) -> None:
         """Moves the average, if one is kept, towards the weights."""
@@ -260,23 +291,51 @@ class Training:
 
     def save(self) -> None:
         """Writes history.jsonl and checkpoint.safetensors (weights, optimiser, average, step), whole or not at all."""
+        if not state().is_main_process:
+            return
+        if not all(p.isfinite().all() for p in self.parameters.values()):
+            self.give_up(self.step, "its weights are not finite")
         tensors = {f"model.{name}": value.detach() for name, value in self.model.trainable_state().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
         for name, p in self.parameters.items():
             tensors |= {f"optimiser.{name}.{key}": value for key, value in self.optimiser.state.get(p, {}).items()}
-        content = save({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata={"step": str(self.step)})
+        about = {"step": str(self.step), "backbone": self.model.backbone.fingerprint}
+        content = save({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata=about)
         write_atomic(self.run.path / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
         write_atomic(self.run.path / "checkpoint.safetensors", content)
+        self.saved = self.step
+
+    def finish(self) -> None:
+        """Writes the model and removes the checkpoint."""
+        self.use_average()
+        if state().is_main_process:
+            save_segmenter(self.model, self.run.path / "model")
+            (self.run.path / "checkpoint.safetensors").unlink(missing_ok=True)
 
     def resume(self) -> None:
-        """Goes on from the run's checkpoint, if there is one. Raises ValueError if it cannot be read."""
+        """Goes on from the run's checkpoint, if there is one.
+
+        Raises ValueError if it cannot be read or does not fit, or if another process trains here or just has.
+        """
         path = self.run.path / "checkpoint.safetensors"
+        if state().is_main_process:
+            self.held.enter_context(alone(self.run.path / LOCK))
+            for pattern in (".*.safetensors.[0-9]*", "model/.*.safetensors.[0-9]*"):
+                for part in self.run.path.glob(pattern):  # of a file, left by a process that was killed
+                    part.unlink()
+        if is_finished(self.run):
+            raise ValueError(f"{self.run.path} was finished by another process: give the same command again.")
         if not path.is_file():
             return
         try:
             with safe_open(path, "pt") as saved:
-                self.step = int(saved.metadata()["step"])
+                about = saved.metadata()
                 tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
+            self.step = self.saved = int(about["step"])
+            if about.get("backbone", self.model.backbone.fingerprint) != self.model.backbone.fingerprint:
+                raise ValueError(f"it was made with other weights of the backbone {self.model.backbone.name}")
+            if wrong := differences(self.model.trainable_state(), under(tensors, "model.")):
+                raise ValueError(wrong)
             with torch.no_grad():
                 for name, value in self.model.trainable_state().items():  # buffers too
                     value.copy_(tensors[f"model.{name}"])
@@ -288,6 +347,7 @@ class Training:
             self.history = [entry for entry in read_history(self.run) if entry["step"] <= self.step]
         except Exception as error:
             raise ValueError(f"{path} cannot be resumed ({error}): delete it to train from the start.") from None
+        tqdm.write(f"{shown(self.run.path)} goes on behind step {self.step}")
 
 
 def is_finished(run: Run) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic_core import to_json
 
 from setlib.experiment import PROFILES, Experiment
-from setlib.files import PROJECT, VERSION, load_json, peak_bytes, write_atomic
+from setlib.files import LOCK, PROJECT, VERSION, load_json, peak_bytes, write_atomic
 
 SAME_NUMBERS = (  # cost time, memory or what a damaged file costs; change no number that is already made
     *("train.checkpointing", "train.accumulate", "data.workers"),
@@ -39,7 +39,9 @@ class Run:
             changed = (key for key in new if new[key] != old[key] and not key.startswith(SAME_NUMBERS))
             other = [key for key in changed if _one_folder(new[key]) != _one_folder(old[key])]
             differing = [f"{key} is {old[key]}, not {new[key]}" for key in other]
-            if differing and any(file.name != stored.name for file in path.iterdir()):  # something was made with it
+            if differing and any(
+                not file.name.endswith((stored.name, LOCK)) for file in path.iterdir()
+            ):  # something was made with it
                 raise ValueError(
                     f"Run folder {path} holds another configuration ({'; '.join(differing[:3])}): "
                     "choose another with --run, or the same options."
@@ -56,7 +58,9 @@ class Run:
             raise ValueError(
                 f"{path} is no run folder (no {stored.name}): make one with python -m setlib run --run {path}."
             )
-        content = dict(load_json(stored))
+        content = load_json(stored)
+        if not isinstance(content, dict):
+            raise ValueError(f"{stored} is not the configuration of a run: delete the folder or restore the file.")
         made_by = content.pop("setlib", "0.1.0")  # the first versions did not say
         try:
             return cls(Path(path), Experiment.from_dict(content))

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from setlib.backbone import FrozenBackbone
-from setlib.checkpoint import Training, build_segmenter, is_finished, load_segmenter, read_history, save_segmenter
+from setlib.checkpoint import Training, build_segmenter, is_finished, load_segmenter, read_history
 from setlib.data import domains
 from setlib.data.crops import RandomCrops, batch_indices, held_out
 from setlib.data.domains import Domain
@@ -41,7 +41,8 @@ def train(
 ) -> tuple[Segmenter, list[dict]]:
     """Trains the run's segmenter on its source; the model ends in RUN/model.
 
-    A finished run is loaded as it is, an interrupted one goes on from its checkpoint.
+    A finished run is loaded as it is, an interrupted one goes on from its checkpoint. SIGINT and SIGTERM let a step
+    end, save it, and raise KeyboardInterrupt.
 
     Parameters
     ----------
@@ -53,7 +54,7 @@ def train(
 
     Raises
     ------
-    ValueError : the loss is not finite, or the source cannot be used.
+    ValueError : the loss is not finite, the source cannot be used, or another process trains in the folder.
     """
     experiment, settings = run.experiment, run.experiment.train
     if is_finished(run):
@@ -74,9 +75,8 @@ def train(
 
     done, label = training.step, f"train {experiment.model.refiner}, seed {experiment.seed}"
     chosen = [own_part(batch_indices(experiment, step)) for step in range(done, settings.steps)]
-    with tqdm(
-        total=settings.steps, initial=done, desc=label, unit="step", smoothing=0, leave=None, disable=not progress
-    ) as bar:
+    look = {"desc": label, "unit": "step", "smoothing": 0, "leave": None, "disable": not progress}
+    with training, tqdm(total=settings.steps, initial=done, **look) as bar:
         for step, batch in enumerate(crops.batches(chosen), start=done):
             began = time.perf_counter()
             images, labels, frozen = batch.to(model.device)
@@ -98,10 +98,7 @@ def train(
             loss = engine.reduce(total, "sum").item()
             norm = nn.utils.clip_grad_norm_(training.parameters.values(), settings.clip_norm or math.inf).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise ValueError(
-                    f"Training stopped at step {step + 1}: the loss is {loss}, its gradient norm {norm}; "
-                    f"lower train.learning_rate ({settings.learning_rate})."
-                )
+                training.give_up(step + 1, f"the loss is {loss}, its gradient norm {norm}")
             optimiser.step()
             training.update_average()
 
@@ -115,12 +112,11 @@ def train(
             training.step = step + 1
             bar.set_postfix(training.latest(), refresh=False)
             bar.update()
-            if ((step + 1) % settings.checkpoint_every == 0 or last_step) and state().is_main_process:
+            if (step + 1) % settings.checkpoint_every == 0 or last_step or training.is_asked_to_stop:
                 training.save()
-    training.use_average()
-    if state().is_main_process:
-        save_segmenter(model, run.path / "model")
-        (run.path / "checkpoint.safetensors").unlink(missing_ok=True)
+            if training.is_asked_to_stop:
+                raise KeyboardInterrupt
+        training.finish()
     state().wait_for_everyone()
     return model.eval(), training.history
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -75,8 +76,15 @@ class RandomCrops:
 
     def batches(self, chosen: Sequence[list[int]]) -> Iterator[Batch]:
         """Crops by their numbers, a batch for each list, made by data.workers processes."""
-        for images, labels in DataLoader(self, batch_sampler=chosen, num_workers=self.experiment.data.workers):
+        workers = {"num_workers": self.experiment.data.workers, "worker_init_fn": _leave_signals}
+        for images, labels in DataLoader(self, batch_sampler=chosen, **workers):
             yield Batch(images, labels)
+
+
+def _leave_signals(_: int) -> None:
+    """A worker ends with its training, which ends its step first: a terminal sends signals to both."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def batch_indices(experiment: Experiment, step: int) -> list[int]:

@@ -16,8 +16,9 @@ from PIL import ExifTags, Image, ImageDraw, ImageOps
 from setlib.data.labels import IdMap
 
 # what Pillow and json raise for a damaged file
-UNREADABLE = (OSError, SyntaxError, ValueError, LookupError, RecursionError, TypeError, struct.error)
+UNREADABLE = (OSError, SyntaxError, ValueError, LookupError, RecursionError, TypeError, ArithmeticError, struct.error)
 UNREADABLE += (Image.DecompressionBombError,)
+FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # of files; others are programs (EPS), or rare
 Size = tuple[int, int]  # (w, h)
 MOST_PIXELS = 2**28  # of one picture; decoded it is 0.8 GB
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses twice that
@@ -31,7 +32,7 @@ class LabelError(ValueError):
 def open_picture(source: Any) -> Image.Image:
     """Pillow's open. Raises ValueError also for what it cannot read or finds too large, with the way round."""
     try:
-        return Image.open(source)
+        return Image.open(source, formats=FORMATS)
     except Image.DecompressionBombError:
         raise ValueError(f"more than {MOST_PIXELS / 1e6:.0f} million pixels: cut or shrink it first") from None
     except Image.UnidentifiedImageError as error:
@@ -82,8 +83,7 @@ def measure(source: Any, label_size: Size | None = None, whole: bool = False) ->
     the size is not that of its label, (w, h).
     """
     if str(source).endswith(".json"):
-        content = json.loads(Path(source).read_bytes())
-        size = int(content["imgWidth"]), int(content["imgHeight"])
+        size = _size_of_polygons(json.loads(Path(source).read_bytes()))
         return size, size, 1
     with open_picture(source) as picture:
         if whole:
@@ -166,13 +166,20 @@ def _colours_to_ids(label: np.ndarray, ids: IdMap) -> np.ndarray:
     return np.array([id_of[number] for number in numbers], np.uint8)[places].reshape(label.shape[:2])
 
 
+def _size_of_polygons(content: dict) -> Size:
+    """The size that a file of polygons gives its picture, (w, h)."""
+    size = int(content["imgWidth"]), int(content["imgHeight"])
+    if min(size) < 1 or size[0] * size[1] > MOST_PIXELS:
+        raise ValueError(f"a picture of {size[0]} x {size[1]} pixels cannot be")
+    return size
+
+
 def _draw_polygons(path: Path, ids: IdMap) -> np.ndarray:
     """The polygons of a Cityscapes-like JSON file, drawn in their order (IDD)."""
     places = {name: i for i, name in ids.names.items()}
     try:
         content = json.loads(path.read_bytes())
-        size = int(content["imgWidth"]), int(content["imgHeight"])
-        drawn = Image.new("L", size, places["unlabeled"])
+        drawn = Image.new("L", _size_of_polygons(content), places["unlabeled"])
         pen = ImageDraw.Draw(drawn)
         for shape in content["objects"]:
             if shape.get("deleted"):

@@ -75,15 +75,17 @@ class IdMap:
 @cache
 def read_rows(name: str) -> tuple[dict, ...]:
     """The rows of data/labels/<name>.csv. Raises ValueError if the file is missing or not of that form."""
-    path = LABELS / f"{name}.csv"
-    if not path.is_file():
-        raise ValueError(f"Unknown id map '{name}' ({nearest(name, [p.stem for p in LABELS.glob('*.csv')])}).")
+    known, path = [path.stem for path in LABELS.glob("*.csv")], LABELS / f"{name}.csv"
+    if name not in known:
+        raise ValueError(f"Unknown id map '{name}' ({nearest(name, known)}).")
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = [{"name": row["name"], **{key: int(row[key]) for key in NUMBERS}} for row in csv.DictReader(file)]
         if not rows or not all(row["name"] and 0 <= row[key] <= 255 for row in rows for key in NUMBERS):
             raise ValueError("a row lacks its name, or holds another number")
-    except (ValueError, KeyError, TypeError) as error:
+        if wrong := [row["train_id"] for row in rows if 18 < row["train_id"] != IGNORE]:
+            raise ValueError(f"the train id {wrong[0]} is none of 0 to 18 and {IGNORE}")
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(f"{path}: expected the columns name, {', '.join(NUMBERS)} (0 to 255): {error}.") from None
     return tuple(rows)
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from setlib.data import domains
 from setlib.data.decode import measure
 from setlib.experiment import Data
-from setlib.files import write_atomic
+from setlib.files import LOCK, alone, write_atomic
 
 MARK = "prepared.json"
 
@@ -35,22 +35,24 @@ def prepare(text: str, out: Path, short_edge: int, data: Data) -> int:
     made = json.dumps({"domain": spec.name, "from": str(root.resolve()), "short_edge": short_edge}, indent=1)
     if root.resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(f"{out} lies in the data set itself: name a folder outside of {root.resolve()}.")
-    if out.exists() and any(out.iterdir()) and (not mark.is_file() or mark.read_text(encoding="utf-8") != made):
-        raise ValueError(f"{out} is not empty and no copy of {text} with short edge {short_edge}: name another folder.")
-    write_atomic(mark, made)
-    for extra in ("splits.json", "split.mat"):
-        if (root / extra).is_file():
-            write_atomic(out / extra, (root / extra).read_bytes())
-    skipped = 0
-    for index in tqdm(range(len(domain)), desc=f"prepare {text}", unit="img"):
-        try:
-            _copy(domain, index, root, out, short_edge)
-        except ValueError as error:
-            if data.on_error != "skip":
-                raise
-            skipped += 1
-            domains.say(f"skipped ({skipped}): {error}")
-    return len(domain) - skipped
+    with alone(out / LOCK):
+        other = not mark.is_file() or mark.read_text(encoding="utf-8") != made
+        if other and any(path.name != LOCK for path in out.iterdir()):
+            raise ValueError(f"{out} is not empty and no copy of {text} with short edge {short_edge}: name another.")
+        write_atomic(mark, made)
+        for extra in ("splits.json", "split.mat"):
+            if (root / extra).is_file():
+                write_atomic(out / extra, (root / extra).read_bytes())
+        skipped = 0
+        for index in tqdm(range(len(domain)), desc=f"prepare {text}", unit="img"):
+            try:
+                _copy(domain, index, root, out, short_edge)
+            except ValueError as error:
+                if data.on_error != "skip":
+                    raise
+                skipped += 1
+                domains.say(f"skipped ({skipped}): {error}")
+        return len(domain) - skipped
 
 
 def _copy(domain: domains.Domain, index: int, root: Path, out: Path, short_edge: int) -> None:
@@ -58,6 +60,8 @@ def _copy(domain: domains.Domain, index: int, root: Path, out: Path, short_edge:
     row = domain.dataset[index]
     paths = [out / Path(row[kind]).relative_to(root) for kind in ("image", "label") if row[kind]]
     paths = [path.with_name(path.name.replace("_polygons.json", "_labelids.png")) for path in paths]
+    if away := [path for path in paths if not path.parent.resolve().is_relative_to(out.resolve())]:
+        raise ValueError(f"{away[0].parent} is a link out of {out}: name another folder.")
     if all(path.is_file() for path in paths):
         return
     short, long = sorted(measure(row["image"])[0])

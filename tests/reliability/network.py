@@ -103,7 +103,12 @@ def index(folder: Path, sent: int | None = None) -> Iterator[tuple[str, str, Ser
 
 def use_index(url: str, sha256: str) -> None:
     """In a process of its own: an empty cache in its folder, this index, and the hash of its wheel."""
-    os.environ |= {"SETLIB_CACHE": "cache", "PIP_INDEX_URL": url, "PIP_NO_CACHE_DIR": "1", "PIP_CONFIG_FILE": os.devnull}
+    os.environ |= {
+        "SETLIB_CACHE": "cache",
+        "PIP_INDEX_URL": url,
+        "PIP_NO_CACHE_DIR": "1",
+        "PIP_CONFIG_FILE": os.devnull,
+    }
     for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "SETLIB_WHEEL"):
         os.environ.pop(name, None)
     saliency.SHA256 = sha256
