@@ -58,6 +58,8 @@ def train(
     """
     experiment, settings = run.experiment, run.experiment.train
     if is_finished(run):
+        with contextlib.suppress(OSError):  # missing, or a folder that others share read-only
+            (run.path / "checkpoint.safetensors").unlink()  # of a process that was killed as it ended
         return load_segmenter(run.path, backbone), read_history(run)
     with state().main_process_first():  # what is fetched, converted or rendered once is then there for all
         model = build_segmenter(experiment, backbone)

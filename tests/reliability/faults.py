@@ -76,11 +76,17 @@ class Command:
 
     def wait_for(self, words: str) -> None:
         """Waits until it has said something."""
-        for _ in range(20 * PATIENCE):
-            if words in self.output or self.process.exitcode is not None:
+        self._wait_until(lambda: words in self.output)
+
+    def wait_for_file(self, path: Path) -> None:
+        """Waits until a file is there."""
+        self._wait_until(path.is_file)
+
+    def _wait_until(self, found: Callable[[], bool]) -> None:
+        for _ in range(100 * PATIENCE):
+            if found() or self.wait(0.01) is not None:
                 break
-            time.sleep(0.05)
-        assert words in self.output, self.output
+        assert found(), self.output
 
     @property
     def output(self) -> str:

@@ -1,0 +1,128 @@
+"""What does not belong together is refused, and the sentence says what differs and what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import faults
+import numpy as np
+import pytest
+from faults import SMALL, Command
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+TRAINING = ("train.steps=8", "train.views=4", "train.checkpoint_every=2")
+
+
+def words_of(folder: Path, *options: str) -> list[str]:
+    path = folder / "domain"
+    source = f"folder@{path}" if path.exists() else faults.make_domain(path)
+    return [
+        "train",
+        "--profile",
+        "smoke",
+        "--run",
+        "run",
+        "--source",
+        source,
+        "--target",
+        source,
+        "-o",
+        *SMALL,
+        *options,
+    ]
+
+
+def cut_training(folder: Path, *options: str) -> list[str]:
+    """A training that is killed behind its first checkpoint; the words that go on with it."""
+    words = words_of(folder, "train.steps=3000", *TRAINING[1:], *options)
+    command = Command(folder, *words)
+    command.wait_for_file(folder / "run" / "checkpoint.safetensors")
+    command.kill()
+    command.wait()
+    return words
+
+
+@pytest.mark.parametrize("rate", ["1e4", "1e30"])
+def test_a_loss_that_explodes_names_the_step_the_last_checkpoint_and_the_cause(tmp_path, rate):
+    options = (f"train.learning_rate={rate}", "train.clip_norm=0", "train.refiner_rates=")
+    stopped = faults.run(tmp_path, *words_of(tmp_path, "train.steps=400", *TRAINING[1:], *options))
+    assert stopped.wait() == 2 and "Training stopped at step" in stopped.error
+    assert "learning_rate" in stopped.error and "checkpoint" in stopped.error
+    assert not (tmp_path / "run" / "model").exists()
+    if (tmp_path / "run" / "checkpoint.safetensors").exists():
+        values = load_file(tmp_path / "run" / "checkpoint.safetensors")
+        assert all(np.isfinite(value).all() for value in values.values()), "the last checkpoint is no good one"
+
+
+def test_labels_of_another_set_are_refused_with_the_ids_that_are_unknown(tmp_path):
+    words = words_of(tmp_path, *TRAINING)
+    for path in (tmp_path / "domain" / "labels").iterdir():
+        Image.fromarray(np.full((32, 64), 33, np.uint8)).save(path)
+    refused = faults.run(tmp_path, *words)
+    assert refused.wait() == 2 and "unknown ids [33]" in refused.error and "label ids, not train ids" in refused.error
+
+
+def test_a_model_of_another_architecture_is_refused_with_what_differs(trained, tmp_path):
+    run = shutil.copytree(trained.path, tmp_path / "run")
+    path = run / "model" / "model.safetensors"
+    values = load_file(path)
+    lost, other = sorted(values)[0], sorted(values)[1]
+    values["refiner.of.another"], values[other] = values.pop(lost), np.zeros((3, 5), np.float32)
+    save_file(values, path)
+    refused = faults.run(tmp_path, "evaluate", run)
+    assert refused.wait() == 2
+    for words in (lost, "refiner.of.another", f"{other} is 3 x 5, not "):
+        assert words in refused.error, refused.error
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_with_what_differs(tmp_path):
+    words = cut_training(tmp_path)
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    values = load_file(path)
+    wide = next(name for name in sorted(values) if name.startswith("model.") and values[name].ndim == 2)
+    values[wide] = values[wide][:1]  # would be spread over all rows
+    lost = next(name for name in sorted(values) if name.startswith("model.") and name != wide)
+    del values[lost]
+    save_file(values, path, {"step": "2"})
+    refused = faults.run(tmp_path, *words)
+    assert refused.wait() == 2 and "checkpoint.safetensors cannot be resumed" in refused.error
+    assert wide.removeprefix("model.") in refused.error and lost.removeprefix("model.") in refused.error
+
+
+def test_a_backbone_that_was_exchanged_is_refused(tmp_path):
+    import torch
+    from transformers import Dinov2Config, Dinov2Model
+
+    sizes = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, patch_size=8, image_size=64)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path / f"backbone{seed}")
+    shutil.copytree(tmp_path / "backbone0", tmp_path / "backbone")
+    words = cut_training(tmp_path, "model.backbone=./backbone")
+    shutil.copytree(tmp_path / "backbone1", tmp_path / "backbone", dirs_exist_ok=True)
+    refused = faults.run(tmp_path, *words)
+    assert refused.wait() == 2 and "backbone" in refused.error and "checkpoint.safetensors" in refused.error
+
+
+def test_a_folder_of_a_later_version_is_refused_by_version(trained, tmp_path):
+    run = shutil.copytree(trained.path, tmp_path / "run")
+    content = json.loads((run / "experiment.json").read_text())
+    (run / "experiment.json").write_text(json.dumps(content | {"setlib": "9.9.9", "quantum": 1}))
+    refused = faults.run(tmp_path, "evaluate", run)
+    assert refused.wait() == 2 and "made by setlib 9.9.9" in refused.error
+
+
+@pytest.mark.parametrize("when", [0, 4_000_000_000])
+def test_a_clock_that_jumps_changes_nothing(tmp_path, when):
+    (tmp_path / "one").mkdir()
+    words = cut_training(tmp_path, "ablation.seeds=0")
+    words[words.index("train.steps=3000")] = "train.steps=3000"
+    for path in (tmp_path / "run").rglob("*"):
+        os.utime(path, (when, when))
+    command = Command(tmp_path, *words)
+    command.wait_for("goes on behind step")
+    command.kill()
