@@ -28,7 +28,7 @@ ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help workbook test coverage test-browser screenshots lab lint format clean
+.PHONY: help workbook test coverage test-reliability test-browser screenshots lab lint format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,9 @@ test: lint  ## lint, types and all tests, the notebooks in the smoke profile amo
 
 coverage: $(READY)  ## all tests, more slowly, with the lines of setlib that they run
 	$(PYTEST) --cov=setlib --cov-report=term
+
+test-reliability: $(READY)  ## kills, full disks, bad networks and strange files at length: 10 minutes on two cores
+	$(PYTEST) -m "" tests/reliability
 
 test-browser: $(READY)  ## the explorer in a real JupyterLab in a headless Chromium, if one is installed
 	$(VENV_PYTHON) -m pip install --quiet -e ".[browser]" $(if $(CONSTRAINTS),-c $(CONSTRAINTS))

@@ -44,15 +44,12 @@ def label_map(scores: Tensor, size: tuple[int, int]) -> np.ndarray:
 
 
 def cure(error: Exception, command: str) -> str:
-    """The sentence for an error that says that memory is full, and which settings lower it; "" for another error."""
+    """The sentence for an error that says that memory is full, with the settings that lower it; "" for another one."""
     text = str(error)
     if "DataLoader worker" in text:
         return f"A process that reads pictures was killed, most likely for want of memory: lower data.workers ({text})."
-    if not isinstance(error, MemoryError) and "allocate memory" not in text and "out of memory" not in text:
-        return ""
+    is_full = isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text
+    settings = "train.batch_size, data.height and data.width, or set train.accumulate or train.checkpointing"
     if command in ("evaluate", "predict"):
-        return "Out of memory: lower inference.windows or inference.scales, or leave inference.whole off."
-    size = "data.height, data.width and data.long_edge"
-    return (
-        f"Out of memory: lower train.batch_size, or raise train.accumulate, set train.checkpointing, or lower {size}."
-    )
+        settings = "inference.windows or inference.scales, or leave inference.whole off"
+    return f"Out of memory: lower {settings}." if is_full else ""

@@ -25,7 +25,7 @@ from setlib.backbone import FrozenBackbone
 from setlib.data.labels import CITYSCAPES
 from setlib.distributed import default_device, state
 from setlib.experiment import Experiment
-from setlib.files import LOCK, alone, hub_answers, load_json, on_stop, shown, write_atomic
+from setlib.files import LOCK, alone, hub_answers, load_json, shown, write_atomic
 from setlib.heads import PerPixelHead
 from setlib.mask2former import HEAD_SIZES, Mask2FormerHead
 from setlib.refiners import Options, build_refiner
@@ -237,10 +237,7 @@ def _public(text: str) -> str:
 
 
 class Training:
-    """What changes from step to step, and its checkpoint: weights, optimiser, moving average, history.
-
-    From `resume` to the end of a with-block its folder is closed to others; in the block, signals only ask to stop.
-    """
+    """What changes from step to step, and its checkpoint: weights, optimiser, moving average, history."""
 
     def __init__(self, run: Run, model: Segmenter, optimiser: torch.optim.Optimizer) -> None:
         self.run, self.model, self.optimiser, self.settings = run, model, optimiser, model.experiment.train
@@ -249,27 +246,13 @@ class Training:
         self.average = {name: p.detach().clone() for name, p in averaged.items()}
         self.history: list[dict] = []
         self.step = self.saved = 0  # steps that are done, and of the checkpoint
-        self.is_asked_to_stop, self.held = False, contextlib.ExitStack()
-
-    def __enter__(self) -> Training:
-        """Signals ask to stop."""
-        self.held.enter_context(on_stop(self.ask_to_stop))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Signals are what they were, and the folder is free."""
-        self.held.close()
-
-    def ask_to_stop(self, *_: object) -> None:
-        """Lets the step end."""
-        self.is_asked_to_stop = True
+        self.held = contextlib.ExitStack()  # closes the folder to other processes, from `resume` on
 
     def give_up(self, step: int, what: str) -> NoReturn:
         """Raises ValueError: what is wrong in a step, its likely cause, and what is kept."""
-        text = f"the checkpoint of step {self.saved} is kept" if self.saved else "there is no checkpoint yet"
-        rate, clipped = self.settings.learning_rate, "" if self.settings.clip_norm else ", or set train.clip_norm=1"
-        cure = f"most likely it learns too fast: lower train.learning_rate ({rate}){clipped}, in another folder"
-        raise ValueError(f"Training stopped at step {step}: {what}; {cure}; {text}.")
+        kept = f"the checkpoint of step {self.saved} is kept" if self.saved else "there is no checkpoint yet"
+        cure = f"lower train.learning_rate ({self.settings.learning_rate}) or train.clip_norm, in another folder"
+        raise ValueError(f"Training stopped at step {step}: {what}; most likely it learns too fast: {cure}; {kept}.")
 
     def update_average(self) -> None:
         """Moves the average, if one is kept, towards the weights."""
@@ -291,10 +274,10 @@ class Training:
 
     def save(self) -> None:
         """Writes history.jsonl and checkpoint.safetensors (weights, optimiser, average, step), whole or not at all."""
-        if not state().is_main_process:
-            return
         if not all(p.isfinite().all() for p in self.parameters.values()):
             self.give_up(self.step, "its weights are not finite")
+        if not state().is_main_process:
+            return
         tensors = {f"model.{name}": value.detach() for name, value in self.model.trainable_state().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
         for name, p in self.parameters.items():
@@ -313,10 +296,7 @@ class Training:
             (self.run.path / "checkpoint.safetensors").unlink(missing_ok=True)
 
     def resume(self) -> None:
-        """Goes on from the run's checkpoint, if there is one.
-
-        Raises ValueError if it cannot be read or does not fit, or if another process trains here or just has.
-        """
+        """Goes on from the run's checkpoint, if any. Raises ValueError if it does not fit, or another trains here."""
         path = self.run.path / "checkpoint.safetensors"
         if state().is_main_process:
             self.held.enter_context(alone(self.run.path / LOCK))

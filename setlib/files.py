@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import http.client
 import json
 import os
@@ -22,8 +21,8 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[1]
 VERSION = "0.2.0"  # of setlib; every run folder records it
 PROBE_SECONDS = 3.0  # for the hub to answer
+STOPS = (signal.SIGINT, signal.SIGTERM)
 LOCK = ".lock"  # in a folder that one process at a time works in
-WAIT_SECONDS = 5.0  # for a folder that another process holds: notebook kernels outlive a killed run by a second
 STATIC = "SETLIB_STATIC"  # environment variable: nobody moves a slider, explorers show a picture
 
 
@@ -77,55 +76,48 @@ def load_json(path: Path) -> typing.Any:
 
 
 @contextlib.contextmanager
-def alone(lock: Path, patience: float = WAIT_SECONDS) -> Iterator[None]:
+def alone(lock: Path, patience: float = 5.0) -> Iterator[None]:
     """Keeps other processes out of a folder, by a lock file in it; free when this process is gone, however it went.
 
-    The lock is one of POSIX records, which processes forked from this one do not hold too; where the system has none
-    (Windows), nobody is kept out. patience: seconds to wait for another process.
-    Raises ValueError naming the process that holds it, or if the folder cannot be written.
+    Processes forked from this one do not hold it too. Where the system has no such locks, nobody is kept out.
+    Raises ValueError naming the process that has held it for `patience` seconds.
     """
     try:
         import fcntl
-
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("a+", encoding="utf-8")
-    except ImportError:
+    except ImportError:  # Windows
         yield
         return
-    except OSError as error:
-        raise ValueError(f"Cannot write {lock}: {error.strerror or error}: choose another folder.") from None
-    with file:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("ab+", buffering=0) as file:
         end = time.monotonic() + patience
         while True:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
-                    break
+            except (BlockingIOError, PermissionError):
                 if time.monotonic() > end:
                     file.seek(0)
-                    holder = f"{shown(lock.parent)} is in use by process {file.read() or 'unknown'}"
+                    holder = f"{shown(lock.parent)} is in use by process {file.read().decode()}"
                     raise ValueError(f"{holder}: wait until it has ended, or choose another folder.") from None
                 time.sleep(0.1)
-        with contextlib.suppress(OSError):  # a full disk: the name of the holder is lost, nothing else
+            except OSError:  # a file system without locks
+                break
+        with contextlib.suppress(OSError):  # a full disk: the holder's name is lost, nothing else
             file.truncate(0)
-            file.write(f"{os.getpid()} on {socket.gethostname()}")
-            file.flush()
+            file.write(f"{os.getpid()} on {socket.gethostname()}".encode())
         yield
 
 
 @contextlib.contextmanager
-def on_stop(act: Callable[..., object]) -> Iterator[None]:
+def on_stop(act: Callable[[int, object], object]) -> Iterator[None]:
     """Calls `act` at SIGINT or SIGTERM; a second one ends the process at once. Signals that are ignored stay so."""
-    kinds = [kind for kind in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(kind) is not signal.SIG_IGN]
-    if threading.current_thread() is not threading.main_thread():
-        kinds = []  # only there signals can be caught
+    caught = threading.current_thread() is threading.main_thread()  # only there can they be
+    kinds = [kind for kind in STOPS if caught and signal.getsignal(kind) is not signal.SIG_IGN]
 
-    def first(*about: object) -> None:
+    def first(number: int, frame: object) -> None:
         for kind in kinds:
             signal.signal(kind, signal.SIG_DFL)
-        act(*about)
+        act(number, frame)
 
     before = {kind: signal.signal(kind, first) for kind in kinds}
     try:

@@ -25,6 +25,7 @@ from setlib.distributed import accelerator, own_part, state
 from setlib.evaluation import evaluate
 from setlib.experiment import Experiment, Train
 from setlib.features import KeptCrops, keep_crops
+from setlib.files import on_stop
 from setlib.mixing import disagreement, mix_weights, mixing
 from setlib.run import Run
 from setlib.segmenter import Segmenter
@@ -77,8 +78,9 @@ def train(
 
     done, label = training.step, f"train {experiment.model.refiner}, seed {experiment.seed}"
     chosen = [own_part(batch_indices(experiment, step)) for step in range(done, settings.steps)]
-    look = {"desc": label, "unit": "step", "smoothing": 0, "leave": None, "disable": not progress}
-    with training, tqdm(total=settings.steps, initial=done, **look) as bar:
+    look = {"initial": done, "desc": label, "unit": "step", "smoothing": 0, "leave": None, "disable": not progress}
+    stops: list[object] = []
+    with training.held, on_stop(lambda *signal: stops.append(signal)), tqdm(total=settings.steps, **look) as bar:
         for step, batch in enumerate(crops.batches(chosen), start=done):
             began = time.perf_counter()
             images, labels, frozen = batch.to(model.device)
@@ -114,9 +116,9 @@ def train(
             training.step = step + 1
             bar.set_postfix(training.latest(), refresh=False)
             bar.update()
-            if (step + 1) % settings.checkpoint_every == 0 or last_step or training.is_asked_to_stop:
+            if (step + 1) % settings.checkpoint_every == 0 or last_step or stops:
                 training.save()
-            if training.is_asked_to_stop:
+            if stops:
                 raise KeyboardInterrupt
         training.finish()
     state().wait_for_everyone()

@@ -16,6 +16,7 @@ from setlib.data import domains
 from setlib.data.augment import augment, to_tensor
 from setlib.data.domains import Domain
 from setlib.experiment import Experiment
+from setlib.files import STOPS
 from setlib.spectral import PIXELS, mix_amplitude
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ class RandomCrops:
 
 def _leave_signals(_: int) -> None:
     """A worker ends with its training, which ends its step first: a terminal sends signals to both."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for kind in STOPS:
+        signal.signal(kind, signal.SIG_IGN)
 
 
 def batch_indices(experiment: Experiment, step: int) -> list[int]:

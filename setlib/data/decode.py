@@ -83,7 +83,10 @@ def measure(source: Any, label_size: Size | None = None, whole: bool = False) ->
     the size is not that of its label, (w, h).
     """
     if str(source).endswith(".json"):
-        size = _size_of_polygons(json.loads(Path(source).read_bytes()))
+        content = json.loads(Path(source).read_bytes())
+        size = int(content["imgWidth"]), int(content["imgHeight"])
+        if min(size) < 1 or size[0] * size[1] > MOST_PIXELS:
+            raise ValueError(f"a picture of {size[0]} x {size[1]} pixels cannot be")
         return size, size, 1
     with open_picture(source) as picture:
         if whole:
@@ -166,20 +169,13 @@ def _colours_to_ids(label: np.ndarray, ids: IdMap) -> np.ndarray:
     return np.array([id_of[number] for number in numbers], np.uint8)[places].reshape(label.shape[:2])
 
 
-def _size_of_polygons(content: dict) -> Size:
-    """The size that a file of polygons gives its picture, (w, h)."""
-    size = int(content["imgWidth"]), int(content["imgHeight"])
-    if min(size) < 1 or size[0] * size[1] > MOST_PIXELS:
-        raise ValueError(f"a picture of {size[0]} x {size[1]} pixels cannot be")
-    return size
-
-
 def _draw_polygons(path: Path, ids: IdMap) -> np.ndarray:
     """The polygons of a Cityscapes-like JSON file, drawn in their order (IDD)."""
     places = {name: i for i, name in ids.names.items()}
     try:
         content = json.loads(path.read_bytes())
-        drawn = Image.new("L", _size_of_polygons(content), places["unlabeled"])
+        size = int(content["imgWidth"]), int(content["imgHeight"])
+        drawn = Image.new("L", size, places["unlabeled"])
         pen = ImageDraw.Draw(drawn)
         for shape in content["objects"]:
             if shape.get("deleted"):

@@ -198,7 +198,7 @@ def _read_split(root: Path, split: str) -> set[str]:
         try:
             content = json.loads(file.read_bytes())["splits"]
             splits = {name: [str(one) for one in names] for name, names in content.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f'{file} cannot be read: expected {{"splits": {{name: [picture, ...]}}}}.') from None
     else:
         raise ValueError(f"A split '{split}' is named, but there is no splits.json in {root}: leave ':{split}' out.")

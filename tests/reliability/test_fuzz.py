@@ -1,4 +1,4 @@
-"""Files and words of any content at the borders: an exit code and a sentence, no traceback, no hang, no file outside."""
+"""Any content at the borders: an exit code and a sentence, no traceback, no hang, no file outside."""
 
 from __future__ import annotations
 
