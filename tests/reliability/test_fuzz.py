@@ -27,7 +27,7 @@ from setlib.weights.convert import read_tensors
 from setlib.weights.load import load_backbone
 
 SECONDS = 5  # that one input may take
-SIZES = [60, pytest.param(2000, marks=pytest.mark.reliability)]
+SIZES = [30, pytest.param(2000, marks=pytest.mark.reliability)]
 EXITS = {"check": {0, 1, 2}}  # all others: 2
 INNER = SimpleNamespace(folder=None, outside=[])  # what the hook below watches
 

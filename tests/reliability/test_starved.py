@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import struct
@@ -102,6 +103,8 @@ def test_output_that_nobody_takes_is_no_traceback(tmp_path):
 
 # No right to write
 
+NO_RIGHT = "(Cannot write|Read-only file system|Permission denied).*/"
+
 
 @pytest.mark.parametrize("command", ["train", "run", "ablate", "premise"])
 def test_a_run_folder_that_is_read_only_is_one_sentence(tmp_path, command):
@@ -114,12 +117,12 @@ def test_a_run_folder_that_is_read_only_is_one_sentence(tmp_path, command):
 
 def test_a_finished_run_that_is_read_only_can_be_used(trained, tmp_path):
     run = shutil.copytree(trained.path, tmp_path / "run")
-    picture = str(next((tmp_path / "domain").rglob("*.png"), None) or faults.make_domain(tmp_path / "domain"))
+    faults.make_domain(tmp_path / "domain")
     picture = next((tmp_path / "domain").rglob("*.png"))
     with faults.read_only(run):
         assert faults.run(tmp_path, "predict", run, picture, "--out", "out").wait() == 0
         refused = faults.run(tmp_path, "evaluate", run)
-    assert refused.wait() == 2 and "Cannot write" in refused.error
+    assert refused.wait() == 2 and re.search(NO_RIGHT, refused.error)
 
 
 @pytest.mark.parametrize("command", ["check scenes:fog@place --profile smoke", "prepare {} --out place --short-edge 9"])
@@ -128,7 +131,7 @@ def test_a_folder_of_pictures_that_is_read_only_is_one_sentence(tmp_path, comman
     (tmp_path / "place").mkdir()
     with faults.read_only(tmp_path / "place"):
         refused = faults.run(tmp_path, *command.format(domain).split())
-    assert refused.wait() in (1, 2) and "Cannot write" in refused.error
+    assert refused.wait() in (1, 2) and re.search(NO_RIGHT, refused.error)
 
 
 # No memory
@@ -144,7 +147,10 @@ def little_memory(more: int) -> None:
     ("command", "options", "setting"),
     [
         ("train", ["train.batch_size=128", "data.height=512", "data.width=1024", "train.views=0"], "train.batch_size"),
-        ("evaluate", ["inference.whole=true", "inference.scales=16"], "inference."),
+        pytest.param(
+            *("evaluate", ["inference.whole=true", "inference.scales=16"], "inference."),
+            marks=pytest.mark.reliability,
+        ),
     ],
 )
 def test_too_little_memory_names_the_setting_to_lower(trained, tmp_path, command, options, setting):
