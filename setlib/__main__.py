@@ -471,8 +471,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return fail(text, 2)
     except KeyboardInterrupt:
-        again = f"python -m setlib {shlex.join(argv)}"
-        return fail(f"stopped; what was finished is kept, and the same command goes on from there: {again}", 130)
+        return fail(
+            f"stopped; what is finished is kept; this goes on from there: python -m setlib {shlex.join(argv)}", 130
+        )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 import sys
 
 import numpy as np
@@ -45,10 +46,9 @@ def label_map(scores: Tensor, size: tuple[int, int]) -> np.ndarray:
 
 def cure(error: Exception, command: str) -> str:
     """The sentence for an error that says that memory is full, with the settings that lower it; "" for another one."""
-    text = str(error)
-    if "DataLoader worker" in text:
-        return f"A process that reads pictures was killed, most likely for want of memory: lower data.workers ({text})."
-    is_full = isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text
+    if "DataLoader worker" in str(error):  # torch may say so anywhere in a step
+        return f"A process that reads pictures was killed, perhaps for want of memory: lower data.workers ({error})."
+    is_full = isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error))
     settings = "train.batch_size, data.height and data.width, or set train.accumulate or train.checkpointing"
     if command in ("evaluate", "predict"):
         settings = "inference.windows or inference.scales, or leave inference.whole off"

@@ -78,8 +78,11 @@ class RandomCrops:
     def batches(self, chosen: Sequence[list[int]]) -> Iterator[Batch]:
         """Crops by their numbers, a batch for each list, made by data.workers processes."""
         workers = {"num_workers": self.experiment.data.workers, "worker_init_fn": _leave_signals}
-        for images, labels in DataLoader(self, batch_sampler=chosen, **workers):
-            yield Batch(images, labels)
+        try:
+            for images, labels in DataLoader(self, batch_sampler=chosen, **workers):
+                yield Batch(images, labels)
+        except (OSError, EOFError) as error:  # what a worker that was killed leaves of its line
+            raise RuntimeError(f"DataLoader worker: {error}") from error
 
 
 def _leave_signals(_: int) -> None:

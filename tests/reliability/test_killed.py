@@ -71,7 +71,7 @@ PATHS = {
 @pytest.mark.parametrize(
     ("name", "kills"),
     [
-        *((name, 1) for name in PATHS if name != "premise"),
+        *((name, 1) for name in PATHS if name not in ("premise", "scenes")),
         *(pytest.param(name, 4 if name == "premise" else 8, marks=pytest.mark.reliability) for name in PATHS),
     ],
 )
@@ -141,8 +141,11 @@ def test_at_every_write_of_a_training(tmp_path):
 LONG = ("train.steps=120", "train.checkpoint_every=100000", "train.views=4")
 
 
+WITH_WORKERS = pytest.param(("train.views=0", "data.workers=2"), marks=pytest.mark.reliability, id="two workers")
+
+
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("options", [(), ("train.views=0", "data.workers=2")], ids=["one process", "two workers"])
+@pytest.mark.parametrize("options", [(), WITH_WORKERS])
 def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(tmp_path, kind, options):
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
