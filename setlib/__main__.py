@@ -471,9 +471,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return fail(text, 2)
     except KeyboardInterrupt:
-        return fail(
-            f"stopped; what is finished is kept; this goes on from there: python -m setlib {shlex.join(argv)}", 130
-        )
+        return fail(f"stopped; what is finished is kept; go on with: python -m setlib {shlex.join(argv)}", 130)
 
 
 if __name__ == "__main__":

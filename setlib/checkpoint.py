@@ -141,12 +141,10 @@ def load_segmenter(
 
 def differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
     """The tensors that are missing, too many or of another shape, the first ten of them; "" if there are none."""
-    wrong = [f"{name} is missing" for name in expected if name not in found]
-    wrong += [f"{name} is not known" for name in found if name not in expected]
-    for name in expected.keys() & found.keys():
-        shapes = [" x ".join(map(str, values[name].shape)) or "one number" for values in (found, expected)]
-        wrong += [f"{name} is {shapes[0]}, not {shapes[1]}"] if shapes[0] != shapes[1] else []
-    return ", ".join(sorted(wrong)[:10]) + (f" and {len(wrong) - 10} more" if wrong[10:] else "")
+    want, have = ({k: " x ".join(map(str, v.shape)) or "1" for k, v in some.items()} for some in (expected, found))
+    names = sorted({name for name, _ in want.items() ^ have.items()})
+    wrong = [f"{name} is {have.get(name, 'missing')}, not {want.get(name, 'known')}" for name in names]
+    return ", ".join(wrong[:10]) + (f" and {len(wrong) - 10} more" if wrong[10:] else "")
 
 
 def model_folder(name: str | Path, options: dict[str, Any]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -81,8 +82,9 @@ class RandomCrops:
         try:
             for images, labels in DataLoader(self, batch_sampler=chosen, **workers):
                 yield Batch(images, labels)
-        except (OSError, EOFError) as error:  # what a worker that was killed leaves of its line
-            raise RuntimeError(f"DataLoader worker: {error}") from error
+        except (OSError, EOFError):  # a worker was killed: torch, which is told a moment later, says it better
+            time.sleep(1)
+            raise
 
 
 def _leave_signals(_: int) -> None:
