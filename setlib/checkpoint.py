@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +26,7 @@ from setlib.backbone import FrozenBackbone
 from setlib.data.labels import CITYSCAPES
 from setlib.distributed import default_device, state
 from setlib.experiment import Experiment
-from setlib.files import LOCK, alone, hub_answers, load_json, shown, write_atomic
+from setlib.files import LOCK, alone, hub_answers, load_json, shown, small, write_atomic
 from setlib.heads import PerPixelHead
 from setlib.mask2former import HEAD_SIZES, Mask2FormerHead
 from setlib.refiners import Options, build_refiner
@@ -167,7 +168,7 @@ def model_folder(name: str | Path, options: dict[str, Any]) -> Path:
 def read_model(folder: Path) -> tuple[Experiment, str, list[dict], dict[str, Tensor]]:
     """A model's two files: its experiment, its backbone's hash, its results and what it learnt."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(small(folder / "config.json"))
         experiment, fingerprint = Experiment.from_dict(config["experiment"]), config["backbone_fingerprint"]
         return experiment, fingerprint, config.get("results", []), load_file(folder / "model.safetensors")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
@@ -244,13 +245,18 @@ class Training:
         self.average = {name: p.detach().clone() for name, p in averaged.items()}
         self.history: list[dict] = []
         self.step = self.saved = 0  # steps that are done, and of the checkpoint
-        self.held = contextlib.ExitStack()  # closes the folder to other processes, from `resume` on
 
-    def give_up(self, step: int, what: str) -> NoReturn:
-        """Raises ValueError: what is wrong in a step, its likely cause, and what is kept."""
+    def check(self, loss: float, norm: float) -> None:
+        """Raises ValueError if a step's loss or gradient norm is not finite, or its loss 100 times the first one."""
+        first = self.history[0]["loss"] if self.history else loss
+        if not (loss < 100 * max(first, 1) and norm < math.inf):
+            self.give_up(f"the loss is {loss:.4g} (at first {first:.4g}), its gradient norm {norm:.4g}")
+
+    def give_up(self, what: str) -> NoReturn:
+        """Raises ValueError: what is wrong, its likely cause, and what is kept."""
         kept = f"the checkpoint of step {self.saved} is kept" if self.saved else "there is no checkpoint yet"
         cure = f"lower train.learning_rate ({self.settings.learning_rate}) or train.clip_norm, in another folder"
-        raise ValueError(f"Training stopped at step {step}: {what}; most likely it learns too fast: {cure}; {kept}.")
+        raise ValueError(f"Training stopped at step {self.step + 1}: {what}; most likely too fast: {cure}; {kept}.")
 
     def update_average(self) -> None:
         """Moves the average, if one is kept, towards the weights."""
@@ -273,7 +279,7 @@ class Training:
     def save(self) -> None:
         """Writes history.jsonl and checkpoint.safetensors (weights, optimiser, average, step), whole or not at all."""
         if not all(p.isfinite().all() for p in self.parameters.values()):
-            self.give_up(self.step, "its weights are not finite")
+            self.give_up("its weights are not finite")
         if not state().is_main_process:
             return
         tensors = {f"model.{name}": value.detach() for name, value in self.model.trainable_state().items()}
@@ -294,15 +300,8 @@ class Training:
             (self.run.path / "checkpoint.safetensors").unlink(missing_ok=True)
 
     def resume(self) -> None:
-        """Goes on from the run's checkpoint, if any. Raises ValueError if it does not fit, or another trains here."""
+        """Goes on from the run's checkpoint, if there is one. Raises ValueError if it does not fit."""
         path = self.run.path / "checkpoint.safetensors"
-        if state().is_main_process:
-            self.held.enter_context(alone(self.run.path / LOCK))
-            for pattern in (".*.safetensors.[0-9]*", "model/.*.safetensors.[0-9]*"):
-                for part in self.run.path.glob(pattern):  # of a file, left by a process that was killed
-                    part.unlink()
-        if is_finished(self.run):
-            raise ValueError(f"{self.run.path} was finished by another process: give the same command again.")
         if not path.is_file():
             return
         try:
@@ -325,7 +324,24 @@ class Training:
             self.history = [entry for entry in read_history(self.run) if entry["step"] <= self.step]
         except Exception as error:
             raise ValueError(f"{path} cannot be resumed ({error}): delete it to train from the start.") from None
-        tqdm.write(f"{shown(self.run.path)} goes on behind step {self.step}")
+        tqdm.write(f"{shown(self.run.path)} goes on after step {self.step} of {self.settings.steps}")
+
+
+@contextlib.contextmanager
+def held(run: Run) -> Iterator[bool]:
+    """Keeps other processes out of a run's folder while it is trained, and says whether it was finished before.
+
+    What a process that was killed left behind is removed. Raises ValueError if another process trains in the folder.
+    """
+    main = state().is_main_process
+    with alone(run.path / LOCK) if main and not is_finished(run) else contextlib.nullcontext():
+        state().wait_for_everyone()
+        finished = is_finished(run)  # by the process, maybe, that this one has waited for
+        left = ["checkpoint.safetensors"] * finished + [".*.safetensors.[0-9]*", "model/.*.safetensors.[0-9]*"]
+        for path in (path for pattern in left for path in run.path.glob(pattern) if main):
+            with contextlib.suppress(OSError):  # a folder that others share read-only
+                path.unlink()
+        yield finished
 
 
 def is_finished(run: Run) -> bool:

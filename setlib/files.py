@@ -11,18 +11,20 @@ import signal
 import socket
 import sys
 import threading
-import time
 import typing
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 PROJECT = Path(__file__).resolve().parents[1]
 VERSION = "0.2.0"  # of setlib; every run folder records it
 PROBE_SECONDS = 3.0  # for the hub to answer
-STOPS = (signal.SIGINT, signal.SIGTERM)
 LOCK = ".lock"  # in a folder that one process at a time works in
+MOST_BYTES = 2**26  # of a file of JSON
+STOPS = (signal.SIGINT, signal.SIGTERM)
 STATIC = "SETLIB_STATIC"  # environment variable: nobody moves a slider, explorers show a picture
 
 
@@ -67,44 +69,37 @@ def write_atomic(path: Path, content: str | bytes) -> Path:
     return path
 
 
+def small(path: Path) -> bytes:
+    """Content of a file of text. Raises ValueError if it is too large to be one."""
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path.name} holds more than {MOST_BYTES >> 20} MB")
+    return path.read_bytes()
+
+
 def load_json(path: Path) -> typing.Any:
     """JSON of a file. Raises ValueError naming the file if it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(small(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}): delete the folder or restore the file.") from None
 
 
 @contextlib.contextmanager
-def alone(lock: Path, patience: float = 5.0) -> Iterator[None]:
+def alone(lock: Path, patience: float = 10.0) -> Iterator[None]:
     """Keeps other processes out of a folder, by a lock file in it; free when this process is gone, however it went.
 
-    Processes forked from this one do not hold it too. Where the system has no such locks, nobody is kept out.
     Raises ValueError naming the process that has held it for `patience` seconds.
     """
+    holder = lock.with_suffix(f".holder{LOCK}")
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("ab+", buffering=0) as file:
-        end = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except (BlockingIOError, PermissionError):
-                if time.monotonic() > end:
-                    file.seek(0)
-                    holder = f"{shown(lock.parent)} is in use by process {file.read().decode()}"
-                    raise ValueError(f"{holder}: wait until it has ended, or choose another folder.") from None
-                time.sleep(0.1)
-            except OSError:  # a file system without locks
-                break
-        with contextlib.suppress(OSError):  # a full disk: the holder's name is lost, nothing else
-            file.truncate(0)
-            file.write(f"{os.getpid()} on {socket.gethostname()}".encode())
+        taken = FileLock(lock).acquire(timeout=patience)
+    except Timeout:
+        name = holder.read_text() if holder.is_file() else "another process"
+        cure = "wait until it has ended, or choose another folder"
+        raise ValueError(f"{shown(lock.parent)} is in use by {name}: {cure}.") from None
+    with taken:
+        with contextlib.suppress(OSError):  # a full disk: the name is lost, nothing else
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
 
 

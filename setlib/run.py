@@ -39,9 +39,8 @@ class Run:
             changed = (key for key in new if new[key] != old[key] and not key.startswith(SAME_NUMBERS))
             other = [key for key in changed if _one_folder(new[key]) != _one_folder(old[key])]
             differing = [f"{key} is {old[key]}, not {new[key]}" for key in other]
-            if differing and any(
-                not file.name.endswith((stored.name, LOCK)) for file in path.iterdir()
-            ):  # something was made with it
+            made = (file for file in path.iterdir() if not file.name.endswith((stored.name, LOCK)))
+            if differing and any(made):
                 raise ValueError(
                     f"Run folder {path} holds another configuration ({'; '.join(differing[:3])}): "
                     "choose another with --run, or the same options."
@@ -55,9 +54,7 @@ class Run:
         """An existing run folder. Raises ValueError if there is none or its configuration cannot be read."""
         stored = Path(path) / "experiment.json"
         if not stored.is_file():
-            raise ValueError(
-                f"{path} is no run folder (no {stored.name}): make one with python -m setlib run --run {path}."
-            )
+            raise ValueError(f"{path} is no run folder (no {stored.name}): python -m setlib run --run {path} makes it.")
         content = load_json(stored)
         if not isinstance(content, dict):
             raise ValueError(f"{stored} is not the configuration of a run: delete the folder or restore the file.")

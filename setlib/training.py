@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from setlib.backbone import FrozenBackbone
-from setlib.checkpoint import Training, build_segmenter, is_finished, load_segmenter, read_history
+from setlib.checkpoint import Training, build_segmenter, held, load_segmenter, read_history
 from setlib.data import domains
 from setlib.data.crops import RandomCrops, batch_indices, held_out
 from setlib.data.domains import Domain
@@ -57,30 +57,34 @@ def train(
     ------
     ValueError : the loss is not finite, the source cannot be used, or another process trains in the folder.
     """
+    with held(run) as finished:
+        if finished:
+            return load_segmenter(run.path, backbone), read_history(run)
+        return _train(run, source, backbone, crops, progress and state().is_main_process)
+
+
+def _train(
+    run: Run, source: Domain | None, backbone: FrozenBackbone | None, crops: KeptCrops | RandomCrops | None, shown: bool
+) -> tuple[Segmenter, list[dict]]:
     experiment, settings = run.experiment, run.experiment.train
-    if is_finished(run):
-        with contextlib.suppress(OSError):  # missing, or a folder that others share read-only
-            (run.path / "checkpoint.safetensors").unlink()  # of a process that was killed as it ended
-        return load_segmenter(run.path, backbone), read_history(run)
     with state().main_process_first():  # what is fetched, converted or rendered once is then there for all
         model = build_segmenter(experiment, backbone)
         source = source or domains.load(experiment.data.source, experiment.data, role="source")
         validation = held_out(experiment, source) if settings.validate_every else None
     engine = accelerator(model)
-    progress = progress and state().is_main_process
     network = engine.prepare_model(model, device_placement=False)
     optimiser = make_optimiser(model)
     training = Training(run, model, optimiser)
     training.resume()
     fit_style(model, RandomCrops(source, experiment), crops.style if isinstance(crops, KeptCrops) else None)
-    crops = crops or keep_crops([model], RandomCrops(source, experiment), progress)
+    crops = crops or keep_crops([model], RandomCrops(source, experiment), shown)
     model.train()
 
     done, label = training.step, f"train {experiment.model.refiner}, seed {experiment.seed}"
     chosen = [own_part(batch_indices(experiment, step)) for step in range(done, settings.steps)]
-    look = {"initial": done, "desc": label, "unit": "step", "smoothing": 0, "leave": None, "disable": not progress}
+    look = {"initial": done, "desc": label, "unit": "step", "smoothing": 0, "leave": None, "disable": not shown}
     stops: list[object] = []
-    with training.held, on_stop(lambda *signal: stops.append(signal)), tqdm(total=settings.steps, **look) as bar:
+    with on_stop(lambda *signal: stops.append(signal)), tqdm(total=settings.steps, **look) as bar:
         for step, batch in enumerate(crops.batches(chosen), start=done):
             began = time.perf_counter()
             images, labels, frozen = batch.to(model.device)
@@ -99,10 +103,10 @@ def train(
                         part_loss = part_loss + settings.agree / settings.batch_size * apart
                     (part_loss * engine.num_processes).backward()  # the engine takes the processes' mean
                 total += part_loss.detach()
-            loss = engine.reduce(total, "sum").item()
+            asked = total.new_tensor(len(stops))  # to stop, of any process
+            loss, stop = engine.reduce(torch.stack([total, asked]), "sum").tolist()
             norm = nn.utils.clip_grad_norm_(training.parameters.values(), settings.clip_norm or math.inf).item()
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                training.give_up(step + 1, f"the loss is {loss}, its gradient norm {norm}")
+            training.check(loss, norm)
             optimiser.step()
             training.update_average()
 
@@ -116,12 +120,14 @@ def train(
             training.step = step + 1
             bar.set_postfix(training.latest(), refresh=False)
             bar.update()
-            if (step + 1) % settings.checkpoint_every == 0 or last_step or stops:
+            if (step + 1) % settings.checkpoint_every == 0 or last_step or stop:
                 training.save()
-            if stops:
+            if stop:
                 raise KeyboardInterrupt
         training.finish()
     state().wait_for_everyone()
+    if stops:  # in the last step
+        raise KeyboardInterrupt
     return model.eval(), training.history
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,6 @@ from setlib.data import domains
 from setlib.data.augment import augment, to_tensor
 from setlib.data.domains import Domain
 from setlib.experiment import Experiment
-from setlib.files import STOPS
 from setlib.spectral import PIXELS, mix_amplitude
 
 if TYPE_CHECKING:
@@ -78,19 +76,12 @@ class RandomCrops:
 
     def batches(self, chosen: Sequence[list[int]]) -> Iterator[Batch]:
         """Crops by their numbers, a batch for each list, made by data.workers processes."""
-        workers = {"num_workers": self.experiment.data.workers, "worker_init_fn": _leave_signals}
         try:
-            for images, labels in DataLoader(self, batch_sampler=chosen, **workers):
+            for images, labels in DataLoader(self, batch_sampler=chosen, num_workers=self.experiment.data.workers):
                 yield Batch(images, labels)
         except (OSError, EOFError):  # a worker was killed: torch, which is told a moment later, says it better
             time.sleep(1)
             raise
-
-
-def _leave_signals(_: int) -> None:
-    """A worker ends with its training, which ends its step first: a terminal sends signals to both."""
-    for kind in STOPS:
-        signal.signal(kind, signal.SIG_IGN)
 
 
 def batch_indices(experiment: Experiment, step: int) -> list[int]:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageDraw, ImageOps
 
 from setlib.data.labels import IdMap
+from setlib.files import small
 
 # what Pillow and json raise for a damaged file
 UNREADABLE = (OSError, SyntaxError, ValueError, LookupError, RecursionError, TypeError, ArithmeticError, struct.error)
@@ -83,7 +84,7 @@ def measure(source: Any, label_size: Size | None = None, whole: bool = False) ->
     the size is not that of its label, (w, h).
     """
     if str(source).endswith(".json"):
-        content = json.loads(Path(source).read_bytes())
+        content = json.loads(small(Path(source)))
         size = int(content["imgWidth"]), int(content["imgHeight"])
         if min(size) < 1 or size[0] * size[1] > MOST_PIXELS:
             raise ValueError(f"a picture of {size[0]} x {size[1]} pixels cannot be")
@@ -173,7 +174,7 @@ def _draw_polygons(path: Path, ids: IdMap) -> np.ndarray:
     """The polygons of a Cityscapes-like JSON file, drawn in their order (IDD)."""
     places = {name: i for i, name in ids.names.items()}
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(small(path))
         size = int(content["imgWidth"]), int(content["imgHeight"])
         drawn = Image.new("L", size, places["unlabeled"])
         pen = ImageDraw.Draw(drawn)

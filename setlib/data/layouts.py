@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from scipy.io import loadmat
 
-from setlib.files import nearest
+from setlib.files import nearest, small
 
 LOSSLESS, LOSSY = (".png", ".bmp", ".tif", ".tiff"), (".jpg", ".jpeg", ".webp")
 SUFFIXES = (*LOSSLESS, *LOSSY)
@@ -196,7 +196,7 @@ def _read_split(root: Path, split: str) -> set[str]:
             raise ValueError(f"{mat} cannot be read ({error}): download it again.") from None
     elif file.is_file():
         try:
-            content = json.loads(file.read_bytes())["splits"]
+            content = json.loads(small(file))["splits"]
             splits = {name: [str(one) for one in names] for name, names in content.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f'{file} cannot be read: expected {{"splits": {{name: [picture, ...]}}}}.') from None

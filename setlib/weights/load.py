@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from setlib.backbone import IMAGENET, FrozenBackbone
-from setlib.files import hub_answers
+from setlib.files import hub_answers, small
 from setlib.weights.convert import check_complete, from_file, quiet, reason, resize_patches
 from setlib.weights.presets import SALIENCY, TINY, cached_file, check_name, hub_id
 from setlib.weights.saliency import saliency_folder
@@ -74,17 +74,18 @@ def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return IMAGENET
     path = cached_file(name, "preprocessor_config.json") or cached_file(name, "config.json")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        stored = json.loads(small(path)) if path else {}
         timm = stored.get("pretrained_cfg") or {}
-        mean, std = (stored.get(f"image_{key}") or timm.get(key) for key in ("mean", "std"))
-    except (ValueError, AttributeError):
+        given = [stored.get(f"image_{key}") or timm.get(key) or () for key in ("mean", "std")]
+        mean, std = (tuple(float(one) for one in values) for values in given)
+    except (ValueError, AttributeError, TypeError, RecursionError):
         raise ValueError(f"{path} cannot be read as the settings of a model: fetch it anew.") from None
     if not mean:
         warnings.warn(f"{name} has no preprocessor_config.json: ImageNet's mean and deviation are used", stacklevel=2)
     mean, std = mean or IMAGENET[0], std or IMAGENET[1]
-    if not all(isinstance(c, list | tuple) and len(c) == 3 for c in (mean, std)) or min(std) <= 0:
+    if not len(mean) == len(std) == 3 or min(std) <= 0:
         raise ValueError(f"{path} gives the mean {mean} and deviation {std}: expected three numbers each, std above 0.")
-    return tuple(mean), tuple(std)
+    return mean, std
 
 
 def _tiny_random() -> PreTrainedModel:

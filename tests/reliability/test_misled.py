@@ -124,5 +124,5 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, when):
     for path in (tmp_path / "run").rglob("*"):
         os.utime(path, (when, when))
     command = Command(tmp_path, *words)
-    command.wait_for("goes on behind step")
+    command.wait_for("goes on after step")
     command.kill()

@@ -46,7 +46,7 @@ def test_a_folder_is_kept_to_its_process_and_free_when_that_is_gone(tmp_path):
     first.kill()
     first.wait()
     again = Command(tmp_path, *words, "--run", "run")
-    again.wait_for("goes on behind step")
+    again.wait_for("goes on after step")
     again.kill()
 
 
