@@ -45,9 +45,6 @@ def _transfer(text: str) -> str:
     return text
 
 
-Transfer = Annotated[str, AfterValidator(_transfer)]
-
-
 @dataclass(frozen=True, config=STRICT)
 class Data:
     """Which domains, how many pictures of them, and how pictures are cut for training."""
@@ -170,7 +167,7 @@ class Ablation:
     )
     baseline: str = ""  # the variant that the others are compared with; empty: the first
     seeds: Annotated[tuple[Count, ...], Field(min_length=1)] = (0, 1)
-    transfers: tuple[Transfer, ...] = ()  # "SOURCE -> TARGET TARGET"; empty: from the run's source to its targets
+    transfers: tuple[Annotated[str, AfterValidator(_transfer)], ...] = ()  # "SOURCE -> TARGET ..."; empty: the run's
     lengths: Annotated[tuple[Positive, ...], Field(min_length=1)] = (25, 100)  # steps, of the learning curve
     overrides: tuple[str, ...] = ("train.steps=50", "train.views=120", "train.batch_size=2", "data.eval_images=6")
 

@@ -17,13 +17,10 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 PROJECT = Path(__file__).resolve().parents[1]
 VERSION = "0.2.0"  # of setlib; every run folder records it
 PROBE_SECONDS = 3.0  # for the hub to answer
 LOCK = ".lock"  # in a folder that one process at a time works in
-MOST_BYTES = 2**26  # of a file of JSON
 STOPS = (signal.SIGINT, signal.SIGTERM)
 STATIC = "SETLIB_STATIC"  # environment variable: nobody moves a slider, explorers show a picture
 
@@ -70,9 +67,9 @@ def write_atomic(path: Path, content: str | bytes) -> Path:
 
 
 def small(path: Path) -> bytes:
-    """Content of a file of text. Raises ValueError if it is too large to be one."""
-    if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"{path.name} holds more than {MOST_BYTES >> 20} MB")
+    """Content of a file of JSON. Raises ValueError if it is too large to be one of ours, or of a data set's."""
+    if path.stat().st_size > 2**26:
+        raise ValueError("it holds more than 64 MB")
     return path.read_bytes()
 
 
@@ -90,17 +87,21 @@ def alone(lock: Path, patience: float = 10.0) -> Iterator[None]:
 
     Raises ValueError naming the process that has held it for `patience` seconds.
     """
+    from filelock import FileLock, Timeout
+
     holder = lock.with_suffix(f".holder{LOCK}")
     try:
         taken = FileLock(lock).acquire(timeout=patience)
     except Timeout:
         name = holder.read_text() if holder.is_file() else "another process"
-        cure = "wait until it has ended, or choose another folder"
-        raise ValueError(f"{shown(lock.parent)} is in use by {name}: {cure}.") from None
+        raise ValueError(f"{shown(lock.parent)} is in use by {name}: wait for it, or use another folder.") from None
     with taken:
         with contextlib.suppress(OSError):  # a full disk: the name is lost, nothing else
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        yield
+        try:
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

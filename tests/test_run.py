@@ -47,7 +47,7 @@ def test_one_folder_is_one_folder_however_it_is_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is no run folder .no experiment.json.: python -m setlib run --run .* makes one"),
+        (None, "is no run folder .no experiment.json.: python -m setlib run --run .* makes it"),
         ("{", "cannot be read .*: delete the folder or restore the file"),
         ('{"profile": "smoke", "colour": 1}', "not one of this version"),
     ],

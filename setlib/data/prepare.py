@@ -37,7 +37,7 @@ def prepare(text: str, out: Path, short_edge: int, data: Data) -> int:
         raise ValueError(f"{out} lies in the data set itself: name a folder outside of {root.resolve()}.")
     with alone(out / LOCK):
         other = not mark.is_file() or mark.read_text(encoding="utf-8") != made
-        if other and any(path.name != LOCK for path in out.iterdir()):
+        if other and any(not path.name.endswith(LOCK) for path in out.iterdir()):
             raise ValueError(f"{out} is not empty and no copy of {text} with short edge {short_edge}: name another.")
         write_atomic(mark, made)
         for extra in ("splits.json", "split.mat"):

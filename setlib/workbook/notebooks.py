@@ -16,13 +16,7 @@ from setlib.run import Run
 from setlib.workbook.serve import this_python
 
 NOTEBOOKS = PROJECT / "notebooks"
-MAIN = (
-    "01_styles",
-    "02_premise",
-    "03_predictions",
-    "04_domains",
-    "05_ablation",
-)  # the figure that shows what each found
+MAIN = ("01_styles", "02_premise", "03_predictions", "04_domains", "05_ablation")  # the figure of what each found
 SHARES = {"smoke": (8, 27, 22, 15, 28), "quick": (5, 28, 28, 10, 29), "paper": (1, 1, 14, 2, 82)}  # % of a run's time
 NAMED = ("seed", "data.source", "data.targets")  # fields that have a parameter, and an option, of their own
 
@@ -114,7 +108,8 @@ def _execute(notebook: Path, copy: Path, values: dict[str, Any]) -> None:
     import papermill
     from nbclient.exceptions import DeadKernelError
 
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of what check_parameters has checked
+    for name in ("papermill", "asyncio"):  # one warns of what is checked here, one of a kernel that is ended
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     unfinished = copy.with_name(f".{copy.name}")
     options = {"kernel_name": "python3", "cwd": str(Path.cwd()), "progress_bar": False, "stderr_file": sys.stderr}
     try:

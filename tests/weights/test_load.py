@@ -241,7 +241,9 @@ def break_folder(folder, kind):
         ({"hidden_act": "nope"}, "can be used"),
         ("[]", "preprocessor_config.json cannot be read as the settings of a model"),
         ("{", "preprocessor_config.json cannot be read as the settings of a model"),
-        ('{"image_mean": 1.0}', "expected three numbers each"),
+        ('{"image_mean": 1.0}', "preprocessor_config.json cannot be read as the settings of a model"),
+        ('{"image_mean": ["a", "b", "c"]}', "preprocessor_config.json cannot be read as the settings of a model"),
+        ('{"image_mean": [0, 0], "image_std": [1, 1, 1]}', "expected three numbers each"),
         ('{"image_mean": [0, 0, 0], "image_std": [1, 1, 0]}', "expected three numbers each, std above 0"),
     ],
 )

@@ -14,7 +14,6 @@ import transformers
 from setlib.backbone import FrozenBackbone
 from setlib.files import LOCK
 from setlib.weights import saliency
-from setlib.weights.convert import build_model
 from setlib.weights.load import load_model, normalisation
 
 NAME = "dinov2-small-saliency"
