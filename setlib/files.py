@@ -60,16 +60,14 @@ def write_atomic(path: Path, content: str | bytes) -> Path:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise ValueError(
-            f"Cannot write {path}: {error.strerror or error}: choose another folder or free some space."
-        ) from None
+        raise ValueError(f"Cannot write {path}: {error.strerror or error}: free some space, or use another.") from None
     return path
 
 
 def small(path: Path) -> bytes:
     """Content of a file of JSON. Raises ValueError if it is too large to be one of ours, or of a data set's."""
     if path.stat().st_size > 2**26:
-        raise ValueError("it holds more than 64 MB")
+        raise ValueError(f"{path.name} holds more than 64 MB")
     return path.read_bytes()
 
 
@@ -121,6 +119,12 @@ def on_stop(act: Callable[[int, object], object]) -> Iterator[None]:
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
+
+
+def ignore_stops(_: int) -> None:
+    """In a worker, which ends with the process that started it: a terminal sends signals to both."""
+    for kind in STOPS:
+        signal.signal(kind, signal.SIG_IGN)
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

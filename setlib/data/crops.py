@@ -16,6 +16,7 @@ from setlib.data import domains
 from setlib.data.augment import augment, to_tensor
 from setlib.data.domains import Domain
 from setlib.experiment import Experiment
+from setlib.files import ignore_stops
 from setlib.spectral import PIXELS, mix_amplitude
 
 if TYPE_CHECKING:
@@ -76,8 +77,9 @@ class RandomCrops:
 
     def batches(self, chosen: Sequence[list[int]]) -> Iterator[Batch]:
         """Crops by their numbers, a batch for each list, made by data.workers processes."""
+        workers = {"num_workers": self.experiment.data.workers, "worker_init_fn": ignore_stops}
         try:
-            for images, labels in DataLoader(self, batch_sampler=chosen, num_workers=self.experiment.data.workers):
+            for images, labels in DataLoader(self, batch_sampler=chosen, **workers):
                 yield Batch(images, labels)
         except (OSError, EOFError):  # a worker was killed: torch, which is told a moment later, says it better
             time.sleep(1)

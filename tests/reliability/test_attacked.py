@@ -153,16 +153,40 @@ def test_a_picture_of_more_pixels_than_are_read_is_refused_at_once(trained, tmp_
     assert refused.wait() == 2 and "million pixels: cut or shrink it first" in refused.error
 
 
-@pytest.mark.parametrize("size", [(10**6, 10**6), (10**12, 1), (0, 0), (-5, 5), ("Infinity", 5)])
-def test_polygons_of_a_size_that_cannot_be_are_refused_at_once(tmp_path, size):
-    import resource
+@pytest.mark.parametrize("kind", ["splits", "polygons", "configuration", "model"])
+def test_json_of_any_length_is_not_read(trained, tmp_path, kind):
+    run, path = tmp_path / "run", tmp_path / "domain" / "splits.json"
+    words = ["check", f"folder:val@{path.parent}", "--profile", "smoke"]
+    if kind == "polygons":
+        label = make_polygons(tmp_path / "idd")
+        words, path = ["check", f"idd:val@{tmp_path / 'idd'}", "--profile", "smoke", "--deep"], label
+    elif kind == "splits":
+        faults.make_domain(path.parent)
+    else:
+        shutil.copytree(trained.path, run)
+        words, path = ["evaluate", run], run / ("experiment.json" if kind == "configuration" else "model/config.json")
+    with path.open("ab") as file:
+        file.truncate(2**30)  # takes no room
+    refused = faults.run(tmp_path, *words)
+    assert refused.wait() in (1, 2) and path.name in refused.output
+    assert "more than 64 MB" in refused.output or kind == "splits"
 
-    folder = tmp_path / "idd"
+
+def make_polygons(folder: Path, **content: object) -> Path:
+    """A data set of one picture with polygons; their file."""
     for kind in ("leftImg8bit", "gtFine"):
         (folder / kind / "val" / "a").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(folder / "leftImg8bit/val/a/x_leftImg8bit.png")
-    text = f'{{"imgWidth": {size[0]}, "imgHeight": {size[1]}, "objects": []}}'
-    (folder / "gtFine/val/a/x_gtFine_polygons.json").write_text(text)
-    refused = faults.run(tmp_path, "check", f"idd:val@{folder}", "--profile", "smoke", "--deep")
+    label = folder / "gtFine/val/a/x_gtFine_polygons.json"
+    label.write_text(json.dumps({"imgWidth": 8, "imgHeight": 8, "objects": []} | content))
+    return label
+
+
+@pytest.mark.parametrize("size", [(10**6, 10**6), (10**12, 1), (0, 0), (-5, 5), (float("inf"), 5)])
+def test_polygons_of_a_size_that_cannot_be_are_refused_at_once(tmp_path, size):
+    import resource
+
+    make_polygons(tmp_path / "idd", imgWidth=size[0], imgHeight=size[1])
+    refused = faults.run(tmp_path, "check", f"idd:val@{tmp_path / 'idd'}", "--profile", "smoke", "--deep")
     assert refused.wait() == 1
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4_000_000

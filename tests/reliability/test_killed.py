@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
@@ -15,6 +16,7 @@ import faults
 import network
 import pytest
 from faults import SMALL, Command
+from safetensors import safe_open
 
 STEPS = ("train.steps=8", "train.views=4", "train.checkpoint_every=2")
 ABLATION = ("ablation.variants=none,set", "ablation.seeds=0", "ablation.overrides=train.steps=3")
@@ -32,10 +34,10 @@ def train(folder: Path, *options: str, **more) -> Command:
     return Command(folder, *words, "-o", *SMALL, *STEPS, *options, **more)
 
 
-def ablate(folder: Path) -> Command:
+def ablate(folder: Path, *options: str) -> Command:
     source = domain_of(folder)
     words = ["ablate", "--profile", "smoke", "--run", "run", "--source", source, "--target", source]
-    return Command(folder, *words, "-o", *SMALL, "train.views=4", *ABLATION)
+    return Command(folder, *words, "-o", *SMALL, "train.views=4", *ABLATION, *options)
 
 
 def evaluate(folder: Path) -> Command:
@@ -62,6 +64,7 @@ PATHS = {
     "train with two workers": (lambda folder: train(folder, "train.views=0", "data.workers=2"), "run"),
     "evaluate": (evaluate, "run"),
     "ablate": (ablate, "run"),
+    "ablate with two workers": (lambda folder: ablate(folder, "train.views=0", "data.workers=2"), "run"),
     "prepare": (prepare, "out"),
     "scenes": (render, "scenes"),
     "premise": (premise, "run/premise"),
@@ -71,8 +74,8 @@ PATHS = {
 @pytest.mark.parametrize(
     ("name", "kills"),
     [
-        *((name, 1) for name in PATHS if name not in ("premise", "scenes")),
-        *(pytest.param(name, 4 if name == "premise" else 8, marks=pytest.mark.reliability) for name in PATHS),
+        *((name, 1) for name in ("train", "train with two workers", "evaluate", "ablate", "prepare")),
+        *(pytest.param(name, 8 if name == "premise" else 20, marks=pytest.mark.reliability) for name in PATHS),
     ],
 )
 def test_at_random_moments(tmp_path, name, kills):
@@ -137,7 +140,8 @@ def test_at_every_write_of_a_training(tmp_path):
 
 # Asked to stop
 
-
+LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0".split()
+LAUNCH += "--mixed_precision no --dynamo_backend no".split()
 LONG = ("train.steps=120", "train.checkpoint_every=100000", "train.views=4")
 
 
@@ -159,6 +163,33 @@ def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(tmp_path, kind, 
     assert again.end() == 0 and "goes on after step" in again.output
     assert train(tmp_path / "whole", *LONG, *options).end() == 0
     assert faults.digest(tmp_path / "cut" / "run") == faults.digest(tmp_path / "whole" / "run")
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_two_processes_of_one_training_stop_together(tmp_path, kind):
+    """A batch system asks the launcher to stop, which asks its processes one after the other."""
+    (tmp_path / "run").mkdir()
+    words = [sys.executable, *LAUNCH, "-m", "setlib", "train", "--profile", "smoke", "--run", "run"]
+    words += ["--source", faults.make_domain(tmp_path / "domain"), "-o", *SMALL, *LONG, "train.steps=20000"]
+    place = {
+        "cwd": tmp_path,
+        "env": os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+    }
+    with (tmp_path / "log").open("w") as log:
+        launched = subprocess.Popen(words, stdout=log, stderr=log, **place)
+    try:
+        while ", loss=" not in (tmp_path / "log").read_text() and launched.poll() is None:
+            time.sleep(0.1)
+        launched.send_signal(kind)
+        launched.wait(60)
+    finally:
+        launched.kill()
+    told = (tmp_path / "log").read_text()
+    assert told.count("error: stopped; what is finished is kept; go on with") == 2, told
+    with safe_open(tmp_path / "run" / "checkpoint.safetensors", "np") as saved:
+        step = int(saved.metadata()["step"])
+    assert step == len((tmp_path / "run" / "history.jsonl").read_bytes().splitlines()) > 0
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])

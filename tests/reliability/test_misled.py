@@ -20,20 +20,8 @@ TRAINING = ("train.steps=8", "train.views=4", "train.checkpoint_every=2")
 def words_of(folder: Path, *options: str) -> list[str]:
     path = folder / "domain"
     source = f"folder@{path}" if path.exists() else faults.make_domain(path)
-    return [
-        "train",
-        "--profile",
-        "smoke",
-        "--run",
-        "run",
-        "--source",
-        source,
-        "--target",
-        source,
-        "-o",
-        *SMALL,
-        *options,
-    ]
+    domains = ["--source", source, "--target", source]
+    return ["train", "--profile", "smoke", "--run", "run", *domains, "-o", *SMALL, *options]
 
 
 def cut_training(folder: Path, *options: str) -> list[str]:
@@ -46,9 +34,9 @@ def cut_training(folder: Path, *options: str) -> list[str]:
     return words
 
 
-@pytest.mark.parametrize("rate", ["1e4", "1e30"])
-def test_a_loss_that_explodes_names_the_step_the_last_checkpoint_and_the_cause(tmp_path, rate):
-    options = (f"train.learning_rate={rate}", "train.clip_norm=0", "train.refiner_rates=")
+@pytest.mark.parametrize(("rate", "clip"), [("1e4", 0), ("1e30", 0), ("10", 1)])
+def test_a_loss_that_explodes_names_the_step_the_last_checkpoint_and_the_cause(tmp_path, rate, clip):
+    options = (f"train.learning_rate={rate}", f"train.clip_norm={clip}", "train.refiner_rates=")
     stopped = faults.run(tmp_path, *words_of(tmp_path, "train.steps=400", *TRAINING[1:], *options))
     assert stopped.wait() == 2 and "Training stopped at step" in stopped.error
     assert "learning_rate" in stopped.error and "checkpoint" in stopped.error
@@ -119,8 +107,7 @@ def test_a_folder_of_a_later_version_is_refused_by_version(trained, tmp_path):
 @pytest.mark.parametrize("when", [0, 4_000_000_000])
 def test_a_clock_that_jumps_changes_nothing(tmp_path, when):
     (tmp_path / "one").mkdir()
-    words = cut_training(tmp_path, "ablation.seeds=0")
-    words[words.index("train.steps=3000")] = "train.steps=3000"
+    words = cut_training(tmp_path)
     for path in (tmp_path / "run").rglob("*"):
         os.utime(path, (when, when))
     command = Command(tmp_path, *words)
