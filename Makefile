@@ -45,7 +45,7 @@ test: lint  ## lint, types and all tests, the notebooks in the smoke profile amo
 coverage: $(READY)  ## all tests, more slowly, with the lines of setlib that they run
 	$(PYTEST) --cov=setlib --cov-report=term
 
-test-reliability: $(READY)  ## kills, full disks, bad networks and strange files at length: 10 minutes on two cores
+test-reliability: $(READY)  ## kills, full disks, bad networks and strange files at length: 5 minutes on two cores
 	$(PYTEST) -m "" tests/reliability
 
 test-browser: $(READY)  ## the explorer in a real JupyterLab in a headless Chromium, if one is installed

@@ -467,7 +467,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         from setlib._memory import cure
 
-        if "--debug" in argv or not (text := cure(error, args.command)):
+        if "--debug" in argv or not (text := cure(f"{type(error).__name__}: {error}", args.command)):
             raise
         return fail(text, 2)
     except KeyboardInterrupt:

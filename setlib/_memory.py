@@ -44,11 +44,11 @@ def label_map(scores: Tensor, size: tuple[int, int]) -> np.ndarray:
     return labels
 
 
-def cure(error: Exception, command: str) -> str:
+def cure(error: str, command: str) -> str:
     """The sentence for an error that says that memory is full, with the settings that lower it; "" for another one."""
-    if "DataLoader worker" in str(error):  # torch may say so anywhere in a step
+    if "DataLoader worker" in error:  # torch may say so anywhere in a step
         return f"A process that reads pictures was killed, perhaps for want of memory: lower data.workers ({error})."
-    is_full = isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error))
+    is_full = re.search("MemoryError|allocate memory|out of memory", error)
     settings = "train.batch_size, data.height and data.width, or set train.accumulate or train.checkpointing"
     if command in ("evaluate", "predict"):
         settings = "inference.windows or inference.scales, or leave inference.whole off"

@@ -121,11 +121,7 @@ class Beliefs:
             pixel_counts(one, label, len(CITYSCAPES)) for one, label in zip(said, self.labels.numpy(), strict=True)
         ]
         found = {"closed": transplant.closed(x, self.start, self.goal), "to A": distance(x, self.start) / way}
-        found |= {
-            "to B": distance(x, self.donor) / way,
-            "style of B": self._style(x),
-            "content kept": self._content(x),
-        }
+        found |= {"to B": distance(x, self.donor) / way, "style of B": self._style(x), "content kept": self._content(x)}
         return {name: value.double().numpy() for name, value in found.items()} | {"counts": np.stack(counts)}
 
     @staticmethod

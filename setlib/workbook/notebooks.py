@@ -108,6 +108,8 @@ def _execute(notebook: Path, copy: Path, values: dict[str, Any]) -> None:
     import papermill
     from nbclient.exceptions import DeadKernelError
 
+    from setlib._memory import cure
+
     for name in ("papermill", "asyncio"):  # one warns of what is checked here, one of a kernel that is ended
         logging.getLogger(name).setLevel(logging.CRITICAL)
     unfinished = copy.with_name(f".{copy.name}")
@@ -120,14 +122,14 @@ def _execute(notebook: Path, copy: Path, values: dict[str, Any]) -> None:
     except papermill.PapermillExecutionError as error:
         unfinished.replace(copy)
         reason = error.evalue if error.ename == "ValueError" else f"{error.ename}: {error.evalue}"
+        reason = cure(reason, "run") or reason
         raise NotebookStopped(f"Notebook {shown(copy)} stopped in cell [{error.exec_count}]: {reason}") from error
     except DeadKernelError as error:
         kept = ", ".join(sorted(path.stem for path in copy.parent.glob("[0-9]*.ipynb"))) or "no notebook"
         reason = f"its process was killed, most likely for want of memory; {kept} and all in {shown(copy.parents[1])}"
         raise NotebookStopped(f"Notebook {notebook.name} stopped: {reason} is kept.") from error
     except OSError as error:
-        reason = f"{error.strerror or error}. Free some space or choose another folder."
-        raise ValueError(f"Cannot write {copy}: {reason}") from error
+        raise ValueError(f"Cannot write {copy}: {error.strerror or error}: free some space, or use another.") from error
     finally:
         unfinished.unlink(missing_ok=True)
 

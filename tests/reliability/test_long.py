@@ -12,6 +12,7 @@ import faults
 import nbformat
 import pytest
 from faults import SMALL, Command
+from safetensors import safe_open
 
 GROWTH = 1.02  # of resident memory, after warm-up
 
@@ -87,7 +88,15 @@ PARAMETERS = (
     'PROFILE: str = ""\nRUN: str = ""\nSOURCE: str = ""\nTARGETS: list = []\nSEED: int = 0\nOVERRIDES: list = []'
 )
 WAIT = "import os, pathlib, time\npathlib.Path('kernel').write_text(str(os.getpid()))\ntime.sleep(100)"
-LAST = {"dies": "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "waits": WAIT}
+TRAIN = """import setlib
+steps = "train.steps=20000", "train.checkpoint_every=20000"
+setlib.train(setlib.Run.open("trained", setlib.Experiment.build("smoke", overrides=steps)))"""
+LAST = {
+    "dies": "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+    "starves": "memory = bytearray(2**60)",
+    "waits": WAIT,
+    "trains": TRAIN,
+}
 
 
 def write_notebooks(folder: Path, last: str) -> list[str]:
@@ -105,10 +114,30 @@ def write_notebooks(folder: Path, last: str) -> list[str]:
 
 def test_a_notebook_whose_kernel_dies_is_named_with_what_is_saved(tmp_path):
     words = write_notebooks(tmp_path, "dies")
-    stopped = faults.run(tmp_path, *words, prepare=leave_own_notebooks)
+    stopped = Command(tmp_path, *words, prepare=leave_own_notebooks)  # a kernel that ends may complain of its sockets
     assert stopped.wait() == 1 and "Notebook 02_b.ipynb stopped: its process was killed" in stopped.error
     assert "01_a and all in run is kept" in stopped.error
     assert [path.name for path in (tmp_path / "run" / "notebooks").iterdir()] == ["01_a.ipynb"]
+
+
+def test_a_notebook_without_memory_names_the_setting_to_lower(tmp_path):
+    words = write_notebooks(tmp_path, "starves")
+    stopped = Command(tmp_path, *words, prepare=leave_own_notebooks)  # a kernel that ends may complain of its sockets
+    assert stopped.wait() == 1 and "02_b.ipynb stopped in cell" in stopped.error
+    assert "Out of memory: lower train.batch_size" in stopped.error
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_training_in_a_notebook_ends_its_step_and_is_saved(tmp_path, kind):
+    words = write_notebooks(tmp_path, "trains")
+    command = Command(tmp_path, *words, prepare=leave_own_notebooks)
+    command.wait_for(", loss=")
+    command.kill(kind)
+    assert command.wait(20) == 130 and "python -m setlib run --profile smoke --run run" in command.error
+    assert "DeadKernelError" not in command.output
+    with safe_open(tmp_path / "trained" / "checkpoint.safetensors", "np") as saved:
+        assert int(saved.metadata()["step"]) > 0
 
 
 @pytest.mark.reliability
