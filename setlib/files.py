@@ -60,7 +60,7 @@ def write_atomic(path: Path, content: str | bytes) -> Path:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise ValueError(f"Cannot write {path}: {error.strerror or error}: free some space, or use another.") from None
+        raise ValueError(f"Cannot write {path}: {error.strerror or error}: free space or change the folder.") from None
     return path
 
 
@@ -80,7 +80,7 @@ def load_json(path: Path) -> typing.Any:
 
 
 @contextlib.contextmanager
-def alone(lock: Path, patience: float = 10.0) -> Iterator[None]:
+def alone(lock: Path, patience: float = 5.0) -> Iterator[None]:
     """Keeps other processes out of a folder, by a lock file in it; free when this process is gone, however it went.
 
     Raises ValueError naming the process that has held it for `patience` seconds.

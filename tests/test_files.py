@@ -15,7 +15,9 @@ def test_nothing_is_left_half_written(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(ValueError, match=r"Cannot write .*file.json: No space left on device: choose another folder"):
+    with pytest.raises(
+        ValueError, match=r"Cannot write .*file.json: No space left on device: free space or change the folder"
+    ):
         write_atomic(target, "new")
     assert target.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["file.json"]
 

@@ -129,7 +129,7 @@ def _execute(notebook: Path, copy: Path, values: dict[str, Any]) -> None:
         reason = f"its process was killed, most likely for want of memory; {kept} and all in {shown(copy.parents[1])}"
         raise NotebookStopped(f"Notebook {notebook.name} stopped: {reason} is kept.") from error
     except OSError as error:
-        raise ValueError(f"Cannot write {copy}: {error.strerror or error}: free some space, or use another.") from error
+        raise ValueError(f"Cannot write {copy}: {error.strerror or error}: free space or change the folder.") from error
     finally:
         unfinished.unlink(missing_ok=True)
 

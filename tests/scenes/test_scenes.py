@@ -153,5 +153,5 @@ def test_cache_refuses_a_folder_of_other_scenes(tmp_path, seed, size):
 
 def test_cache_names_the_folder_it_cannot_write(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"Cannot write .*file/inside.*: choose another folder"):
+    with pytest.raises(ValueError, match=r"Cannot write .*file/inside.*: free space or change the folder"):
         cached_scenes(tmp_path / "file" / "inside", "game", [0], 0, SMALL)
