@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import setlib
-from setlib.files import LOCK, PROJECT, alone, nearest, on_stop, shown, write_atomic
+from setlib.files import PROJECT, cure, nearest, on_stop, shown, write_atomic
 
 FREE = (  # after training
     *("data.eval_images", "data.content_seed", "data.eval_edges", "data.on_error", "data.exif_labels"),
@@ -268,8 +268,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     scores = setlib.evaluate_run(scored, {name: model}, targets)[name]
     if not state().is_main_process:
         return 0
-    with alone(run.path / LOCK):
-        write_metrics(run, scores, scored.experiment)
+    write_metrics(run, scores, scored.experiment)
     print(text_table(report.metric_rows(run)))
     if (run.path / "report.html").is_file():
         print(f"Report: {shown(report.write_report(run))}")
@@ -458,18 +457,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ModuleNotFoundError(name=missing[0])
         with on_stop(signal.default_int_handler):
             return args.call(args)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        if "--debug" in argv:
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
+        told = cure(f"{type(error).__name__}: {error}", argv[0] if argv else "")
+        if "--debug" in argv or (isinstance(error, (MemoryError, RuntimeError)) and not told):
             raise
         if isinstance(error, ModuleNotFoundError):
-            error = f"This Python ({sys.executable}) has no package {error.name}: {ENTER.format(PROJECT)}"
-        return fail(error, 2)
-    except (MemoryError, RuntimeError) as error:
-        from setlib._memory import cure
-
-        if "--debug" in argv or not (text := cure(f"{type(error).__name__}: {error}", args.command)):
-            raise
-        return fail(text, 2)
+            told = f"This Python ({sys.executable}) has no package {error.name}: {ENTER.format(PROJECT)}"
+        return fail(told or error, 2)
     except KeyboardInterrupt:
         return fail(f"stopped; what is finished is kept; go on with: python -m setlib {shlex.join(argv)}", 130)
 

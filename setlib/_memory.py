@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import re
 import sys
 
 import numpy as np
@@ -42,14 +41,3 @@ def label_map(scores: Tensor, size: tuple[int, int]) -> np.ndarray:
         wide = F.interpolate(mixed[None], size=(len(strip), w), mode="bilinear", align_corners=False)[0]
         labels[strip.numpy()] = wide.max(0).indices.numpy()
     return labels
-
-
-def cure(error: str, command: str) -> str:
-    """The sentence for an error that says that memory is full, with the settings that lower it; "" for another one."""
-    if "DataLoader worker" in error:  # torch may say so anywhere in a step
-        return f"A process that reads pictures was killed, perhaps for want of memory: lower data.workers ({error})."
-    is_full = re.search("MemoryError|allocate memory|out of memory", error)
-    settings = "train.batch_size, data.height and data.width, or set train.accumulate or train.checkpointing"
-    if command in ("evaluate", "predict"):
-        settings = "inference.windows or inference.scales, or leave inference.whole off"
-    return f"Out of memory: lower {settings}." if is_full else ""

@@ -142,9 +142,9 @@ def load_segmenter(
 
 def differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
     """The tensors that are missing, too many or of another shape, the first ten of them; "" if there are none."""
-    want, have = ({k: " x ".join(map(str, v.shape)) or "1" for k, v in some.items()} for some in (expected, found))
+    want, have = ({name: tuple(tensor.shape) for name, tensor in some.items()} for some in (expected, found))
     names = sorted({name for name, _ in want.items() ^ have.items()})
-    wrong = [f"{name} is {have.get(name, 'missing')}, not {want.get(name, 'known')}" for name in names]
+    wrong = [f"{name} is {have.get(name, 'missing')}, expected {want.get(name, 'none')}" for name in names]
     return ", ".join(wrong[:10]) + (f" and {len(wrong) - 10} more" if wrong[10:] else "")
 
 
@@ -250,13 +250,13 @@ class Training:
         """Raises ValueError if a step's loss or gradient norm is not finite, or its loss 100 times the first one."""
         first = self.history[0]["loss"] if self.history else loss
         if not (loss < 100 * max(first, 1) and norm < math.inf):
-            self.give_up(f"the loss is {loss:.4g} (at first {first:.4g}), its gradient norm {norm:.4g}")
+            self.give_up(self.step + 1, f"the loss is {loss:.4g} (at first {first:.4g}), its gradient norm {norm:.4g}")
 
-    def give_up(self, what: str) -> NoReturn:
+    def give_up(self, step: int, what: str) -> NoReturn:
         """Raises ValueError: what is wrong, its likely cause, and what is kept."""
         kept = f"the checkpoint of step {self.saved} is kept" if self.saved else "there is no checkpoint yet"
         cure = f"lower train.learning_rate ({self.settings.learning_rate}) or train.clip_norm, in another folder"
-        raise ValueError(f"Training stopped at step {self.step + 1}: {what}; most likely too fast: {cure}; {kept}.")
+        raise ValueError(f"Training stopped at step {step}: {what}; most likely too fast: {cure}; {kept}.")
 
     def update_average(self) -> None:
         """Moves the average, if one is kept, towards the weights."""
@@ -264,12 +264,6 @@ class Training:
         share = 1 / max(place, 1) if self.settings.last else 1 - self.settings.ema
         for name, value in self.average.items():
             value.lerp_(self.parameters[name].detach(), share)
-
-    @torch.no_grad()
-    def use_average(self) -> None:
-        """Puts the average, if one is kept, in place of the weights."""
-        for name, value in self.average.items():
-            self.parameters[name].copy_(value)
 
     def latest(self) -> dict[str, str]:
         """For a progress bar."""
@@ -279,7 +273,7 @@ class Training:
     def save(self) -> None:
         """Writes history.jsonl and checkpoint.safetensors (weights, optimiser, average, step), whole or not at all."""
         if not all(p.isfinite().all() for p in self.parameters.values()):
-            self.give_up("its weights are not finite")
+            self.give_up(self.step, "its weights are not finite")
         if not state().is_main_process:
             return
         tensors = {f"model.{name}": value.detach() for name, value in self.model.trainable_state().items()}
@@ -292,9 +286,11 @@ class Training:
         write_atomic(self.run.path / "checkpoint.safetensors", content)
         self.saved = self.step
 
+    @torch.no_grad()
     def finish(self) -> None:
-        """Writes the model and removes the checkpoint."""
-        self.use_average()
+        """Puts the average, if one is kept, in place of the weights, writes the model and removes the checkpoint."""
+        for name, value in self.average.items():
+            self.parameters[name].copy_(value)
         if state().is_main_process:
             save_segmenter(self.model, self.run.path / "model")
             (self.run.path / "checkpoint.safetensors").unlink(missing_ok=True)
@@ -311,20 +307,24 @@ class Training:
             self.step = self.saved = int(about["step"])
             if about.get("backbone", self.model.backbone.fingerprint) != self.model.backbone.fingerprint:
                 raise ValueError(f"it was made with other weights of the backbone {self.model.backbone.name}")
-            if wrong := differences(self.model.trainable_state(), under(tensors, "model.")):
+            wrong = differences(self.model.trainable_state(), under(tensors, "model."))
+            if wrong := wrong or differences(self.average, under(tensors, "average.")):
                 raise ValueError(wrong)
             with torch.no_grad():
                 for name, value in self.model.trainable_state().items():  # buffers too
                     value.copy_(tensors[f"model.{name}"])
                 for name, p in self.parameters.items():
                     if kept := under(tensors, f"optimiser.{name}."):  # else it had no gradient yet
+                        if any(value.shape not in ((), p.shape) for value in kept.values()):
+                            raise ValueError(f"of the optimiser, {name} is of another shape")
                         self.optimiser.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in kept.items()}
                 for name, value in self.average.items():
                     value.copy_(tensors[f"average.{name}"])
             self.history = [entry for entry in read_history(self.run) if entry["step"] <= self.step]
         except Exception as error:
             raise ValueError(f"{path} cannot be resumed ({error}): delete it to train from the start.") from None
-        tqdm.write(f"{shown(self.run.path)} goes on after step {self.step} of {self.settings.steps}")
+        if state().is_main_process:
+            tqdm.write(f"{shown(self.run.path)} goes on after step {self.step} of {self.settings.steps}")
 
 
 @contextlib.contextmanager
@@ -334,7 +334,10 @@ def held(run: Run) -> Iterator[bool]:
     What a process that was killed left behind is removed. Raises ValueError if another process trains in the folder.
     """
     main = state().is_main_process
-    with alone(run.path / LOCK) if main and not is_finished(run) else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if main and not is_finished(run):
+            stack.enter_context(alone(run.path / LOCK))
+            Run.open(run.path, run.experiment)  # it is still this run's
         state().wait_for_everyone()
         finished = is_finished(run)  # by the process, maybe, that this one has waited for
         left = ["checkpoint.safetensors"] * finished + [".*.safetensors.[0-9]*", "model/.*.safetensors.[0-9]*"]

@@ -7,6 +7,7 @@ import difflib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -80,51 +81,70 @@ def load_json(path: Path) -> typing.Any:
 
 
 @contextlib.contextmanager
-def alone(lock: Path, patience: float = 5.0) -> Iterator[None]:
+def alone(lock: Path, patience: float = 10.0) -> Iterator[None]:
     """Keeps other processes out of a folder, by a lock file in it; free when this process is gone, however it went.
 
-    Raises ValueError naming the process that has held it for `patience` seconds.
+    Within a process it may be held several times. Where a file system has no locks, nobody is kept out.
+    Raises ValueError naming the process that has held it for `patience` seconds, and where it cannot be written.
     """
     from filelock import FileLock, Timeout
 
-    holder = lock.with_suffix(f".holder{LOCK}")
+    holder, name = lock.with_suffix(f".holder{LOCK}"), "another process"
     try:
-        taken = FileLock(lock).acquire(timeout=patience)
+        taken: contextlib.AbstractContextManager = FileLock(lock, is_singleton=True).acquire(timeout=patience)
+    except NotImplementedError:
+        taken = contextlib.nullcontext()
     except Timeout:
-        name = holder.read_text() if holder.is_file() else "another process"
+        with contextlib.suppress(OSError):
+            name = holder.read_text()
         raise ValueError(f"{shown(lock.parent)} is in use by {name}: wait for it, or use another folder.") from None
+    except OSError as error:
+        raise ValueError(f"Cannot write {lock}: {error.strerror or error}: free space or change the folder.") from None
     with taken:
         with contextlib.suppress(OSError):  # a full disk: the name is lost, nothing else
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        try:
-            yield
-        finally:
-            holder.unlink(missing_ok=True)
+        yield
 
 
 @contextlib.contextmanager
 def on_stop(act: Callable[[int, object], object]) -> Iterator[None]:
-    """Calls `act` at SIGINT or SIGTERM; a second one ends the process at once. Signals that are ignored stay so."""
+    """Calls `act` at SIGINT or SIGTERM; a second one does what it did before. Signals that are ignored stay so."""
     caught = threading.current_thread() is threading.main_thread()  # only there can they be
-    kinds = [kind for kind in STOPS if caught and signal.getsignal(kind) is not signal.SIG_IGN]
+    kinds = [kind for kind in STOPS if caught and signal.getsignal(kind) not in (signal.SIG_IGN, None)]
 
     def first(number: int, frame: object) -> None:
-        for kind in kinds:
-            signal.signal(kind, signal.SIG_DFL)
+        restore()
+        os.write(2, b"\nstopping; once more: at once\n")
         act(number, frame)
+
+    def restore() -> None:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
     before = {kind: signal.signal(kind, first) for kind in kinds}
     try:
         yield
     finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+        restore()
 
 
 def ignore_stops(_: int) -> None:
     """In a worker, which ends with the process that started it: a terminal sends signals to both."""
     for kind in STOPS:
         signal.signal(kind, signal.SIG_IGN)
+
+
+def cure(error: str, command: str) -> str:
+    """The sentence for an error that says that memory is full, with what to lower; "" for another one."""
+    if "DataLoader worker (pid" in error:  # torch may say so anywhere in a step
+        return f"A process that reads pictures was killed, perhaps for want of memory: lower data.workers ({error})."
+    settings = "data.height and data.width"
+    if command in ("train", "ablate", "run"):
+        settings += " or train.batch_size, or set train.accumulate or train.checkpointing"
+    elif command in ("evaluate", "predict"):
+        settings = "inference.windows or inference.scales, or leave inference.whole off"
+    is_full = re.search("MemoryError|allocate memory|out of memory", error)
+    return f"Out of memory: lower {settings}." if is_full else ""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -23,9 +23,8 @@ class PerPixelHead(nn.Module):
 
     def __init__(self, num_layers: int, channels: int, hidden: int, num_classes: int) -> None:
         super().__init__()
-        self.maps = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, hidden)) for _ in range(num_layers)
-        )
+        maps = (nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, hidden)) for _ in range(num_layers))
+        self.maps = nn.ModuleList(maps)
         self.mix = nn.Conv2d(num_layers * hidden, hidden, 3, padding=1, padding_mode="replicate")
         self.classify = nn.Conv2d(hidden, num_classes, 1)
 

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic_core import to_json
 
 from setlib.experiment import PROFILES, Experiment
-from setlib.files import LOCK, PROJECT, VERSION, load_json, peak_bytes, write_atomic
+from setlib.files import LOCK, PROJECT, VERSION, alone, load_json, peak_bytes, write_atomic
 
 SAME_NUMBERS = (  # cost time, memory or what a damaged file costs; change no number that is already made
     *("train.checkpointing", "train.accumulate", "data.workers"),
@@ -32,21 +32,23 @@ class Run:
 
         Raises ValueError if the folder holds what another configuration made, or cannot be written.
         """
-        path = Path(path) if path else default_run_folder(experiment)
-        stored = path / "experiment.json"
-        if stored.is_file():
-            new, old = experiment.flat(), cls.load(path).experiment.flat()
-            changed = (key for key in new if new[key] != old[key] and not key.startswith(SAME_NUMBERS))
-            other = [key for key in changed if _one_folder(new[key]) != _one_folder(old[key])]
-            differing = [f"{key} is {old[key]}, not {new[key]}" for key in other]
-            made = (file for file in path.iterdir() if not file.name.endswith((stored.name, LOCK)))
-            if differing and any(made):
-                raise ValueError(
-                    f"Run folder {path} holds another configuration ({'; '.join(differing[:3])}): "
-                    "choose another with --run, or the same options."
-                )
-        run = cls(path, experiment)
-        run.write_json("experiment.json", {"setlib": VERSION} | experiment.to_dict())
+        run = cls(Path(path) if path else default_run_folder(experiment), experiment)
+        stored, content = run.path / "experiment.json", {"setlib": VERSION} | experiment.to_dict()
+        if os.environ.get("RANK", "0") != "0" or (stored.is_file() and load_json(stored) == content):
+            return run  # of several processes the first one writes
+        with alone(run.path / LOCK):
+            if stored.is_file():
+                new, old = experiment.flat(), cls.load(run.path).experiment.flat()
+                other = [key for key in new if _one_folder(new[key]) != _one_folder(old[key])]
+                other = [key for key in other if not key.startswith(SAME_NUMBERS)]
+                differing = [f"{key} is {old[key]}, not {new[key]}" for key in other[:3]]
+                made = (file for file in run.path.iterdir() if not file.name.endswith((stored.name, LOCK)))
+                if differing and any(made):
+                    raise ValueError(
+                        f"Run folder {run.path} holds another configuration ({'; '.join(differing)}): "
+                        "choose another with --run, or the same options."
+                    )
+            run.write_json(stored.name, content)
         return run
 
     @classmethod

@@ -60,11 +60,11 @@ def train(
     with held(run) as finished:
         if finished:
             return load_segmenter(run.path, backbone), read_history(run)
-        return _train(run, source, backbone, crops, progress and state().is_main_process)
+        return _train(run, source, backbone, crops, quiet=not (progress and state().is_main_process))
 
 
 def _train(
-    run: Run, source: Domain | None, backbone: FrozenBackbone | None, crops: KeptCrops | RandomCrops | None, shown: bool
+    run: Run, source: Domain | None, backbone: FrozenBackbone | None, crops: KeptCrops | RandomCrops | None, quiet: bool
 ) -> tuple[Segmenter, list[dict]]:
     experiment, settings = run.experiment, run.experiment.train
     with state().main_process_first():  # what is fetched, converted or rendered once is then there for all
@@ -77,13 +77,13 @@ def _train(
     training = Training(run, model, optimiser)
     training.resume()
     fit_style(model, RandomCrops(source, experiment), crops.style if isinstance(crops, KeptCrops) else None)
-    crops = crops or keep_crops([model], RandomCrops(source, experiment), shown)
+    crops = crops or keep_crops([model], RandomCrops(source, experiment), progress=not quiet)
     model.train()
 
     done, label = training.step, f"train {experiment.model.refiner}, seed {experiment.seed}"
     chosen = [own_part(batch_indices(experiment, step)) for step in range(done, settings.steps)]
-    look = {"initial": done, "desc": label, "unit": "step", "smoothing": 0, "leave": None, "disable": not shown}
-    stops: list[object] = []
+    look = {"initial": done, "desc": label, "unit": "step", "smoothing": 0, "leave": None, "disable": quiet}
+    stops: list[object] = []  # signals; of several processes, one that is asked to stop stops all
     with on_stop(lambda *signal: stops.append(signal)), tqdm(total=settings.steps, **look) as bar:
         for step, batch in enumerate(crops.batches(chosen), start=done):
             began = time.perf_counter()
@@ -103,8 +103,7 @@ def _train(
                         part_loss = part_loss + settings.agree / settings.batch_size * apart
                     (part_loss * engine.num_processes).backward()  # the engine takes the processes' mean
                 total += part_loss.detach()
-            asked = total.new_tensor(len(stops))  # to stop, of any process
-            loss, stop = engine.reduce(torch.stack([total, asked]), "sum").tolist()
+            loss, stop = engine.reduce(torch.stack([total, total.new_tensor(len(stops))]), "sum").tolist()
             norm = nn.utils.clip_grad_norm_(training.parameters.values(), settings.clip_norm or math.inf).item()
             training.check(loss, norm)
             optimiser.step()

@@ -102,7 +102,7 @@ def test_loading_says_what_is_wrong(saved, tmp_path):
     config["experiment"]["model"]["num_tokens"] += 1
     (saved / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ValueError, match="do not fit this model: refiner.amplitude.tokens.a is 2 x 8 x 4, not 2 x 9 x 4, refiner.phase"
+        ValueError, match=r"refiner.amplitude.tokens.a is \(2, 8, 4\), expected \(2, 9, 4\), refiner.phase"
     ):
         load_segmenter(saved)
     model = build()

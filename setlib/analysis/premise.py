@@ -27,7 +27,7 @@ from setlib.backbone import FrozenBackbone
 from setlib.data import domains
 from setlib.data.labels import CITYSCAPES
 from setlib.features import FrozenFeatures
-from setlib.files import VERSION, load_json
+from setlib.files import LOCK, VERSION, alone, load_json
 from setlib.metric import iou_per_class, mean_iou, pixel_counts
 from setlib.run import Run
 from setlib.scenes import STYLES
@@ -243,8 +243,8 @@ def measure(
         return kept
     layouts = asked["layouts"]
     streets = Streets(backbone, styled_scenes(data, layouts, styles))
-    works = len([layer for layer in left if layer in swapped]) * 2 * (len(transplant.PARTS) + len(transplant.SPANS))
-    with tqdm(total=len(left) + works, desc="premise", unit="measurement") as bar:
+    works = len(left) + 2 * len({*left} & {*swapped}) * (len(transplant.PARTS) + len(transplant.SPANS))
+    with alone(run.path / f".{folder}{LOCK}"), tqdm(total=works, desc="premise", unit="measurement") as bar:
         beliefs = _beliefs(run, streets, readout)
         for name, index in {"A": streets.a, "A*": streets.goal}.items():
             kept.about[name] = _means(beliefs(beliefs.features[index]))

@@ -179,9 +179,7 @@ def say_apart(rows: Sequence[dict], names: Sequence[str]) -> str:
             for part, row in whole.items()
         )
         known = [row["classes"] for row in whole.values()]
-        classes = (
-            "" if None in known else f"; which classes are in a picture, with {known[0]:.0f} % and {known[1]:.0f} %"
-        )
+        classes = "" if None in known else f"; the classes in a picture, with {known[0]:.0f} % and {known[1]:.0f} %"
         where = f"after layer {layer}" if layer else "in the pixels"
         lines.append(f"- {where} the domain is told by {told}{classes}.")
     shuffled = [row["shuffled"] for row in rows]

@@ -14,6 +14,7 @@ import pandas
 from setlib.data.labels import ClassSet
 from setlib.evaluation import PictureScore, Score
 from setlib.experiment import Experiment
+from setlib.files import LOCK, alone
 from setlib.run import Run
 from setlib.segmenter import Segmenter
 
@@ -145,8 +146,7 @@ def write_metrics(run: Run, scores: Sequence[Score], used: Experiment | None = N
 
     used: how the pictures were chosen and predicted, where the run's configuration was overridden.
     """
-    experiment, used = run.experiment, used or run.experiment
-    results = {result["domain"]: result for result in run.read_json("metrics.json", {"results": []})["results"]}
+    experiment, used, results = run.experiment, used or run.experiment, {}
     views = used.inference
     words = ["whole pictures" if views.whole else f"windows by {views.stride:.2f}"]
     words += [f"scales {', '.join(f'{scale:g}' for scale in views.scales)}"] if views.scales != (1.0,) else []
@@ -165,11 +165,8 @@ def write_metrics(run: Run, scores: Sequence[Score], used: Experiment | None = N
             "content_seed": used.data.content_seed,
             "eval_edges": used.data.eval_edges,
         }
-    content = {
-        "profile": experiment.profile,
-        "seed": experiment.seed,
-        "source": experiment.data.source,
-        "config": experiment.to_dict(),
-        "results": list(results.values()),
-    }
-    run.write_json("metrics.json", content)
+    about = {"profile": experiment.profile, "seed": experiment.seed, "source": experiment.data.source}
+    with alone(run.path / LOCK):
+        before = {result["domain"]: result for result in run.read_json("metrics.json", {"results": []})["results"]}
+        content = {"config": experiment.to_dict(), "results": list((before | results).values())}
+        run.write_json("metrics.json", about | content)

@@ -85,9 +85,7 @@ def say_shares(rows: Sequence[dict]) -> str:
     for part, half, other in HALVES:
         lines.append(f"- **{part.capitalize()}**. {_leads(counts[part], half, other)}")
     nulls = [abs(row["null"]) for row in rows if row["factor"] != "interaction"]
-    lines.append(
-        f"- With shuffled labels no share of style or content is further from 0 than {100 * max(nulls):.1f} %."
-    )
+    lines.append(f"- With shuffled labels no share of either is further from 0 than {100 * max(nulls):.1f} %.")
     return "\n".join(lines)
 
 

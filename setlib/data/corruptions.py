@@ -138,5 +138,7 @@ def take_apart(text: str) -> tuple[str, str, int]:
         return text, "", 0
     kind, severity = found[1], int(found[2] or 3)
     if kind not in CORRUPTIONS or not 1 <= severity <= 5:
-        raise ValueError(f"Unknown corruption '{last}' in '{text}' ({nearest(kind, CORRUPTIONS)}): DOMAIN~KIND[1-5].")
+        raise ValueError(
+            f"Unknown corruption '{last}' in '{text}' ({nearest(kind, CORRUPTIONS)}): write DOMAIN~KIND[1-5]."
+        )
     return domain, kind, severity

@@ -81,7 +81,9 @@ class RandomCrops:
         try:
             for images, labels in DataLoader(self, batch_sampler=chosen, **workers):
                 yield Batch(images, labels)
-        except (OSError, EOFError):  # a worker was killed: torch, which is told a moment later, says it better
+        except ValueError as error:  # of a worker, it ends a traceback
+            raise ValueError(str(error).rpartition("ValueError: ")[2].strip()) from None
+        except (OSError, EOFError):  # a worker was killed: SIGCHLD is on its way, at which torch says so
             time.sleep(1)
             raise
 

@@ -289,7 +289,9 @@ def _from_hub(spec: Spec, data: Data, role: str, limit: int) -> Domain:
     """A data set of the hub, or in its form, with a column of pictures and one of labels; a limited one is streamed."""
     name, _, split = spec.split.partition(":")
     if not (os.path.exists(name) or constants.HF_HUB_OFFLINE or hub_answers(constants.ENDPOINT)):
-        raise ValueError(f"Domain '{spec.text}': {constants.ENDPOINT} does not answer; HF_HUB_OFFLINE=1 takes a copy.")
+        raise ValueError(
+            f"Domain '{spec.text}': {constants.ENDPOINT} does not answer; HF_HUB_OFFLINE=1 takes a copy from the cache."
+        )
     kind, files = ("parquet", name) if os.path.isfile(name) else (name, None)
     try:
         rows = datasets.load_dataset(kind, data_files=files, split=split or None, streaming=bool(limit))

@@ -81,8 +81,9 @@ def read_rows(name: str) -> tuple[dict, ...]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = [{"name": row["name"], **{key: int(row[key]) for key in NUMBERS}} for row in csv.DictReader(file)]
-        unknown = any(18 < row["train_id"] < IGNORE for row in rows)
-        if unknown or not rows or not all(row["name"] and 0 <= row[key] <= 255 for row in rows for key in NUMBERS):
+        if any(18 < row["train_id"] < IGNORE for row in rows):
+            raise ValueError("a train_id is neither 0 to 18 nor 255")
+        if not rows or not all(row["name"] and 0 <= row[key] <= 255 for row in rows for key in NUMBERS):
             raise ValueError("a row lacks its name, or holds another number")
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(f"{path}: expected the columns name, {', '.join(NUMBERS)} (0 to 255): {error}.") from None

@@ -38,7 +38,9 @@ def prepare(text: str, out: Path, short_edge: int, data: Data) -> int:
     with alone(out / LOCK):
         other = not mark.is_file() or mark.read_text(encoding="utf-8") != made
         if other and any(not path.name.endswith(LOCK) for path in out.iterdir()):
-            raise ValueError(f"{out} is not empty and no copy of {text} with short edge {short_edge}: name another.")
+            for path in out.glob(f"{LOCK}*"):
+                path.unlink()
+            raise ValueError(f"{out} is not empty and no copy of {text} at {short_edge}: name another folder.")
         write_atomic(mark, made)
         for extra in ("splits.json", "split.mat"):
             if (root / extra).is_file():

@@ -219,7 +219,9 @@ def forest(rows: Sequence[Mapping]) -> AnyFigure | None:
         for row in (row for row in rows if row["domain"] == domain):
             place, known = variants.index(row["variant"]), row["low"] is not None
             colour = COLOURS[0] if known and row["low"] > 0 else COLOURS[1] if known and row["high"] < 0 else "#777777"
-            ax.plot(row["values"], [place] * len(row["values"]), "o", color=colour, markersize=3.5, mfc="w", mew=0.8)
+            ax.plot(
+                row["values"], [place] * len(row["values"]), "o", color=colour, markersize=3.5, mfc="white", mew=0.8
+            )
             if known:
                 ax.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2)
             ax.plot(row["mean"], place, "D", color=colour, markersize=5)

@@ -67,10 +67,7 @@ def import_checkpoint(path: Path, out: Path, backbone: str = "") -> Run:
         tensors |= {f"refiner.{name}": value for name, value in made.state_dict().items()}
     dinov2 = _dinov2(head.channels, num_layers)
     if not (backbone or dinov2):
-        raise ValueError(
-            f"No DINOv2 has {num_layers or 'any'} layers of {head.channels} channels: name the backbone with"
-            " --backbone."
-        )
+        raise ValueError(f"No DINOv2 has {num_layers or 'any'} layers of {head.channels} channels: give --backbone.")
     if dinov2:
         num_layers = dinov2.layers
     options |= {

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from setlib.files import PROJECT, load_json, write_atomic
+from setlib.files import LOCK, PROJECT, alone, load_json, write_atomic
 from setlib.scenes.render import VERSION, render_scene
 
 WORKER = """
@@ -33,7 +33,9 @@ def cached_scenes(
     """
     notes, content = folder / "scenes.json", {"seed": seed, "size": list(size), "version": VERSION}
     if not notes.exists():
-        write_atomic(notes, json.dumps(content))
+        with alone(folder / LOCK):
+            if not notes.exists():  # nor does it meanwhile
+                write_atomic(notes, json.dumps(content))
     if (held := load_json(notes)) != content:
         cure = f"name another folder or delete the folder {folder}"
         raise ValueError(f"{folder} holds rendered scenes of {held}, asked for {content}; {cure}")

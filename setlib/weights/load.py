@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import warnings
 from pathlib import Path
@@ -78,12 +79,12 @@ def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         timm = stored.get("pretrained_cfg") or {}
         given = [stored.get(f"image_{key}") or timm.get(key) or () for key in ("mean", "std")]
         mean, std = (tuple(float(one) for one in values) for values in given)
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (ValueError, AttributeError, TypeError, ArithmeticError, RecursionError):
         raise ValueError(f"{path} cannot be read as the settings of a model: fetch it anew.") from None
     if not mean:
         warnings.warn(f"{name} has no preprocessor_config.json: ImageNet's mean and deviation are used", stacklevel=2)
     mean, std = mean or IMAGENET[0], std or IMAGENET[1]
-    if not len(mean) == len(std) == 3 or min(std) <= 0:
+    if not len(mean) == len(std) == 3 or not all(0 < s < math.inf for s in std):
         raise ValueError(f"{path} gives the mean {mean} and deviation {std}: expected three numbers each, std above 0.")
     return mean, std
 

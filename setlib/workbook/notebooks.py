@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from setlib.experiment import PROFILES, Experiment
-from setlib.files import LOCK, PROJECT, alone, load_json, nearest, shown
+from setlib.files import LOCK, PROJECT, alone, cure, load_json, nearest, shown
 from setlib.run import Run
 from setlib.workbook.serve import this_python
 
@@ -108,8 +108,6 @@ def _execute(notebook: Path, copy: Path, values: dict[str, Any]) -> None:
     import papermill
     from nbclient.exceptions import DeadKernelError
 
-    from setlib._memory import cure
-
     for name in ("papermill", "asyncio"):  # one warns of what is checked here, one of a kernel that is ended
         logging.getLogger(name).setLevel(logging.CRITICAL)
     unfinished = copy.with_name(f".{copy.name}")
@@ -125,9 +123,9 @@ def _execute(notebook: Path, copy: Path, values: dict[str, Any]) -> None:
         reason = cure(reason, "run") or reason
         raise NotebookStopped(f"Notebook {shown(copy)} stopped in cell [{error.exec_count}]: {reason}") from error
     except DeadKernelError as error:
-        kept = ", ".join(sorted(path.stem for path in copy.parent.glob("[0-9]*.ipynb"))) or "no notebook"
-        reason = f"its process was killed, most likely for want of memory; {kept} and all in {shown(copy.parents[1])}"
-        raise NotebookStopped(f"Notebook {notebook.name} stopped: {reason} is kept.") from error
+        kept = ", ".join(["", *sorted(path.stem for path in copy.parent.glob("[0-9]*.ipynb"))])
+        reason = f"its process was killed, most likely for want of memory; {shown(copy.parents[1])} is kept{kept}"
+        raise NotebookStopped(f"Notebook {notebook.name} stopped: {reason}.") from error
     except OSError as error:
         raise ValueError(f"Cannot write {copy}: {error.strerror or error}: free space or change the folder.") from error
     finally:

@@ -47,7 +47,7 @@ def test_names_are_taken_apart():
         assert take_apart(plain) == (plain, "", 0)
     with pytest.raises(ValueError, match="Unknown corruption 'foog2' .* .nearest: fog"):
         take_apart("scenes:night~foog2")
-    with pytest.raises(ValueError, match=": DOMAIN~KIND.1-5."):
+    with pytest.raises(ValueError, match="write DOMAIN~KIND.1-5."):
         take_apart("scenes:night~fog9")
 
 

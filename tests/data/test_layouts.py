@@ -434,7 +434,7 @@ def test_a_data_set_of_the_hub_is_streamed_and_mapped(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(domains, "hub_answers", lambda endpoint: False)
-    with pytest.raises(ValueError, match="does not answer; HF_HUB_OFFLINE=1 takes a copy"):
+    with pytest.raises(ValueError, match="does not answer; HF_HUB_OFFLINE=1 takes a copy from the cache"):
         domains.load("hub:owner/streets", Data())
     monkeypatch.setattr(domains, "hub_answers", lambda endpoint: True)
     monkeypatch.setattr(domains.datasets, "load_dataset", load_dataset)

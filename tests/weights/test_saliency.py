@@ -144,7 +144,7 @@ def test_a_folder_that_lost_a_file_is_named(wheel, cache, monkeypatch):
     monkeypatch.setenv("SETLIB_WHEEL", str(wheel))
     load_model(NAME)
     (cache / NAME / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="dinov2-small-saliency cannot be written whole .*delete .*, and run again"):
+    with pytest.raises(ValueError, match="dinov2-small-saliency cannot be written whole .*free space or delete it"):
         load_model(NAME)
 
 
