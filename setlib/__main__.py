@@ -437,6 +437,8 @@ def sentence(error: object) -> str:
     """An error on one line; a system error names its file."""
     if isinstance(error, OSError) and error.strerror:
         error = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    elif isinstance(error, UnicodeEncodeError):
+        error = f"The name {error.object[: error.end][-80:]!a} is not in UTF-8: rename it, or the folder it lies in"
     return " ".join(str(error).split())
 
 
@@ -457,12 +459,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ModuleNotFoundError(name=missing[0])
         with on_stop(signal.default_int_handler):
             return args.call(args)
-    except (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
-        told = cure(f"{type(error).__name__}: {error}", argv[0] if argv else "")
-        if "--debug" in argv or (isinstance(error, (MemoryError, RuntimeError)) and not told):
+    except Exception as error:
+        if "--debug" in argv:
             raise
+        told = cure(text := f"{type(error).__name__}: {error}", argv[0] if argv else "")
         if isinstance(error, ModuleNotFoundError):
             told = f"This Python ({sys.executable}) has no package {error.name}: {ENTER.format(PROJECT)}"
+        elif not isinstance(error, (ValueError, OSError)):
+            told = told or f"{text} (a damaged file, or an error in setlib: --debug shows where)"
         return fail(told or error, 2)
     except KeyboardInterrupt:
         return fail(f"stopped; what is finished is kept; go on with: python -m setlib {shlex.join(argv)}", 130)

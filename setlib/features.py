@@ -73,9 +73,7 @@ class SharedFeatures:
         backbone, device = self.model.backbone, self.model.device
         parts = images.split(self.model.experiment.inference.windows)
         with self.model.autocast():
-            kept = [
-                backbone.frozen_features(part.to(device), self.stop, self.layers, style=self.style) for part in parts
-            ]
+            kept = [backbone.frozen_features(one.to(device), self.stop, self.layers, style=self.style) for one in parts]
         return FrozenFeatures.cat(kept)
 
 

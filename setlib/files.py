@@ -101,8 +101,8 @@ def alone(lock: Path, patience: float = 10.0) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"Cannot write {lock}: {error.strerror or error}: free space or change the folder.") from None
     with taken:
-        with contextlib.suppress(OSError):  # a full disk: the name is lost, nothing else
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        with contextlib.suppress(ValueError):  # a full disk: the name is lost, nothing else
+            write_atomic(holder, f"process {os.getpid()} on {socket.gethostname()}")
         yield
 
 
@@ -128,16 +128,16 @@ def on_stop(act: Callable[[int, object], object]) -> Iterator[None]:
         restore()
 
 
-def ignore_stops(_: int) -> None:
-    """In a worker, which ends with the process that started it: a terminal sends signals to both."""
+def outlive_stops(_: int) -> None:
+    """In a worker: a signal to all leaves it ten seconds, in which the process that started it ends its step."""
     for kind in STOPS:
-        signal.signal(kind, signal.SIG_IGN)
+        signal.signal(kind, lambda *_: signal.alarm(10))
 
 
 def cure(error: str, command: str) -> str:
     """The sentence for an error that says that memory is full, with what to lower; "" for another one."""
-    if "DataLoader worker (pid" in error:  # torch may say so anywhere in a step
-        return f"A process that reads pictures was killed, perhaps for want of memory: lower data.workers ({error})."
+    if re.search(r"DataLoader worker \(pid|shared memory|terminated abruptly", error):  # at any place of a step
+        return "A process that reads pictures was killed, or lacks memory (in /dev/shm too): lower data.workers."
     settings = "data.height and data.width"
     if command in ("train", "ablate", "run"):
         settings += " or train.batch_size, or set train.accumulate or train.checkpointing"

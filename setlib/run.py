@@ -42,8 +42,7 @@ class Run:
                 other = [key for key in new if _one_folder(new[key]) != _one_folder(old[key])]
                 other = [key for key in other if not key.startswith(SAME_NUMBERS)]
                 differing = [f"{key} is {old[key]}, not {new[key]}" for key in other[:3]]
-                made = (file for file in run.path.iterdir() if not file.name.endswith((stored.name, LOCK)))
-                if differing and any(made):
+                if differing and any(file.name != stored.name for file in run.path.glob("[!.]*")):  # made with it
                     raise ValueError(
                         f"Run folder {run.path} holds another configuration ({'; '.join(differing)}): "
                         "choose another with --run, or the same options."

@@ -85,9 +85,8 @@ def rebuilding(known: Mapping[str, Tensor]) -> Lesson:
     places, says = [row["place"] for row in rows], "Correlation with the original:\n"
     curves = {name: (places, [row[name] for row in rows]) for name in made}
     for name, (_, values) in curves.items():
-        says += f"\n- {name}: " + ", ".join(
-            f"{round(y, 2) + 0.0:.2f} ({x})" for x, y in zip(places, values, strict=True)
-        )
+        numbers = (f"{round(y, 2) + 0.0:.2f} ({x})" for x, y in zip(places, values, strict=True))
+        says += f"\n- {name}: " + ", ".join(numbers)
     return Lesson(rows, curves, says)
 
 

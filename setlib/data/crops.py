@@ -16,7 +16,7 @@ from setlib.data import domains
 from setlib.data.augment import augment, to_tensor
 from setlib.data.domains import Domain
 from setlib.experiment import Experiment
-from setlib.files import ignore_stops
+from setlib.files import outlive_stops
 from setlib.spectral import PIXELS, mix_amplitude
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class RandomCrops:
 
     def batches(self, chosen: Sequence[list[int]]) -> Iterator[Batch]:
         """Crops by their numbers, a batch for each list, made by data.workers processes."""
-        workers = {"num_workers": self.experiment.data.workers, "worker_init_fn": ignore_stops}
+        workers = {"num_workers": self.experiment.data.workers, "worker_init_fn": outlive_stops}
         try:
             for images, labels in DataLoader(self, batch_sampler=chosen, **workers):
                 yield Batch(images, labels)

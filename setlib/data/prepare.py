@@ -36,8 +36,7 @@ def prepare(text: str, out: Path, short_edge: int, data: Data) -> int:
     if root.resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(f"{out} lies in the data set itself: name a folder outside of {root.resolve()}.")
     with alone(out / LOCK):
-        other = not mark.is_file() or mark.read_text(encoding="utf-8") != made
-        if other and any(not path.name.endswith(LOCK) for path in out.iterdir()):
+        if any(out.glob("[!.]*")) and not (mark.is_file() and mark.read_text(encoding="utf-8") == made):
             for path in out.glob(f"{LOCK}*"):
                 path.unlink()
             raise ValueError(f"{out} is not empty and no copy of {text} at {short_edge}: name another folder.")

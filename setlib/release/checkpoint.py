@@ -44,7 +44,8 @@ def import_checkpoint(path: Path, out: Path, backbone: str = "") -> Run:
     backbone: that the release was trained on, if it is not the DINOv2 of its size.
     Raises ValueError if the folder is not empty, or with the names that are missing or left over.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    is_cut = out.is_dir() and {one.name for one in out.glob("[!.]*")} <= {"experiment.json", "model"}  # short, earlier
+    if out.exists() and (not is_cut or (out / "model" / "config.json").is_file()):
         raise ValueError(f"{out} is not an empty folder: name another with --out.")
     if backbone:
         check_name(backbone)

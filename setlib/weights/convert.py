@@ -187,9 +187,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([(Inert, name) for name in names]):
             values = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes its reader say
-        raise ValueError(
-            f"{path} cannot be read ({reason(error)}): expected safetensors or a .pth of tensors."
-        ) from error
+        raise ValueError(f"{path} cannot be read ({reason(error)}): expected safetensors or .pth of tensors.") from None
     values = values if isinstance(values, dict) else {}
     while inner := next((values[key] for key in WRAPPERS if isinstance(values.get(key), dict)), None):
         values = inner

@@ -121,7 +121,7 @@ def _from_hub(name: str) -> PreTrainedModel:
         pass  # not in the cache, or not whole
     except Exception as error:
         raise ValueError(f"The copy of {name} in the cache {cache} cannot be used: {reason(error)}.") from error
-    if constants.HF_HUB_OFFLINE or not hub_answers(hub):
+    if constants.HF_HUB_OFFLINE or not hub_answers(f"{hub}/{name}/resolve/main/config.json"):
         raise ValueError(
             f"{name} is neither a folder here nor in the cache {cache}, and {hub} does not answer: run 'hf download"
             f" {name} --local-dir FOLDER' where there is a network, copy FOLDER here and name it instead, or use"

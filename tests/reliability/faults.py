@@ -72,7 +72,7 @@ class Command:
         if code is None:
             self.kill()
         assert code is not None, f"it hangs:\n{self.output}"
-        assert "Traceback" not in self.output, self.output
+        assert "Traceback" not in self.output and "shows where" not in self.output, self.output
         return code
 
     def wait_for(self, words: str) -> None:
@@ -114,7 +114,7 @@ def outside(folder: Path, *argv: object, **environment: str) -> subprocess.Compl
     words = [sys.executable, "-m", "setlib", *map(str, argv)]
     place = {"cwd": folder, "env": os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | environment}
     ended = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, **place)
-    assert "Traceback" not in ended.stderr, ended.stderr
+    assert "Traceback" not in ended.stderr and "shows where" not in ended.stderr, ended.stderr
     return ended
 
 

@@ -101,6 +101,16 @@ def test_a_copy_is_not_written_through_a_link_out_of_its_folder(tmp_path):
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+@pytest.mark.parametrize("name", [".lock", ".lock.holder.lock"])
+def test_a_link_in_a_strangers_run_folder_is_not_written_through(trained, tmp_path, name):
+    run = shutil.copytree(trained.path, tmp_path / "run")
+    (tmp_path / "precious").write_text("precious")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(tmp_path / "precious")
+    assert faults.run(tmp_path, "evaluate", run).wait() in (0, 2)
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
 def test_a_wheel_is_read_and_never_unpacked(tmp_path):
     import network
 

@@ -77,6 +77,7 @@ def call(folder: Path, *argv: str) -> int:
         except SystemExit as ended:  # --help
             code = ended.code
             assert code == 0 and ("-h" in argv or "--help" in argv)
+    assert "shows where" not in err.getvalue(), err.getvalue()
     if code:
         assert len([line for line in err.getvalue().splitlines() if line.startswith("error: ")]) == 1, err.getvalue()
     return code

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
 import shutil
 import struct
+import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -96,7 +98,7 @@ def test_output_that_nobody_takes_is_no_traceback(tmp_path):
         command = f"{faults.sys.executable} -m setlib backbones"
         command = f"{command} | true" if place == "pipe" else f"{command} > {place}"
         place = {"env": os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}, "cwd": tmp_path}
-        ended = faults.subprocess.run(["bash", "-c", command], capture_output=True, text=True, **place)
+        ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, **place)
         assert "Traceback" not in ended.stderr and "Exception ignored" not in ended.stderr, ended.stderr
 
 
@@ -165,6 +167,31 @@ def test_a_worker_that_is_killed_names_the_setting_to_lower(tmp_path):
         os.kill(worker, 9)
     assert own and command.end() == 2 and "data.workers" in command.error
     faults.check_whole(tmp_path / "run")
+
+
+def little_shared_memory() -> None:
+    """Gives this process a /dev/shm of its own, of 64 kB: what a container has is little too."""
+    ctypes.CDLL(None).unshare(0x20000)  # its mounts are its own
+    for words in (["--make-rprivate", "/"], ["-t", "tmpfs", "-o", "size=64k", "tmpfs", "/dev/shm"]):
+        subprocess.run(["mount", *words], check=True)
+
+
+@pytest.mark.reliability
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+def test_workers_without_shared_memory_name_the_setting_to_lower(tmp_path):
+    words = [
+        *words_of(tmp_path),
+        "train.views=0",
+        "data.workers=2",
+        "data.height=512",
+        "data.width=512",
+        "--run",
+        "run",
+    ]
+    began = time.monotonic()
+    starved = faults.run(tmp_path, *words, prepare=little_shared_memory)
+    assert starved.wait() == 2 and "/dev/shm" in starved.error and "lower data.workers" in starved.error
+    assert time.monotonic() - began < 60
 
 
 def parent_of(process: str) -> int:

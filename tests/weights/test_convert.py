@@ -129,7 +129,7 @@ class Harm:
 
 
 WRONG = {
-    "nothing": (lambda w: b"nothing", "cannot be read .*expected safetensors or a .pth of tensors"),
+    "nothing": (lambda w: b"nothing", "cannot be read .*expected safetensors or .pth of tensors"),
     "pickle": (lambda w: {"a": Harm()}, "has no patch_embed.proj.weight"),
     "other": (lambda w: {"a": torch.ones(1)}, "has no patch_embed.proj.weight, as DINOv2 in Meta's layout"),
     "list": (lambda w: [torch.ones(1)], "has no patch_embed.proj.weight"),
