@@ -19,7 +19,7 @@ from setlib.files import small
 # what Pillow and json raise for a damaged file
 UNREADABLE = (OSError, SyntaxError, ValueError, LookupError, RecursionError, TypeError, ArithmeticError, struct.error)
 UNREADABLE += (Image.DecompressionBombError,)
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of files; others are programs (EPS), or rare
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # others are programs (EPS), or rare
 Size = tuple[int, int]  # (w, h)
 MOST_PIXELS = 2**28  # of one picture; decoded it is 0.8 GB
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses twice that

@@ -85,6 +85,8 @@ def test_an_imported_model_is_the_release(tmp_path, kind):
     state = write(kind, tmp_path / "release.pth")
     run = release.import_checkpoint(tmp_path / "release.pth", tmp_path / "run", "tiny-random")
     assert run.experiment.model.refiner == kind and run.experiment.model.num_tokens == 7
+    (run.path / "model" / "config.json").unlink()  # as if it had been killed before its last file
+    run = release.import_checkpoint(tmp_path / "release.pth", tmp_path / "run", "tiny-random")
     config = ViTConfig(hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, patch_size=16)
     torch.manual_seed(1)
     backbone = FrozenBackbone(ViTModel(config), "tiny")
