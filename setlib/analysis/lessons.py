@@ -143,7 +143,9 @@ def mixing(features: Tensor) -> Lesson:
         row = {"over": name, "mate (%)": 100 * ((mate - own).norm() / own.norm()).item()}
         rows.append(row | {"positions": int(moved.any(-1).sum()), "of": moved[..., 0].numel()})
         drawn[f"over {name}"] = 100 * moved.double().mean(-1).numpy()
-    said = "- over {over} another mate moves picture 0 by {mate (%):.0f} %, one patch {positions} of {of} positions"
+    said = (
+        "- over {over} another mate moves picture 0 by {mate (%):.0f} %, one patch moves {positions} of {of} positions"
+    )
     return Lesson(rows, drawn, "\n".join(said.format(**row) for row in rows))
 
 
