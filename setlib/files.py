@@ -108,7 +108,7 @@ def alone(lock: Path, patience: float = 10.0) -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_stop(act: Callable[[int, object], object]) -> Iterator[None]:
-    """Calls `act` at SIGINT or SIGTERM; a second one does what it did before. Signals that are ignored stay so."""
+    """Calls `act` at the first SIGINT or SIGTERM; from the second on all is as before. Ignored signals stay ignored."""
     caught = threading.current_thread() is threading.main_thread()  # only there can they be
     kinds = [kind for kind in STOPS if caught and signal.getsignal(kind) not in (signal.SIG_IGN, None)]
 
