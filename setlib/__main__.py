@@ -71,7 +71,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     everything = (profile, options, made, target)
     argument = add("run", run_command, *everything)
     argument("--only", metavar="NN", default=[], help="notebooks to run, for example 01 03", **many)
-    add("train", train_command, *everything)
+    dry = {"dest": "call", "action": "store_const", "const": dry_run, "help": "say what it needs and what is here only"}
+    add("train", train_command, *everything)("--dry", **dry)
     argument = add("evaluate", evaluate_command, options, target)
     argument("run", metavar="RUN")
     argument = add("predict", predict_command, options)
@@ -88,7 +89,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     argument("domain", metavar="DOMAIN", help="name[:split]@folder")
     argument("--out", metavar="DIR", type=Path, required=True, help="folder for the copy")
     argument("--short-edge", metavar="N", type=int, required=True, help="pixels; smaller ones stay")
-    add("ablate", ablate_command, *everything)
+    add("ablate", ablate_command, *everything)("--dry", **dry)
     argument = add("premise", premise_command, *everything)
     argument("--layouts", metavar="N", type=int, default=64, help="streets, each in eight styles; default 64")
     argument("--places", metavar="N", type=int, default=10, help="places of swaps, from the pixels on; default 10")
@@ -130,6 +131,7 @@ def open_run(args: argparse.Namespace) -> setlib.Run:
     """
     experiment = setlib.Experiment.build(args.profile, args.source, args.target, args.seed, args.options)
     from setlib.data import domains
+    from setlib.data.check import check_labelled
     from setlib.weights.presets import check_name
 
     check_name(experiment.model.backbone)
@@ -145,21 +147,8 @@ def open_run(args: argparse.Namespace) -> setlib.Run:
         if specs[0].name != "scenes":  # these are rendered when they are used
             domains.load(specs[0].text, experiment.data, role="source")
         if args.command != "train":  # training never opens a target
-            check_labelled(targets, replace(experiment, data=replace(experiment.data, source=source)), every=False)
+            check_labelled(targets, replace(experiment.data, source=source))
     return setlib.Run.open(args.run, experiment)
-
-
-def check_labelled(names: Sequence[str], experiment: setlib.Experiment, every: bool) -> None:
-    """Raises ValueError if a domain cannot be listed, or if none (with `every`: not every one) can be scored."""
-    from setlib.data import domains
-
-    data = experiment.data
-    bare = [n for n in names if domains.parse(n).name != "scenes" and not domains.load(n, data).has_labels]
-    if bare and (every or len(bare) == len(names)):
-        raise ValueError(f"Domain '{bare[0]}' has no labels: it can be predicted and looked at, not scored.")
-    for name in names:
-        if number := domains.shared(data.source, name, data):
-            domains.say(f"{name}: scored on {number} pictures that it is trained on; name another split to score")
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -238,6 +227,17 @@ def train_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def dry_run(args: argparse.Namespace) -> int:
+    """Prints what a command needs; 1 if something stands in its way."""
+    experiment = setlib.Experiment.build(args.profile, args.source, args.target, args.seed, args.options)
+    from setlib.bench.needs import needs
+    from setlib.run import default_run_folder
+
+    rows, problems = needs(experiment, Path(args.run or default_run_folder(experiment)), args.command == "ablate")
+    print(text_table(rows))
+    return fail(f"{'; '.join(problems)}.", 1) if problems else 0
+
+
 def freely(experiment: setlib.Experiment, options: Sequence[str]) -> setlib.Experiment:
     """A trained model's experiment with options of its use. Raises ValueError for what training settled."""
     if trained := [option for option in options if "=" in option and not option.startswith(FREE)]:
@@ -256,7 +256,9 @@ def evaluate_command(args: argparse.Namespace) -> int:
     if not targets:
         raise ValueError(f"{run.path} names no targets: name them with --target.")
     scored = setlib.Run(run.path, freely(run.experiment, args.options))
-    check_labelled(targets, scored.experiment, every=True)
+    from setlib.data.check import check_labelled
+
+    check_labelled(targets, scored.experiment.data, every=True)
     from setlib.analysis.scores import write_metrics
     from setlib.checkpoint import use
     from setlib.distributed import state

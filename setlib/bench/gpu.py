@@ -32,7 +32,7 @@ from setlib.training import make_optimiser
 from setlib.weights.convert import resize_patches
 from setlib.weights.presets import is_here
 
-DINOV2 = {"tiny": (24, 6, 2), "S": (384, 12, 6), "L": (1024, 24, 16)}  # channels, layers, attention heads
+DINOV2 = {"tiny": (24, 6, 14), "S": (384, 12, 14), "L": (1024, 24, 14)}  # channels, layers, pixels of a patch
 REFINERS = ("none", "rein", "set", "set-released")
 PROFILE = "quick"  # of the step on the offline backbone
 BACKBONE, CROPS, BATCHES = "L", (512, 1024), (4, 2, 1)  # of the paper's model; pixels; images, the first that fit
@@ -47,15 +47,16 @@ NO_FIT, NOT_REACHED = "does not fit", "not reached"
 
 
 @functools.cache
-def random_backbone(size: str, patch_size: int = 0) -> FrozenBackbone:
-    """A DINOv2 of random weights, one for all that ask; patches of 14 pixels unless they are resized."""
-    channels, layers, heads = DINOV2[size]
-    torch.manual_seed(0)
-    sizes = {"hidden_size": channels, "num_hidden_layers": layers, "num_attention_heads": heads}
-    model = Dinov2Model(Dinov2Config(**sizes, image_size=518, patch_size=14))
-    if patch_size:
-        resize_patches(model, patch_size)
-    return FrozenBackbone(model, f"random DINOv2-{size}").to(DEVICE)
+def random_backbone(shape: tuple[int, int, int], patch_size: int = 0) -> FrozenBackbone:
+    """A DINOv2 of random weights, one for all that ask. shape: as in DINOV2; patches are resized to patch_size."""
+    channels, layers, patch = shape
+    sizes = {"hidden_size": channels, "num_hidden_layers": layers, "num_attention_heads": max(channels // 64, 2)}
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = Dinov2Model(Dinov2Config(**sizes, image_size=37 * patch, patch_size=patch))
+        if patch_size:
+            resize_patches(model, patch_size)
+    return FrozenBackbone(model, f"random DINOv2 of {channels} channels").to(DEVICE)
 
 
 def random_batch(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -85,7 +86,7 @@ def paper_model(size: str, refiner: str, *options: str) -> Segmenter:
     read = ",".join(str(DINOV2[size][1] * k // 6) for k in (2, 3, 4, 6))
     options = (f"model.refiner={refiner}", f"model.feature_layers={read}", "model.any_batch=true", *options)
     experiment = Experiment.build("paper", "scenes:game", ["scenes:fog"], overrides=options)
-    return build_segmenter(experiment, random_backbone(size, experiment.model.patch_size))
+    return build_segmenter(experiment, random_backbone(DINOV2[size], experiment.model.patch_size))
 
 
 def paper_step(kind: str, size: str, refiner: str, batch: int, crop: int, *options: str) -> Step:
@@ -107,7 +108,7 @@ def profile_step(refiner: str, *options: str, kept: bool = True) -> Step:
     kept: whether the features of the frozen first layers are at hand.
     """
     experiment = Experiment.build(PROFILE, overrides=[f"model.refiner={refiner}", NO_END, *options])
-    backbone = None if is_here(experiment.model.backbone) else random_backbone("S")
+    backbone = None if is_here(experiment.model.backbone) else random_backbone(DINOV2["S"])
     model = build_segmenter(experiment, backbone).train()
     images, labels = random_batch(experiment.train.batch_size, experiment.data.height, experiment.data.width)
     return training_step(model, images, labels, SharedFeatures([model])(images) if kept else None)
@@ -134,10 +135,10 @@ def timed(prepare: Callable[[], Step], images: int) -> dict:
 def compared(refiner: str, *options: str) -> dict:
     """Largest differences of a small model in float32 on the GPU and on the CPU, relative to the largest value."""
     model = paper_model("tiny", refiner, *options).train()
-    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.refiner.parameters():  # refiners start at or near no change
-            p.add_(0.02 * torch.randn(p.shape).to(DEVICE))
+            p.add_(0.02 * torch.randn(p.shape, generator=generator).to(DEVICE))
     on_cpu, on_gpu = (answer(model, device) for device in (torch.device("cpu"), DEVICE))
     differences = {key: ((on_gpu[key] - x).abs().max() / x.abs().max()).item() for key, x in on_cpu.items()}
     return {"differences": differences, "note": ", ".join(f"{key} {x:.0e}" for key, x in differences.items())}

@@ -83,10 +83,11 @@ def _shown(size: Size) -> str:
 
 def refiner_step(name: str, size: Size) -> Step:
     """One layer's refiner, forward and backward, on random features of a size."""
-    torch.manual_seed(0)
-    refiner = build_refiner(name, (1,), size[-1]).to(DEVICE)
-    x = torch.randn(size, device=DEVICE, requires_grad=True)
-    leaves, gradient = [x, *refiner.parameters()], torch.randn_like(refiner(x, 1))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        refiner = build_refiner(name, (1,), size[-1]).to(DEVICE)
+        x = torch.randn(size, device=DEVICE, requires_grad=True)
+        leaves, gradient = [x, *refiner.parameters()], torch.randn_like(refiner(x, 1))
     return lambda: torch.autograd.grad(refiner(x, 1), leaves, gradient, allow_unused=True)
 
 

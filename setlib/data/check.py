@@ -135,3 +135,13 @@ def duplicates(texts: Sequence[str], data: Data) -> list[str]:
             if first[0] != text:
                 wrong.append(f"{path} of '{text}' is the same picture as {first[1]} of '{first[0]}'")
     return wrong
+
+
+def check_labelled(names: Sequence[str], data: Data, every: bool = False) -> None:
+    """Raises ValueError if a domain cannot be listed, or if none (with `every`: not every one) can be scored."""
+    bare = [n for n in names if domains.parse(n).name != "scenes" and not domains.load(n, data).has_labels]
+    if bare and (every or len(bare) == len(names)):
+        raise ValueError(f"Domain '{bare[0]}' has no labels: it can be predicted and looked at, not scored.")
+    for name in names:
+        if number := domains.shared(data.source, name, data):
+            domains.say(f"{name}: scored on {number} pictures that it is trained on; name another split to score")
