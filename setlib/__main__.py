@@ -48,7 +48,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     many = {"nargs": "+", "action": "extend"}
     base, profile, options, made, target = (Parser(add_help=False) for _ in range(5))
     base.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    profile.add_argument("--profile", default="quick", help="smoke, quick (default), paper or paper-1024")
+    profile.add_argument("--profile", default="quick", help="smoke, quick (default), gpu-10min, paper or paper-1024")
     text = "any field of the configuration, for example model.refiner=rein"
     options.add_argument("-o", dest="options", metavar="KEY=VALUE", default=[], help=text, **many)
     text = "domains to score on, name[:split][@folder]; default: the profile's or the run's"

@@ -40,6 +40,7 @@ PRECISIONS, KINDS = ("bfloat16", "float32"), ("step", "prediction")  # kinds: of
 WARM_UP, STEPS, SECONDS = 2, 3, 1.0  # steps before those that are measured, of which at least so many for so long
 LIMIT = 265.0  # seconds; what was not reached by then is left out
 NO_END = "train.steps=1000000"  # the learning rate stays where it starts
+STEPS_IN_ALL, CARDS = 40_000, (24, 80)  # of the paper's training; GB of cards that people have
 NO_FIT, NOT_REACHED = "does not fit", "not reached"
 
 
@@ -186,12 +187,16 @@ def measure() -> list[dict]:
 
 
 def paper_rows(kind: str, crop: int, precision: str, end: float) -> list[dict]:
-    """Rows of every refiner with the largest batch that fits it, and of the head alone with each of these batches."""
+    """Rows of every refiner with the largest batch that fits it, and of the head alone with each of these batches.
+
+    A step's row says how long the paper's training would take, and, from its memory and that of one image, how many
+    images would fill a card.
+    """
 
     def row(refiner: str, batch: int) -> dict:
         size = f"{kind}, DINOv2-{BACKBONE}, B={batch}, {crop} x {crop}, {precision}"
         prepare = partial(paper_step, kind, BACKBONE, refiner, batch, crop, f"train.precision={precision}")
-        return measured(refiner, size, end, partial(timed, prepare, batch))
+        return measured(refiner, size, end, partial(timed, prepare, batch)) | {"images": batch}
 
     rows, largest = [], {}
     for refiner in REFINERS:
@@ -201,7 +206,15 @@ def paper_rows(kind: str, crop: int, precision: str, end: float) -> list[dict]:
                 largest[refiner] = batch
                 break
     others = set(largest.values()) - {largest.get("none")}
-    return rows + [row("none", batch) for batch in sorted(others, reverse=True)]
+    rows += [row("none", batch) for batch in sorted(others, reverse=True)]
+    for large in [one for one in rows if kind == "step" and not one["note"]]:
+        batch = large["images"]
+        large["note"] = f"{STEPS_IN_ALL:,} steps: {STEPS_IN_ALL * large['seconds'] / 3600:.1f} h"
+        if batch > 1 and not (one := row(large["variant"], 1))["note"]:
+            each = (large["peak_bytes"] - one["peak_bytes"]) / (batch - 1)
+            fits = {size: int((size * 1e9 - one["peak_bytes"]) / max(each, 1)) + 1 for size in CARDS}
+            large["note"] += "".join(f"; {number} images would fill {size} GB" for size, number in fits.items())
+    return rows
 
 
 def measured(refiner: str, size: str, end: float, call: Callable[[], dict]) -> dict:

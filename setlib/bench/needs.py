@@ -100,7 +100,7 @@ def _pictures(text: str, role: str, data: Data, problems: list[str]) -> str:
 
 
 def one_step(experiment: Experiment) -> dict[str, float]:
-    """Of a training: seconds of a step and of a crop that is kept; memory at its highest, what learns, a kept crop: bytes."""
+    """Of a training: seconds of a step and of keeping a crop; bytes at the highest, of what learns, of a kept crop."""
     settings, data, name = experiment.train, experiment.data, experiment.model.backbone
     if is_here(name) or not (known := _preset(name)):
         backbone = load_backbone(name, patch_size=experiment.model.patch_size)

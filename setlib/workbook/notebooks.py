@@ -85,7 +85,7 @@ def run_notebooks(run: Run, only: Sequence[str] = ()) -> None:
     notebooks, values, began = find_notebooks(only), notebook_parameters(run), time.monotonic()
     for notebook in notebooks:
         check_parameters(notebook, list(values))
-    usual = dict(enumerate(SHARES[run.experiment.profile.partition("-")[0]], start=1))
+    usual = dict(enumerate(SHARES.get(run.experiment.profile.partition("-")[0], ()), start=1))
     shares = [usual.get(int(notebook.stem[:2]), 1) for notebook in notebooks]
     with alone(run.path / f".notebooks{LOCK}"), this_python(headless=True):
         for number, notebook in enumerate(notebooks, start=1):
