@@ -210,9 +210,10 @@ def paper_rows(kind: str, crop: int, precision: str, end: float) -> list[dict]:
     for large in [one for one in rows if kind == "step" and not one["note"]]:
         batch = large["images"]
         large["note"] = f"{STEPS_IN_ALL:,} steps: {STEPS_IN_ALL * large['seconds'] / 3600:.1f} h"
-        if batch > 1 and not (one := row(large["variant"], 1))["note"]:
-            each = (large["peak_bytes"] - one["peak_bytes"]) / (batch - 1)
-            fits = {size: int((size * 1e9 - one["peak_bytes"]) / max(each, 1)) + 1 for size in CARDS}
+        one = row(large["variant"], 1) if batch > 1 else large
+        each = (large["peak_bytes"] - one["peak_bytes"]) / max(batch - 1, 1)
+        if each > 0 and one["peak_bytes"]:
+            fits = {size: int((size * 1e9 - one["peak_bytes"]) / each) + 1 for size in CARDS}
             large["note"] += "".join(f"; {number} images would fill {size} GB" for size, number in fits.items())
     return rows
 

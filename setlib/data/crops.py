@@ -78,8 +78,8 @@ class RandomCrops:
     def batches(self, chosen: Sequence[list[int]]) -> Iterator[Batch]:
         """Crops by their numbers, a batch for each list, made by data.workers processes."""
         workers = {"num_workers": self.experiment.data.workers, "worker_init_fn": outlive_stops}
-        try:
-            for images, labels in DataLoader(self, batch_sampler=chosen, **workers):
+        try:  # a generator of its own: the user's draws nothing
+            for images, labels in DataLoader(self, batch_sampler=chosen, generator=torch.Generator(), **workers):
                 yield Batch(images, labels)
         except ValueError as error:  # of a worker, it ends a traceback
             raise ValueError(str(error).rpartition("ValueError: ")[2].strip()) from None

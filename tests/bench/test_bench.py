@@ -91,10 +91,12 @@ def test_what_a_gpu_is_asked_runs_on_a_cpu(small, monkeypatch, tmp_path, capsys)
                 assert set(row["differences"]) == {"features", "loss", "gradients"}
                 assert max(row["differences"].values()) < 1e-5
             else:
-                assert row["note"] == "" and row["seconds"] > 0 and row["images_per_second"] > 0, row
+                assert row["note"].startswith("40,000 steps: ") == ("step, DINOv2" in size and size.startswith("step"))
+                assert row["seconds"] > 0 and row["images_per_second"] > 0, row
                 assert row["peak_bytes"] == 5 * 10**9
                 assert row["ratio"] == row["seconds"] / group[0]["seconds"]
-    assert len(waits) == 3 * sum(not size.startswith("GPU against") for size in kinds) * len(gpu.REFINERS)
+    timed = sum(not size.startswith("GPU against") for size in kinds) + sum(size.startswith("step") for size in kinds)
+    assert len(waits) == 3 * timed * len(gpu.REFINERS)  # a step also with one image
     assert "set-released" in (shown := capsys.readouterr().out) and "images/s" in shown
 
 
@@ -110,10 +112,20 @@ def test_what_does_not_fit_or_fails_or_is_not_reached_is_a_row(small, monkeypatc
         return lambda: None
 
     monkeypatch.setattr(gpu, "paper_step", step)
-    monkeypatch.setattr(gpu, "timed", lambda prepare, images: {"seconds": float(callable(prepare()))})
+    found = lambda prepare, images: {"seconds": float(callable(prepare())), "peak_bytes": int(1e9 + 2e9 * images)}  # noqa: E731
+    monkeypatch.setattr(gpu, "timed", found)
     rows = gpu.paper_rows("step", 32, "float32", end=float("inf"))
-    assert made == [("none", 2), ("rein", 2), ("set", 2), ("set", 1), ("set-released", 2), ("none", 1)]
-    said = ["", "", "does not fit", "", "RuntimeError: CUFFT_INTERNAL_ERROR in a plan", ""]
+    assert made == [
+        ("none", 2),
+        ("rein", 2),
+        ("set", 2),
+        ("set", 1),
+        ("set-released", 2),
+        ("none", 1),
+        *(("none", 1), ("rein", 1)),
+    ]
+    many, one = "40,000 steps: 11.1 h; 11 images would fill 24 GB; 39 images would fill 80 GB", "40,000 steps: 11.1 h"
+    said = [many, many, "does not fit", one, "RuntimeError: CUFFT_INTERNAL_ERROR in a plan", one]
     assert [row["note"] for row in rows] == said
     rows = gpu.paper_rows("step", 32, "float32", end=0.0)
     assert [row["note"] for row in rows] == ["not reached"] * len(gpu.REFINERS)

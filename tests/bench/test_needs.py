@@ -1,0 +1,98 @@
+"""The dry run: what a training needs is told, what is missing is named, nothing is trained, fetched or written."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from setlib import __main__ as cli
+from setlib.bench import gpu, needs
+from setlib.experiment import Experiment
+
+sys.path.append(str(Path(__file__).parents[1] / "data"))
+from test_layouts import SETS, make  # noqa: E402
+
+SMALL = ["-o", "train.steps=40", "data.height=32", "data.width=64", "data.long_edge=64"]
+
+
+def dry(capsys, *words: str) -> tuple[int, str, str]:
+    code = cli.main([*words, "--dry"])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.fixture
+def sets(tmp_path, monkeypatch) -> Path:
+    """The trees of the paper's benchmarks, three pictures each, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    for text in ("gtav", "cityscapes:val", "cityscapes:train", "bdd100k:val", "mapillary:val", "acdc:night-val"):
+        make(tmp_path / text.partition(":")[0], *SETS[text])
+    return tmp_path
+
+
+def test_a_training_on_the_papers_trees_is_told_and_nothing_is_written(sets, capsys):
+    before = sorted(sets.rglob("*"))
+    targets = ["cityscapes:val@cityscapes", "bdd100k:val@bdd100k", "mapillary:val@mapillary", "acdc:night-val@acdc"]
+    words = ["train", "--profile", "smoke", "--run", "run", "--source", "gtav@gtav", "--target", *targets]
+    code, told, _ = dry(capsys, *words, *SMALL)
+    assert code == 0 and sorted(sets.rglob("*")) == before
+    for text in ("gtav@gtav", *targets):
+        assert any(line.startswith(text) and "3 pictures" in line for line in told.splitlines()), told
+    rows = {line.split()[0]: line for line in told.splitlines() if line.strip()}
+    assert "on this machine" in rows["tiny-random"] and "40 steps: " in rows["set"] and "s a step" in rows["set"]
+    assert rows["memory"].count("GB") == rows["disk"].count("GB") == 2
+
+
+def test_what_is_missing_is_named_and_the_rest_is_told(sets, capsys, monkeypatch):
+    monkeypatch.setattr(needs, "one_step", step_of_no_time)
+    words = ["train", "--profile", "paper", "--source", "gtav@nowhere", "--target", "cityscapes:val@cityscapes"]
+    code, told, error = dry(capsys, *words)
+    assert code == 1 and "gtav@nowhere': folder nowhere does not exist" in error and "facebook/dinov2-large" in error
+    assert "1.22 GB are fetched; licence: Apache-2.0" in told and "cannot be used" in told
+    assert "40,000 steps: 11:06:40" in told and "3 pictures" in told
+
+
+def step_of_no_time(experiment: Experiment) -> dict[str, float]:
+    """In a process of its own."""
+    return {"seconds": 1.0, "keeping": 0.0, "memory": 1e9, "kept": 0.0, "learns": 1e8}
+
+
+def test_memory_and_disk_that_are_not_there_stand_in_the_way(sets, capsys, monkeypatch):
+    monkeypatch.setattr(needs, "one_step", step_of_too_much)
+    code, _, error = dry(capsys, "train", "--profile", "smoke", *SMALL)
+    assert code == 1 and "memory: 9000000.0 GB are needed" in error and "disk: " in error
+
+
+def step_of_too_much(experiment: Experiment) -> dict[str, float]:
+    """In a process of its own."""
+    return {"seconds": 1.0, "keeping": 0.0, "memory": 9e15, "kept": 0.0, "learns": 9e15}
+
+
+def test_an_ablation_counts_all_its_trainings(sets, capsys):
+    words = ["ablate", "--profile", "smoke", "--source", "gtav@gtav", "--target", "cityscapes:val@cityscapes", *SMALL]
+    options = ["ablation.variants=none,set", "ablation.seeds=0,1,2", "ablation.overrides=train.steps=20"]
+    code, told, _ = dry(capsys, *words, *options)
+    assert code == 0 and told.count("20 steps x 3: ") == 2 and not (sets / "runs").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("train.views=0", "train.accumulate=2"), ("model.backbone=dinov2-small",)])
+def test_a_step_has_its_numbers(options, monkeypatch):
+    monkeypatch.setattr(gpu, "DEVICE", torch.device("cpu"))
+    if "dinov2" in str(options):
+        options += ("data.height=28", "data.width=28", "model.feature_layers=", "model.refined_layers=")
+    found = needs.one_step(Experiment.build("smoke", overrides=["train.batch_size=2", *options]))
+    assert set(found) == {"seconds", "keeping", "memory", "kept", "learns"} and min(found.values()) >= 0
+    assert found["seconds"] > 0 and found["learns"] > 1000
+
+
+def test_random_numbers_of_the_users_stay_as_they_were(trained, sets, capsys):
+    import setlib
+
+    before = torch.get_rng_state()
+    setlib.train(setlib.Run.open("run", Experiment.build("smoke", overrides=["train.steps=2"])), progress=False)
+    gpu.random_backbone.cache_clear()
+    gpu.random_backbone(gpu.DINOV2["tiny"])
+    gpu.compared("set", "model.head=per-pixel")
+    dry(capsys, "train", "--profile", "smoke", *SMALL)
+    assert torch.equal(torch.get_rng_state(), before)
