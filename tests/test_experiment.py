@@ -62,7 +62,7 @@ def test_bad_options_are_one_sentence(options, message):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"profile": "quik"}, "Unknown profile 'quik': expected one of smoke, quick, paper, paper-1024"),
+        ({"profile": "quik"}, "Unknown profile 'quik': expected one of smoke, quick, gpu-10min, paper, paper-1024"),
         ({"profile": "paper"}, "Profile paper has no domains of its own: name yours with --source and --target"),
         ({"profile": "paper-1024", "source": "gtav@x"}, "Profile paper-1024 has no domains of its own"),
         ({"profile": "smoke", "seed": -1}, "^Option seed should be greater than or equal to 0, got -1.$"),

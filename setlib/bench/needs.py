@@ -57,8 +57,10 @@ def needs(experiment: Experiment, folder: Path, ablates: bool = False) -> tuple[
             step = process.submit(one_step, one).result()
         took = number[name] * settings.steps * step["seconds"] + settings.views * step["keeping"]
         trainings = f"{settings.steps:,} steps" + f" x {number[name]}" * (number[name] > 1)
-        rows.append([name, f"{step['seconds']:.2f} s a step", f"{trainings}: {tqdm.format_interval(took)}"])
-        seconds, memory = seconds + took, max(memory, step["memory"] + settings.views * step["kept"])
+        peak = step["memory"] + settings.views * step["kept"]
+        here = f"{step['seconds']:.2f} s a step, {peak / 1e9:.2f} GB"
+        rows.append([name, here, f"{trainings}: {tqdm.format_interval(took)}"])
+        seconds, memory = seconds + took, max(memory, peak)
         learned += step["learns"] * (number[name] + 4)  # models; the checkpoint that is written beside the last one
     there = torch.cuda.mem_get_info()[0] if HAS_GPU else psutil.virtual_memory().available
     disk = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.is_dir())).free
