@@ -30,12 +30,16 @@ from setlib.features import FrozenFeatures, SharedFeatures
 from setlib.segmenter import Segmenter
 from setlib.training import make_optimiser
 from setlib.weights.convert import resize_patches
-from setlib.weights.presets import is_here
+from setlib.weights.load import load_backbone
+from setlib.weights.presets import find_preset, is_here
 
-DINOV2 = {"tiny": (24, 6, 14), "S": (384, 12, 14), "L": (1024, 24, 14)}  # channels, layers, pixels of a patch
 REFINERS = ("none", "rein", "set", "set-released")
 PROFILE = "quick"  # of the step on the offline backbone
-BACKBONE, CROPS, BATCHES = "L", (512, 1024), (4, 2, 1)  # of the paper's model; pixels; images, the first that fit
+BACKBONE, CROPS, BATCHES = "L", (512, 1024), (4, 1)  # of the paper's model; pixels; images, the paper's first
+DINOV2 = {  # options of the paper's model on another size
+    "S": ("model.backbone=dinov2-small", "model.feature_layers=4,6,8,12"),
+    "L": ("model.backbone=dinov2-large",),
+}
 PRECISIONS, KINDS = ("bfloat16", "float32"), ("step", "prediction")  # kinds: of `paper_step`
 WARM_UP, STEPS, SECONDS = 2, 3, 1.0  # steps before those that are measured, of which at least so many for so long
 LIMIT = 265.0  # seconds; what was not reached by then is left out
@@ -48,16 +52,19 @@ NO_FIT, NOT_REACHED = "does not fit", "not reached"
 
 
 @functools.cache
-def random_backbone(shape: tuple[int, int, int], patch_size: int = 0) -> FrozenBackbone:
-    """A DINOv2 of random weights, one for all that ask. shape: as in DINOV2; patches are resized to patch_size."""
-    channels, layers, patch = shape
-    sizes = {"hidden_size": channels, "num_hidden_layers": layers, "num_attention_heads": max(channels // 64, 2)}
+def backbone(name: str, patch_size: int = 0) -> FrozenBackbone:
+    """A backbone on the device, one for all that ask; a DINOv2 of a preset's shape with random weights if not here."""
+    known = find_preset(name)
+    if known is None or is_here(name):
+        return load_backbone(name, patch_size).to(DEVICE)
+    sizes = {"num_hidden_layers": known.layers, "num_attention_heads": known.channels // 64}
+    sizes |= {"patch_size": known.patch, "image_size": 37 * known.patch}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        model = Dinov2Model(Dinov2Config(**sizes, image_size=37 * patch, patch_size=patch))
-        if patch_size:
-            resize_patches(model, patch_size)
-    return FrozenBackbone(model, f"random DINOv2 of {channels} channels").to(DEVICE)
+        model = Dinov2Model(Dinov2Config(hidden_size=known.channels, **sizes))
+    if patch_size:
+        resize_patches(model, patch_size)
+    return FrozenBackbone(model, f"{name} (random weights)").to(DEVICE)
 
 
 def random_batch(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -82,37 +89,35 @@ def training_step(model: Segmenter, images: Tensor, labels: Tensor, frozen: Froz
     return step
 
 
-def paper_model(size: str, refiner: str, *options: str) -> Segmenter:
-    """The paper profile's model on a DINOv2 of random weights."""
-    read = ",".join(str(DINOV2[size][1] * k // 6) for k in (2, 3, 4, 6))
-    options = (f"model.refiner={refiner}", f"model.feature_layers={read}", "model.any_batch=true", *options)
-    experiment = Experiment.build("paper", "scenes:game", ["scenes:fog"], overrides=options)
-    return build_segmenter(experiment, random_backbone(DINOV2[size], experiment.model.patch_size))
+def own_step(experiment: Experiment, kept: bool) -> tuple[Step, Segmenter, FrozenFeatures | None]:
+    """A training step of an experiment on random images, its model, and, if kept, features of its frozen layers."""
+    settings, data = experiment.train, experiment.data
+    model = build_segmenter(experiment, backbone(experiment.model.backbone, experiment.model.patch_size)).train()
+    images, labels = random_batch(settings.batch_size // settings.accumulate, data.height, data.width)
+    frozen = SharedFeatures([model])(images) if kept else None
+    return training_step(model, images, labels, frozen), model, frozen
+
+
+def profile_step(refiner: str, *options: str, kept: bool = True) -> Step:
+    """One training step of the profile. kept: whether the features of the frozen first layers are at hand."""
+    return own_step(Experiment.build(PROFILE, overrides=[f"model.refiner={refiner}", NO_END, *options]), kept)[0]
 
 
 def paper_step(kind: str, size: str, refiner: str, batch: int, crop: int, *options: str) -> Step:
-    """One step of the paper's training, or one prediction, on random images.
+    """One step of the paper's training on a DINOv2, or one prediction, on random images.
 
     kind: "step": forward, loss, backward, optimiser; "prediction": class probabilities (B, 19, h, w) of windows, before
     these are blended on the CPU.
     """
-    model = paper_model(size, refiner, f"train.batch_size={batch}", NO_END, *options).train(kind == "step")
-    images, labels = random_batch(batch, crop, crop)
+    sizes = f"train.batch_size={batch}", f"data.height={crop}", f"data.width={crop}"
+    options = (f"model.refiner={refiner}", "model.any_batch=true", NO_END, *DINOV2[size], *sizes, *options)
+    experiment = Experiment.build("paper", "scenes:game", ["scenes:fog"], overrides=options)
+    step, model, _ = own_step(experiment, kept=False)
     if kind == "step":
-        return training_step(model, images, labels)
+        return step
+    images, _ = random_batch(batch, crop, crop)
+    model.eval()
     return torch.no_grad()(lambda: model.pixel_probabilities(model(images), (crop, crop)))
-
-
-def profile_step(refiner: str, *options: str, kept: bool = True) -> Step:
-    """One training step of the profile on random images; a backbone that is not here has DINOv2-S's shape.
-
-    kept: whether the features of the frozen first layers are at hand.
-    """
-    experiment = Experiment.build(PROFILE, overrides=[f"model.refiner={refiner}", NO_END, *options])
-    backbone = None if is_here(experiment.model.backbone) else random_backbone(DINOV2["S"])
-    model = build_segmenter(experiment, backbone).train()
-    images, labels = random_batch(experiment.train.batch_size, experiment.data.height, experiment.data.width)
-    return training_step(model, images, labels, SharedFeatures([model])(images) if kept else None)
 
 
 # What is measured
@@ -135,7 +140,9 @@ def timed(prepare: Callable[[], Step], images: int) -> dict:
 
 def compared(refiner: str, *options: str) -> dict:
     """Largest differences of a small model in float32 on the GPU and on the CPU, relative to the largest value."""
-    model = paper_model("tiny", refiner, *options).train()
+    options = (f"model.refiner={refiner}", "model.any_batch=true", "model.head_channels=32", *options)
+    experiment = Experiment.build("smoke", overrides=options)
+    model = build_segmenter(experiment, backbone(experiment.model.backbone)).train()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.refiner.parameters():  # refiners start at or near no change
@@ -174,8 +181,7 @@ def measure() -> list[dict]:
         call = partial(compared, refiner, f"model.head={head}")
         rows.append(measured(refiner, f"GPU against CPU, {head}", end, call))
     experiment = Experiment.build(PROFILE)
-    name, batch, data = experiment.model.backbone, experiment.train.batch_size, experiment.data
-    name += "" if is_here(name) else " (random weights)"
+    name, batch, data = backbone(experiment.model.backbone).name, experiment.train.batch_size, experiment.data
     for precision, refiner in product(PRECISIONS, REFINERS):
         size = f"{PROFILE} step, {name}, B={batch}, {data.height} x {data.width}, {precision}"
         prepare = partial(profile_step, refiner, f"train.precision={precision}")
@@ -187,34 +193,24 @@ def measure() -> list[dict]:
 
 
 def paper_rows(kind: str, crop: int, precision: str, end: float) -> list[dict]:
-    """Rows of every refiner with the largest batch that fits it, and of the head alone with each of these batches.
+    """Rows of every refiner with each of BATCHES.
 
-    A step's row says how long the paper's training would take, and, from its memory and that of one image, how many
-    images would fill a card.
+    A step's row says how long the paper's training would take with so many images at once; that with the most says how
+    many would fill a card, by its memory and that of a single one.
     """
-
-    def row(refiner: str, batch: int) -> dict:
+    rows, most = [], BATCHES[0]
+    for batch, refiner in product(BATCHES, REFINERS):
         size = f"{kind}, DINOv2-{BACKBONE}, B={batch}, {crop} x {crop}, {precision}"
         prepare = partial(paper_step, kind, BACKBONE, refiner, batch, crop, f"train.precision={precision}")
-        return measured(refiner, size, end, partial(timed, prepare, batch)) | {"images": batch}
-
-    rows, largest = [], {}
-    for refiner in REFINERS:
-        for batch in BATCHES:
-            rows.append(row(refiner, batch))
-            if rows[-1]["note"] != NO_FIT:
-                largest[refiner] = batch
-                break
-    others = set(largest.values()) - {largest.get("none")}
-    rows += [row("none", batch) for batch in sorted(others, reverse=True)]
-    for large in [one for one in rows if kind == "step" and not one["note"]]:
-        batch = large["images"]
-        large["note"] = f"{STEPS_IN_ALL:,} steps: {STEPS_IN_ALL * large['seconds'] / 3600:.1f} h"
-        one = row(large["variant"], 1) if batch > 1 else large
-        each = (large["peak_bytes"] - one["peak_bytes"]) / max(batch - 1, 1)
-        if each > 0 and one["peak_bytes"]:
-            fits = {size: int((size * 1e9 - one["peak_bytes"]) / each) + 1 for size in CARDS}
-            large["note"] += "".join(f"; {number} images would fill {size} GB" for size, number in fits.items())
+        rows.append(measured(refiner, size, end, partial(timed, prepare, batch)))
+        if kind == "step" and not rows[-1]["note"]:
+            hours = STEPS_IN_ALL * rows[-1]["seconds"] * most / batch / 3600
+            rows[-1]["note"] = f"{STEPS_IN_ALL:,} steps of {most}: {hours:.1f} h"
+    for many, one in zip(rows, rows[-len(REFINERS) :], strict=False):
+        each = (many["peak_bytes"] - one["peak_bytes"]) / (most - 1)
+        for card in CARDS if kind == "step" and each > 0 and one["peak_bytes"] else ():
+            number = int((card * 1e9 - one["peak_bytes"]) / each) + 1
+            many["note"] += f"; {number} images would fill {card} GB"
     return rows
 
 

@@ -32,6 +32,11 @@ with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as _f
     }
 
 
+def find_preset(name: str) -> Preset | None:
+    """What is known of a backbone by its name or by its id on the hub."""
+    return next((preset for known, preset in PRESETS.items() if name in (known, preset.source)), None)
+
+
 def check_name(name: str) -> None:
     """Raises ValueError if `name` can be no backbone: neither a preset, nor a folder or file, nor a hub id."""
     if name in PRESETS or os.path.exists(os.path.expanduser(name)) or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):

@@ -10,8 +10,14 @@ from setlib import __main__
 from setlib.bench import gpu
 from setlib.bench import measure as bench
 
-SMALL = ("model.head_channels=32", "model.num_tokens=5", "model.pixel_layers=1", "model.pixel_width=48")
-SMALL += ("model.decoder_layers=1", "model.decoder_width=64")
+SMALL = ("model.backbone=tiny-random", "model.feature_layers=1,2,3,4", "model.head_channels=32")
+SMALL += (
+    "model.num_tokens=5",
+    "model.pixel_layers=1",
+    "model.pixel_width=48",
+    "model.decoder_layers=1",
+    "model.decoder_width=64",
+)
 
 
 @pytest.fixture
@@ -20,9 +26,7 @@ def small(monkeypatch):
     sizes = ((1, 3, 4, 8), (2, 2, 3, 8))
     monkeypatch.setattr(bench, "SIZES", sizes)
     monkeypatch.setattr(bench, "GRIDS", sizes)
-    monkeypatch.setattr(gpu, "DINOV2", dict.fromkeys(("tiny", "S", "L"), gpu.DINOV2["tiny"]))
-    own_model = gpu.paper_model
-    monkeypatch.setattr(gpu, "paper_model", lambda *names: own_model(*names, *SMALL))
+    monkeypatch.setattr(gpu, "DINOV2", dict.fromkeys(("S", "L"), SMALL))
     smaller = {"PROFILE": "smoke", "CROPS": (64,), "BATCHES": (2, 1), "WARM_UP": 0, "STEPS": 1, "SECONDS": 0.0}
     for name, value in smaller.items():
         monkeypatch.setattr(gpu, name, value)
@@ -83,7 +87,7 @@ def test_what_a_gpu_is_asked_runs_on_a_cpu(small, monkeypatch, tmp_path, capsys)
     kinds = {row["size"]: [] for row in rows}
     for row in rows:
         kinds[row["size"]].append(row)
-    assert len(kinds) == 2 + 2 + 2 * 2  # heads; precisions; precisions x step and prediction
+    assert len(kinds) == 2 + 2 + 2 * 2 * 2  # heads; precisions; precisions x step and prediction x images
     for size, group in kinds.items():
         assert [row["variant"] for row in group] == list(gpu.REFINERS)
         for row in group:
@@ -91,12 +95,12 @@ def test_what_a_gpu_is_asked_runs_on_a_cpu(small, monkeypatch, tmp_path, capsys)
                 assert set(row["differences"]) == {"features", "loss", "gradients"}
                 assert max(row["differences"].values()) < 1e-5
             else:
-                assert row["note"].startswith("40,000 steps: ") == ("step, DINOv2" in size and size.startswith("step"))
+                assert row["note"].startswith("40,000 steps of 2: ") == size.startswith("step, DINOv2")
                 assert row["seconds"] > 0 and row["images_per_second"] > 0, row
                 assert row["peak_bytes"] == 5 * 10**9
                 assert row["ratio"] == row["seconds"] / group[0]["seconds"]
-    timed = sum(not size.startswith("GPU against") for size in kinds) + sum(size.startswith("step") for size in kinds)
-    assert len(waits) == 3 * timed * len(gpu.REFINERS)  # a step also with one image
+    timed = sum(not size.startswith("GPU against") for size in kinds)
+    assert len(waits) == 3 * timed * len(gpu.REFINERS)
     assert "set-released" in (shown := capsys.readouterr().out) and "images/s" in shown
 
 
@@ -115,13 +119,12 @@ def test_what_does_not_fit_or_fails_or_is_not_reached_is_a_row(small, monkeypatc
     found = lambda prepare, images: {"seconds": float(callable(prepare())), "peak_bytes": int(1e9 + 2e9 * images)}  # noqa: E731
     monkeypatch.setattr(gpu, "timed", found)
     rows = gpu.paper_rows("step", 32, "float32", end=float("inf"))
-    asked = [("none", 2), ("rein", 2), ("set", 2), ("set", 1), ("set-released", 2), ("none", 1)]
-    assert made == [*asked, ("none", 1), ("rein", 1)]  # with one image again: what an image takes
-    many, one = "40,000 steps: 11.1 h; 11 images would fill 24 GB; 39 images would fill 80 GB", "40,000 steps: 11.1 h"
-    said = [many, many, "does not fit", one, "RuntimeError: CUFFT_INTERNAL_ERROR in a plan", one]
-    assert [row["note"] for row in rows] == said
+    assert made == [(refiner, batch) for batch in (2, 1) for refiner in gpu.REFINERS]
+    many = "40,000 steps of 2: 11.1 h; 11 images would fill 24 GB; 39 images would fill 80 GB"
+    one, failed = "40,000 steps of 2: 22.2 h", "RuntimeError: CUFFT_INTERNAL_ERROR in a plan"
+    assert [row["note"] for row in rows] == [many, many, "does not fit", failed, one, one, one, failed]
     rows = gpu.paper_rows("step", 32, "float32", end=0.0)
-    assert [row["note"] for row in rows] == ["not reached"] * len(gpu.REFINERS)
+    assert [row["note"] for row in rows] == ["not reached"] * 2 * len(gpu.REFINERS)
 
 
 def test_the_offline_backbone_is_not_fetched(small, monkeypatch):
