@@ -93,8 +93,6 @@ def distort(image: Tensor, strength: float, generator: Generator) -> Tensor:
 
     Departure: the balance of the three channels is changed instead of the hue angle, which needs no HSV round trip.
     """
-    if not strength:
-        return image
     chosen = torch.rand(4, generator=generator) < 0.5
     brightness = uniform(generator, -0.125, 0.125) * strength
     contrast, saturation = (1 + uniform(generator, -0.5, 0.5) * strength for _ in range(2))

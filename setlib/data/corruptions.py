@@ -47,8 +47,7 @@ def _motion(x: np.ndarray, length: float, random: Generator) -> np.ndarray:
 
 
 def _blur(x: np.ndarray, sigma: float, random: Generator) -> np.ndarray:
-    sigma *= len(x) / 512
-    return ndimage.gaussian_filter(x, (sigma, sigma, 0), mode="nearest")
+    return ndimage.gaussian_filter(x, sigma * len(x) / 512, mode="nearest", axes=(0, 1))
 
 
 def _clouds(size: tuple[int, int], random: Generator) -> np.ndarray:

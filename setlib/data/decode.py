@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageDraw, ImageOps
 
-from setlib.data.labels import IdMap
+from setlib.data.labels import IGNORE, IdMap
 from setlib.files import small
 
 # what Pillow and json raise for a damaged file
@@ -131,12 +131,13 @@ def read_label(source: Any, ids: IdMap) -> np.ndarray:
         return _colours_to_ids(label[..., :3], ids)
     if label.ndim != 2 or label.dtype not in (np.uint8, np.int32, np.uint16, bool):
         raise LabelError(f"is a colour picture of shape {label.shape}: expected one channel of class ids")
-    known = ", ".join(str(i) for i in np.flatnonzero(ids.known))
+    allowed = sorted({*ids.names, IGNORE})
+    known = ", ".join(map(str, allowed))
     if label.dtype != np.uint8 and (label.min(initial=0) < 0 or label.max(initial=0) > 255):
         raise LabelError(f"holds ids from {label.min()} to {label.max()}: expected {known}")
     label = label.astype(np.uint8, copy=False)
     pixels = np.array(Image.fromarray(label).histogram())
-    unknown = np.flatnonzero((pixels > 0) & ~ids.known)
+    unknown = np.setdiff1d(np.flatnonzero(pixels), allowed)
     if len(unknown):
         found = f"holds the unknown ids {unknown[:5].tolist()} ({pixels[unknown].sum()} pixels): expected {known}"
         if ids.name == "cityscapes" and unknown.max() <= 34:

@@ -33,6 +33,7 @@ from setlib.files import cache_folder, hub_answers, nearest
 NAMES = ("scenes", "hub", *LAYOUTS)
 ENDLESS = 500  # rendered scenes that "all" stands for
 LABEL_COLUMNS = ("label", "labels", "annotation", "mask", "segmentation_mask", "semantic_segmentation")
+say = cache(tqdm.write)  # each note once in a process
 
 
 class Spec(NamedTuple):
@@ -164,12 +165,6 @@ def _file(value: Any) -> Any:
 
 def _other_size(name: str, image: tuple[int, int], label: tuple[int, int]) -> str:
     return f"image '{name}' is {image[0]} x {image[1]} but its label is {label[0]} x {label[1]}: they must be equal"
-
-
-@cache
-def say(note: str) -> None:
-    """Says something once in a process."""
-    tqdm.write(note)
 
 
 def short_name(domain: str) -> str:

@@ -66,11 +66,6 @@ class IdMap:
     palette: np.ndarray
     form: str = "ids"
 
-    @property
-    def known(self) -> np.ndarray:
-        """(256,) bool: the ids that a label may hold."""
-        return np.isin(np.arange(256), [*self.names, IGNORE])
-
 
 @cache
 def read_rows(name: str) -> tuple[dict, ...]:

@@ -299,10 +299,8 @@ def _base(pattern: str) -> str:
 
 def _folders(root: Path) -> list[Path]:
     """The folders in a folder, as far as they may be seen."""
-    try:
-        return sorted(Path(entry) for entry in os.scandir(root) if entry.is_dir())
-    except OSError:
-        return []
+    _, folders, _ = next(os.walk(root), ("", [], []))
+    return sorted(root / folder for folder in folders)
 
 
 def _match(root: Path, layout: Layout, pattern: str, formats: tuple[str, ...]) -> dict[str, dict[str, str]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from setlib.checkpoint import even_layers, write_model
+from setlib.checkpoint import differences, even_layers, model_folder, write_model
 from setlib.data.labels import CITYSCAPES
 from setlib.experiment import PROFILES
 from setlib.files import write_atomic
@@ -29,10 +29,7 @@ from setlib.weights.presets import PRESETS, Preset, check_name
 REINS, HEAD = "backbone.reins.", "decode_head."
 BRANCHES = {"rein": "patches", "set-released": "phase"}  # refiner -> its branch of low-rank tokens
 with Path(__file__).with_name("names.csv").open(encoding="utf-8", newline="") as file:
-    ROWS = list(csv.DictReader(file))  # part, release, ours; # is a number, {branch} one of BRANCHES
-TOKEN_NAMES, HEAD_NAMES = (
-    {row["release"]: row["ours"] for row in ROWS if row["part"] == part} for part in ("tokens", "head")
-)
+    NAMES = {row["release"]: row["ours"] for row in csv.DictReader(file)}  # # a number, {branch} of BRANCHES
 PACKED = "self_attn.attn.in_proj_"  # query, key and value, one below the other
 PARTS = tuple(f"self_attn.attn.{part}_proj." for part in "qkv")
 
@@ -69,11 +66,9 @@ def import_checkpoint(path: Path, out: Path, backbone: str = "") -> Run:
     dinov2 = _dinov2(head.channels, num_layers)
     if not (backbone or dinov2):
         raise ValueError(f"No DINOv2 has {num_layers or 'any'} layers of {head.channels} channels: give --backbone.")
-    if dinov2:
-        num_layers = dinov2.layers
     options |= {
         "backbone": backbone or dinov2.source,
-        "feature_layers": ",".join(map(str, layers_read(num_layers))),
+        "feature_layers": ",".join(map(str, layers_read(dinov2.layers if dinov2 else num_layers))),
         "any_batch": "true",
         "head_channels": head.classify.in_features,
         **head_sizes(parameters),
@@ -109,10 +104,7 @@ def export_checkpoint(run: Run, path: Path) -> None:
             f"{run.path} has the refiner {config.refiner} and the head {config.head}: releases hold "
             f"{' or '.join(BRANCHES)} with mask2former, or none with it."
         )
-    stored = run.path / "model" / "model.safetensors"
-    if not stored.is_file():
-        raise ValueError(f"{stored.parent} holds no saved model: train one first.")
-    tensors = read_tensors(stored)
+    tensors = read_tensors(model_folder(run.path, {}) / "model.safetensors")
     head, state = head_to_release(under(tensors, "head.")), {}
     dinov2 = _dinov2(load_head(head).channels)
     num_layers, refined = dinov2.layers if dinov2 else 0, ()
@@ -143,8 +135,7 @@ def layers_read(num_layers: int) -> tuple[int, ...]:
 def _dinov2(channels: int, num_layers: int = 0) -> Preset | None:
     """The DINOv2 of that width, and of so many layers if that is known: what releases are trained on."""
     presets = [PRESETS[f"dinov2-{size}"] for size in ("small", "base", "large", "giant")]
-    fitting = [p for p in presets if p.channels == channels and num_layers in (0, p.layers)]
-    return fitting[0] if fitting else None
+    return next((p for p in presets if p.channels == channels and num_layers in (0, p.layers)), None)
 
 
 # Parameters under our names and a release's
@@ -153,12 +144,12 @@ def _dinov2(channels: int, num_layers: int = 0) -> Preset | None:
 def tokens_to_release(tokens: dict[str, Tensor], refiner: str) -> dict[str, Tensor]:
     """The parameters of our refiner under a release's names, without its note of the batch size."""
     tokens = {name: value for name, value in tokens.items() if name != "trained_batch"}
-    return rename(tokens, {ours.format(branch=BRANCHES[refiner]): theirs for theirs, ours in TOKEN_NAMES.items()})
+    return rename(tokens, {ours.format(branch=BRANCHES[refiner]): theirs for theirs, ours in NAMES.items()})
 
 
 def head_to_release(head: dict[str, Tensor]) -> dict[str, Tensor]:
     """The parameters of our head under a release's names."""
-    table = {ours: theirs for theirs, ours in HEAD_NAMES.items()}
+    table = {ours: theirs for theirs, ours in NAMES.items()}
     if "query_embed.weight" in head:
         table["query_features"] = "query_feat"
     named = rename(head, table)
@@ -182,8 +173,9 @@ def load_tokens(refiner: str, parameters: dict[str, Tensor]) -> Refiner:
         channels = parameters["learnable_tokens_b"].shape[-1]
         sizes = {"query_channels": len(parameters.get("transform.weight", ())), "any_batch": True}
         made = build_refiner(refiner, range(1, num_layers + 1), channels, num_tokens, rank, **sizes)
-    _check(parameters, tokens_to_release(dict(made.named_parameters()), refiner), refiner)
-    ours = {theirs: name.format(branch=BRANCHES[refiner]) for theirs, name in TOKEN_NAMES.items()}
+    if wrong := differences(tokens_to_release(dict(made.named_parameters()), refiner), parameters):
+        raise ValueError(f"These are not the parameters of {refiner}: {wrong}.")
+    ours = {theirs: name.format(branch=BRANCHES[refiner]) for theirs, name in NAMES.items()}
     made.load_state_dict(rename(parameters, ours), strict=False)
     return made.eval()
 
@@ -201,8 +193,9 @@ def load_head(parameters: dict[str, Tensor]) -> Mask2FormerHead:
             len(parameters.get("query_embed.weight", ())),
             **head_sizes(parameters),
         )
-    _check(parameters, head_to_release(dict(made.named_parameters())), "a Mask2Former head")
-    made.load_state_dict(rename(split_three(parameters, PACKED, PARTS), HEAD_NAMES))
+    if wrong := differences(head_to_release(dict(made.named_parameters())), parameters):
+        raise ValueError(f"These are not the parameters of a Mask2Former head: {wrong}.")
+    made.load_state_dict(rename(split_three(parameters, PACKED, PARTS), NAMES))
     return made.eval()
 
 
@@ -227,15 +220,3 @@ def _sizes_of(what: str) -> Iterator[None]:
         raise ValueError(f"These are not all parameters of {what}: {error.args[0]} is missing.") from None
     except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"These parameters have the sizes of no {what.removeprefix('a ')} ({error}).") from None
-
-
-def _check(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
-    """Raises ValueError with the names that are missing, left over or of another size; all names are a release's."""
-    wrong = [f"{name} is missing" for name in expected if name not in found]
-    for name, value in found.items():
-        if name not in expected:
-            wrong.append(f"{name} is left over")
-        elif value.shape != expected[name].shape:
-            wrong.append(f"{name} of shape {tuple(value.shape)} should be of {tuple(expected[name].shape)}")
-    if wrong:
-        raise ValueError(f"These are not the parameters of {what}: {', '.join(wrong)}.")

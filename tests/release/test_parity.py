@@ -57,7 +57,7 @@ def test_a_changed_parameter_is_found(tmp_path):
 @pytest.mark.parametrize(
     ("file", "key", "change", "message"),
     [
-        (TOKENS, "rein/param/merge.bias", lambda value: value[:-1], "merge.bias of shape .7,. should be of .8,."),
+        (TOKENS, "rein/param/merge.bias", lambda value: value[:-1], "merge.bias is .7,., expected .8,."),
         (TOKENS, "input/B2", None, "is not laid out as golden numbers are"),
         (HEAD, "input/50x93/3", None, "is not laid out as golden numbers are"),
         (HEAD, "queries", None, "is not laid out as golden numbers are"),

@@ -77,7 +77,7 @@ def encoder() -> torch.nn.Module:
 
 def onnx_of(encoder: torch.nn.Module) -> bytes:
     """The encoder as an exporter writes it, beside a decoder and a constant."""
-    graph = field(2, "a name") + varint(9 << 3 | 5) + bytes(4)
+    graph = field(2, "a name")
     for key, value in encoder.state_dict().items():
         for new, old in OLD_NAMES.items():
             key = key.replace(new, old)
