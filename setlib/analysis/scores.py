@@ -5,7 +5,6 @@ mIoU of different class sets is never averaged or compared.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -25,12 +24,11 @@ def training_summary(trained: dict[str, tuple[Segmenter, list[dict]]], window: i
     """Rows per model: parameters by part, mean loss of first and last `window` steps, median seconds; NaN if lost."""
     rows = []
     for name, (model, history) in trained.items():
-        losses = [entry["loss"] for entry in history] or [math.nan]
+        taken = pandas.DataFrame(history, columns=["loss", "seconds"])
         parts = {f"parameters of the {part}": count for part, count in model.num_trainable().items()}
-        ends = {"first loss": float(np.mean(losses[:window])), "last loss": float(np.mean(losses[-window:]))}
-        seconds = {"seconds per step": float(np.median([entry["seconds"] for entry in history] or [math.nan]))}
         steps = {"steps": model.experiment.train.steps, "precision": model.precision}
-        rows.append({"model": name} | parts | steps | ends | seconds)
+        ends = {"first loss": taken.loss[:window].mean(), "last loss": taken.loss[-window:].mean()}
+        rows.append({"model": name} | parts | steps | ends | {"seconds per step": taken.seconds.median()})
     return rows
 
 
@@ -53,16 +51,14 @@ def results(table: Mapping[str, Sequence[Score]], source: str) -> pandas.DataFra
     drop: points below the same model on the source in the same class set, NaN without it. unseen: of no source, with
     labelled pixels.
     """
-    columns = ["model", "domain", "class_set", "miou", "pictures", "precision", "unseen"]
+    columns = ["model", "domain", "class_set", "miou", "pictures", "precision"]
     rows = [
-        (
-            *(name, score.domain, score.class_set.name, score.miou, len(score.pictures), score.precision),
-            score.domain != source and bool(score.counts.any()),
-        )
+        (name, score.domain, score.class_set.name, score.miou, len(score.pictures), score.precision)
         for name, scores in table.items()
         for score in scores
     ]
     frame = pandas.DataFrame(rows, columns=columns)
+    frame["unseen"] = (frame.domain != source) & frame.miou.notna()
     own = frame[frame.domain == source].set_index(["model", "class_set"]).miou.rename("own")
     frame["drop"] = frame.join(own, on=["model", "class_set"]).own - frame.miou
     return frame
@@ -100,14 +96,11 @@ def target_means(table: Mapping[str, Sequence[Score]], source: str) -> dict[str,
 
 def class_means(table: Mapping[str, Sequence[Score]], source: str) -> list[tuple[ClassSet, dict[str, np.ndarray]]]:
     """Per class set, {model: (K,) percent}: IoU of each class, averaged over the unseen domains that have it."""
-    groups = {name: unseen(scores, source) for name, scores in table.items()}
-    return [
-        (
-            classes,
-            {name: pandas.DataFrame([s.iou for s in own[classes]]).mean().to_numpy() for name, own in groups.items()},
-        )
-        for classes in next(iter(groups.values()))
-    ]
+    groups, means = {name: unseen(scores, source) for name, scores in table.items()}, []
+    for classes in next(iter(groups.values())):
+        iou = {name: pandas.DataFrame([s.iou for s in own[classes]]).mean().to_numpy() for name, own in groups.items()}
+        means.append((classes, iou))
+    return means
 
 
 def hardest(scores: Sequence[Score], source: str) -> Score:

@@ -109,9 +109,8 @@ def domain_profile(domain: Domain, long_edge: int, limit: int = 8) -> tuple[np.n
 
 def say_survey(source: Survey, targets: Sequence[Survey], class_set: ClassSet) -> str:
     """What the surveys hold, as Markdown sentences."""
-    darkest = min(targets, key=lambda one: one.brightness)
-    brightest = max(targets, key=lambda one: one.brightness)
-    ends = [f"{one.brightness:.0f} ({short_name(one.domain)})" for one in (darkest, brightest)]
+    by_light = sorted(targets, key=lambda one: one.brightness)
+    ends = [f"{one.brightness:.0f} ({short_name(one.domain)})" for one in (by_light[0], by_light[-1])]
     order, num_classes = np.argsort(-source.shares), len(class_set)
     largest = " and ".join(f"{class_set.classes[i]} ({100 * source.shares[i]:.0f} %)" for i in order[:2])
     rare = [class_set.classes[i] for i in order if 0 < source.shares[i] < 0.01]

@@ -6,7 +6,6 @@ are in `tokens.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from setlib import _kernels
@@ -81,25 +81,22 @@ def read_tokens(model: Segmenter, image: np.ndarray | Tensor) -> Reading:
         image = windows[len(windows) // 2][None]
     inputs, attention, changes = {}, [], []
 
-    def catch(branch: TokenBranch, given: tuple[Tensor, int]) -> None:
-        inputs[branch] = given[0]
-
     def read(refiner: Refiner, given: tuple[Tensor, int], refined: Tensor) -> None:
         features, layer = given
         changes.append({"layer": layer, **compare(features, refined)})
         for name, branch in refiner.branches().items():
-            attention.append(_attention(branch, name, refiner.layers.index(layer), layer, inputs[branch], features))
+            attention.append(_attention(branch, name, layer, features, *inputs[branch]))
 
     with ExitStack() as hooks:
         for branch in model.refiner.branches().values():
-            hooks.enter_context(branch.register_forward_pre_hook(catch))
+            hooks.enter_context(branch.register_forward_pre_hook(inputs.__setitem__))
         hooks.enter_context(model.refiner.register_forward_hook(read))
         model.backbone(image.to(model.device), model.refiner)
     return Reading(to_image(image), attention, changes)
 
 
-def _attention(branch: TokenBranch, name: str, index: int, layer: int, x: Tensor, features: Tensor) -> Attention:
-    """One branch on its own input x, for the features (1, H, W, C) of a layer."""
+def _attention(branch: TokenBranch, name: str, layer: int, features: Tensor, x: Tensor, index: int) -> Attention:
+    """One branch on its own input x, for the features (1, H, W, C) of a layer, the branch's number `index`."""
     share, (height, width) = branch.attention(x, index), features.shape[1:3]
     if name in BANDS:  # of wavelets, (1 or 3, H'W', M): the mean over the bands, at the patches of each square
         share = share.mean(0).unflatten(0, (-(-height // 2), -1)).repeat_interleave(2, 0).repeat_interleave(2, 1)
@@ -127,18 +124,13 @@ def over_picture(features: Tensor, share: Tensor) -> Tensor:
     return torch.stack(own, -1) / features[0].norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
-def entropy(share: np.ndarray) -> float:
-    """Mean entropy of shares (..., M) over the positions, in units of the most possible: 1 = even over all tokens."""
-    return float(-(share * np.log(np.maximum(share, 1e-30))).sum(-1).mean() / math.log(share.shape[-1]))
-
-
 def attention_table(reading: Reading, top: int = 3) -> list[dict]:
     """Per layer and branch: entropy (1 = spread evenly over all tokens), share of token 0, most influential tokens."""
     return [
         {
             "layer": one.layer,
             "branch": one.branch,
-            "entropy": entropy(one.share),
+            "entropy": float(stats.entropy(one.share, base=one.share.shape[-1], axis=-1).mean()),
             "token 0 (%)": 100 * one.share[..., 0].mean(),
             "top tokens": [int(i) for i in np.argsort(-one.influence, kind="stable")[:top] if one.influence[i] > 0],
         }

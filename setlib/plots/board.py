@@ -72,9 +72,6 @@ class Panel(NamedTuple):
     cells: tuple[Cells, ...] = ()
 
 
-Piece = tuple[Image.Image, int, int, Panel | None]  # of a board: where it lies, and whose picture it is
-
-
 @dataclass(repr=False, eq=False)
 class Board:
     """Rows of panels in equally wide columns (None: an empty place), words on what they show, colours by name."""
@@ -104,8 +101,8 @@ class Board:
             whole.paste(piece, (left, top))
         return whole
 
-    def _pieces(self, with_words: bool) -> list[Piece]:
-        """What the picture is made of, row by row: titles above panels, a scale behind the last column."""
+    def _pieces(self, with_words: bool) -> list[tuple[Image.Image, int, int, Panel | None]]:
+        """What the picture is made of, where it lies, and whose it is: titles above panels, a scale behind the last."""
         right = SCALE if any(panel.scale for panel in self.panels) else 0
         width = (WIDTH - right - GAP * (self.columns - 1)) // self.columns
         pieces, top = [], 0

@@ -18,7 +18,6 @@ import pandas
 from matplotlib import figure
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure as AnyFigure
 from matplotlib.ticker import PercentFormatter
 
 from setlib.data.domains import short_name
@@ -203,7 +202,7 @@ def confusion(counts: np.ndarray, class_set: ClassSet, ax: Axes | None = None) -
 
 
 @quiet
-def forest(rows: Sequence[Mapping]) -> AnyFigure | None:
+def forest(rows: Sequence[Mapping]) -> Figure | None:
     """Differences from a baseline, a panel per domain: every seed a hollow point, mean and interval; None without rows.
 
     rows: those of `analysis.ablation.differences`, in points.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -119,12 +117,6 @@ def test_a_token_of_one_frequency_is_found_where_the_frequency_is():
     share[..., 0], share[:, 5:, 0], share[:, 5:, 1] = 1, 0, 1  # token 1 attends to high frequencies across
     found = attention.over_picture(x, share)[..., 1] * x[0].norm(dim=-1)
     assert found[:, 8:].mean() > 3 * found[:, :8].mean()
-
-
-def test_entropy_of_even_and_of_single_attention():
-    assert attention.entropy(np.full((2, 3, 8), 1 / 8)) == pytest.approx(1)
-    assert attention.entropy(np.eye(8)) == pytest.approx(0, abs=1e-6)
-    assert attention.entropy(np.array([[0.5, 0.5, 0, 0]])) == pytest.approx(math.log(2) / math.log(4))
 
 
 @pytest.mark.parametrize("refiner", ["none", "rein", "set", "fada", "vpt"])
