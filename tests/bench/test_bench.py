@@ -104,6 +104,15 @@ def test_what_a_gpu_is_asked_runs_on_a_cpu(small, monkeypatch, tmp_path, capsys)
     assert "set-released" in (shown := capsys.readouterr().out) and "images/s" in shown
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("head", ["per-pixel", "mask2former"])
+@pytest.mark.parametrize("refiner", gpu.REFINERS)
+def test_a_gpu_agrees_with_the_cpu(refiner, head):
+    assert (
+        max(gpu.compared(refiner, f"model.head={head}")["differences"].values()) < 1e-3
+    )  # as notebooks/README.md says
+
+
 def test_what_does_not_fit_or_fails_or_is_not_reached_is_a_row(small, monkeypatch):
     made = []
 
