@@ -235,7 +235,7 @@ def dry_run(args: argparse.Namespace) -> int:
 
     rows, problems = needs(experiment, Path(args.run or default_run_folder(experiment)), args.command == "ablate")
     print(text_table(rows))
-    return fail(f"{'; '.join(problems)}.", 1) if problems else 0
+    return max([fail(f"{problem}.", 1) for problem in problems], default=0)
 
 
 def freely(experiment: setlib.Experiment, options: Sequence[str]) -> setlib.Experiment:

@@ -48,8 +48,14 @@ def run_layer(layer: nn.Module, hidden: Tensor, arguments: Arguments, prompts: T
             raise ValueError("Prompts need tokens in a row, but this backbone keeps a grid: take another refiner.")
         count = len(prompts)
         hidden = torch.cat([prompts.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], dim=1)  # (B, P + N, C)
-    with _more_prefix_tokens(layer, count):
+    rotating: list[Any] = [module for module in layer.modules() if hasattr(module, "num_prefix_tokens")]
+    try:
+        for module in rotating:  # timm's rotary attention is told of the tokens in front of the patches
+            module.num_prefix_tokens += count
         output = layer(hidden, *args, **kwargs)
+    finally:
+        for module in rotating:
+            module.num_prefix_tokens -= count
     hidden = output[0] if isinstance(output, tuple) else output
     return hidden[:, count:] if count else hidden
 
@@ -110,19 +116,6 @@ def _fitted(model: nn.Module, grid: Grid, size: tuple[int, int]) -> Iterator[dic
     finally:
         for module, own in zip(checks, before, strict=True):
             module.image_size = own
-
-
-@contextlib.contextmanager
-def _more_prefix_tokens(layer: nn.Module, count: int) -> Iterator[None]:
-    """Tells timm's rotary attention that so many more tokens stand in front of the patches."""
-    rotating: list[Any] = [module for module in layer.modules() if hasattr(module, "num_prefix_tokens")]
-    try:
-        for module in rotating:
-            module.num_prefix_tokens += count
-        yield
-    finally:
-        for module in rotating:
-            module.num_prefix_tokens -= count
 
 
 def hash_weights(model: nn.Module) -> str:

@@ -1,6 +1,6 @@
-"""Fast forms of three functions of `spectral.py` over the patch grid, equal to it to 1e-6 in values and gradients.
+"""Fast forms of two functions of `spectral.py` over the patch grid, equal to it to 1e-6 in values and gradients.
 
-SET's layers call these. The same three names imported from `spectral` instead do the same, in more time and memory:
+SET's layers call these. The same two names imported from `spectral` instead do the same, in more time and memory:
 the FFT must first bring each channel's patches together, where two products with small matrices take less than half its
 time; and the gradients here are written out, in place, and need only amplitude and phase. `to_parts` and `from_parts`
 are the transform alone, which `analysis/tokens.py` takes a hundred times a picture.
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from setlib import spectral
-from setlib.spectral import Spectrum, is_empty, mirror_rows, own_partners
+from setlib.spectral import Spectrum, is_empty, own_partners
 
 
 def split_spectrum(x: Tensor) -> Spectrum:
@@ -28,11 +28,6 @@ def split_spectrum(x: Tensor) -> Spectrum:
 def join_spectrum(spectrum: Spectrum, size: tuple[int, int]) -> Tensor:
     """`spectral.join_spectrum` to features (B, H, W, C); size: (H, W)."""
     return _Join.apply(*map(spectral._checked, spectrum), size)
-
-
-def change_phase(phase: Tensor, change: Tensor, width: int) -> Tensor:
-    """`spectral.change_phase`, with the change made odd in the columns that need it alone."""
-    return _ChangePhase.apply(phase, change, slice(None, None, width // 2 if width % 2 == 0 else width))
 
 
 class _Split(torch.autograd.Function):
@@ -92,29 +87,6 @@ class _Join(torch.autograd.Function):
         return along, around, None
 
 
-class _ChangePhase(torch.autograd.Function):
-    """Adds the change; in the columns that hold both partners, its odd part (a projection, its own transpose)."""
-
-    @staticmethod
-    def forward(ctx: Any, phase: Tensor, change: Tensor, both: slice) -> Tensor:
-        ctx.both = both
-        changed = phase + change
-        changed[:, :, both] = phase[:, :, both] + _odd(change[:, :, both])
-        return changed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        change = gradient.clone()
-        change[:, :, ctx.both] = _odd(gradient[:, :, ctx.both])
-        return gradient, change, None
-
-
-def _odd(columns: Tensor) -> Tensor:
-    """The odd part of columns over their rows, axis 1."""
-    return (columns - mirror_rows(columns)).mul_(0.5)
-
-
 def to_parts(x: Tensor, transposed: bool = False) -> Tensor:
     """`spectral.transform` without complex numbers: real and imaginary part, (B, H, W, C) -> (B, 2, H, W // 2 + 1, C).
 
@@ -138,7 +110,7 @@ def from_parts(parts: Tensor, size: tuple[int, int], transposed: bool = False) -
 
 
 @lru_cache(maxsize=32)
-def _dft_matrices(height: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _dft_matrices(height: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """The orthonormal transform over a patch grid as real matrices: rows, rows back, columns.
 
     rows: (2V, W) to the real and imaginary parts of the V = W // 2 + 1 half-spectrum columns; rows back: (W, 2V), which
@@ -151,12 +123,10 @@ def _dft_matrices(height: int, width: int, dtype: torch.dtype, device: torch.dev
     cos, sin = _waves(height, height)
     columns = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)])  # (part, u, h, part)
     columns = columns.reshape(2 * height, 2 * height)
-    rows, back, columns = (matrix.to(device, dtype).contiguous() for matrix in (rows, back, columns))
-    return rows, back, columns
+    return tuple(matrix.to(device, dtype).contiguous() for matrix in (rows, back, columns))
 
 
-def _waves(length: int, count: int) -> tuple[Tensor, Tensor]:
+def _waves(length: int, count: int) -> tuple[Tensor, ...]:
     """Cosine and sine of the first `count` frequencies, (count, length), orthonormal; zeros are exact."""
     angle = 2 * math.pi / length * (torch.arange(count)[:, None] * torch.arange(length) % length).double()
-    cos, sin = (wave.masked_fill(wave.abs() < 1e-12, 0) / math.sqrt(length) for wave in (angle.cos(), angle.sin()))
-    return cos, sin
+    return tuple(wave.masked_fill(wave.abs() < 1e-12, 0) / math.sqrt(length) for wave in (angle.cos(), angle.sin()))

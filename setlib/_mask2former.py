@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -111,15 +110,3 @@ class InitialParts(Mask2FormerPreTrainedModel):
             self.pixel_decoder.layer_1[0],
         ):
             nn.init.kaiming_uniform_(conv.weight, a=1)
-
-
-@contextlib.contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers of the device come from a seed, and go on afterwards as if none had been drawn."""
-    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
-    before = generator.get_state()
-    generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        generator.set_state(before)

@@ -335,11 +335,11 @@ def held(run: Run) -> Iterator[bool]:
     """
     main = state().is_main_process
     with contextlib.ExitStack() as stack:
-        if main and not is_finished(run):
+        if main and not is_finished(run.path):
             stack.enter_context(alone(run.path / LOCK))
             Run.open(run.path, run.experiment)  # it is still this run's
         state().wait_for_everyone()
-        finished = is_finished(run)  # by the process, maybe, that this one has waited for
+        finished = is_finished(run.path)  # by the process, maybe, that this one has waited for
         left = ["checkpoint.safetensors"] * finished + [".*.safetensors.[0-9]*", "model/.*.safetensors.[0-9]*"]
         for path in (path for pattern in left for path in run.path.glob(pattern) if main):
             with contextlib.suppress(OSError):  # a folder that others share read-only
@@ -347,9 +347,9 @@ def held(run: Run) -> Iterator[bool]:
         yield finished
 
 
-def is_finished(run: Run) -> bool:
-    """Whether the run holds a trained model."""
-    return all((run.path / "model" / name).is_file() for name in FILES)
+def is_finished(folder: Path) -> bool:
+    """Whether a run's folder holds a trained model."""
+    return all((folder / "model" / name).is_file() for name in FILES)
 
 
 def read_history(run: Run) -> list[dict]:

@@ -298,14 +298,6 @@ def _checked(values: dict, strict: bool) -> Experiment:
     raise ValueError(f"Option {key} {should}, got {first['input']!r}.") from None
 
 
-def _profiles() -> dict[str, Experiment]:
-    """The profiles of profiles.json: what each puts into the defaults, which are those of quick."""
-    stored = json.loads(Path(__file__).with_name("profiles.json").read_text(encoding="utf-8"))
-    values, made = Experiment().to_dict(), {}
-    for name, groups in stored.items():
-        changed = {group: values[group] | options for group, options in groups.items()}
-        made[name] = _checked(values | changed | {"profile": name}, strict=True)
-    return made
-
-
-PROFILES = _profiles()
+_stored = json.loads(Path(__file__).with_name("profiles.json").read_text(encoding="utf-8"))
+# What is not named in a profile has the default of its field, which is that of quick
+PROFILES = {name: _checked({"profile": name, **groups}, strict=True) for name, groups in _stored.items()}

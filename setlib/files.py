@@ -41,10 +41,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SETLIB_CACHE") or Path.home() / ".cache" / "setlib")
 
 
-def shown(path: Path) -> str:
-    """A path for people: relative to the working folder where it lies below it."""
-    path, here = Path(path).absolute(), Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+def shown(path: Path, below: Path | None = None) -> str:
+    """A path for people: relative to the working folder, or another one, where it lies below it."""
+    path, here = Path(path).absolute(), below or Path.cwd()
+    return path.relative_to(here).as_posix() if path.is_relative_to(here) else str(path)
 
 
 def write_atomic(path: Path, content: str | bytes) -> Path:

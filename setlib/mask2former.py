@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
-from setlib._mask2former import DeformableAttention, InitialParts, seeded
+from setlib._mask2former import DeformableAttention, InitialParts
 from setlib.data.labels import IGNORE
 
 CELLS = (4, 2, 1, 0.5)  # of the four maps, per patch and side: strides 4, 8, 16, 32 at patches of 16 pixels
@@ -166,13 +166,16 @@ class Mask2FormerHead(nn.Module):
         num_queries = output.classes[0].shape[1]
         class_total = (num_masks + NO_OBJECT * (num_images * num_queries - num_masks)).clamp(min=NO_OBJECT)
         mask_total = num_masks.clamp(min=1)
+        gpus = [labels.device.index] if labels.is_cuda else []
+        generator = torch.cuda.default_generators[gpus[0]] if gpus else torch.default_generator
         total = torch.zeros((), device=labels.device)
         for i, (label, seed) in enumerate(zip(labels, seeds, strict=True)):
             present = _classes(label)
             wanted = (label == present[:, None, None]).float()  # (n, h, w)
             matched = min(len(present), num_queries)
             class_share = (matched + NO_OBJECT * (num_queries - matched)) / class_total
-            with seeded(seed, labels.device):
+            with torch.random.fork_rng(gpus):  # random numbers go on afterwards as if none had been drawn
+                generator.manual_seed(seed)
                 for classes, masks in zip(output.classes, output.masks, strict=True):
                     terms = self.criterion(masks[i, None], classes[i, None], [wanted], [present])
                     total = total + CLASS_WEIGHT * class_share * terms["loss_cross_entropy"]

@@ -1,7 +1,7 @@
 """The Fourier mathematics: amplitude and phase of patch features and of images. Pure functions, no state.
 
 Patch features (B, H, W, C) are transformed over the patch grid, axes (1, 2); images (B, 3, h, w) over their pixels,
-axes (2, 3). These are the definitions; SET's layers call equal, faster forms of three of them (`_kernels.py`).
+axes (2, 3). These are the definitions; SET's layers call equal, faster forms of two of them (`_kernels.py`).
 Transforms are orthonormal: the energy, the sum of squares, is kept. The spectrum F(u, v) of a real signal
 is Hermitian, F(-u, -v) = conj F(u, v), so that half of it says all: v runs over 0 ... W // 2, and features (B, H, W, C)
 have the half spectrum (B, H, W // 2 + 1, C), one bin for each (u, v).
@@ -20,7 +20,6 @@ from torch import Tensor
 Axes = tuple[int, int]
 GRID: Axes = (1, 2)  # of patch features (B, H, W, C)
 PIXELS: Axes = (2, 3)  # of images (B, 3, h, w)
-CHANNEL_AXIS = {GRID: 3, PIXELS: 1}
 NOTHING = 1e-6  # of a channel's largest amplitude: what float32 rounds; at and below it there is no phase
 OPPOSED = 1e-3  # length below which the mean of two phases has no direction
 
@@ -77,9 +76,10 @@ def change_phase(phase: Tensor, change: Tensor, width: int) -> Tensor:
     partners; there the odd part of the change is taken (so nothing turns at the bins that are their own partners).
     phase, change: (B, H, W // 2 + 1, C), radians; width: W. Same shape comes back, not wrapped.
     """
-    both = own_partners(width)[: width // 2 + 1, None].to(phase.device)  # (W // 2 + 1, 1)
-    odd = (change - mirror_rows(change)) / 2
-    return phase + torch.where(both, odd, change)
+    both = slice(None, None, width // 2 if width % 2 == 0 else width)  # the columns 0 and, for even widths, W / 2
+    changed, part = phase + change, change[:, :, both]
+    changed[:, :, both] = phase[:, :, both] + (part - mirror_rows(part)) / 2
+    return changed
 
 
 def own_partners(length: int) -> Tensor:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Fast forms of three functions of `spectral.py`, equal to their definitions there to 1e-6
-from setlib._kernels import change_phase, join_spectrum, split_spectrum
-from setlib.spectral import Spectrum
+# Fast forms of two functions of `spectral.py`, equal to their definitions there to 1e-6
+from setlib._kernels import join_spectrum, split_spectrum
+from setlib.spectral import Spectrum, change_phase
 from setlib.style import SourceStyle
 
 

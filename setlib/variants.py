@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from setlib import spectral
-from setlib._kernels import change_phase, join_spectrum, split_spectrum
-from setlib.spectral import PIXELS, Spectrum, is_empty, mirror_rows, own_partners
+from setlib._kernels import join_spectrum, split_spectrum
+from setlib.spectral import PIXELS, Spectrum, change_phase, is_empty, mirror_rows, own_partners
 from setlib.style import turned
 from setlib.tokens import LowRankTokens, Refiner, Rein, SpectralTokens, TokenBranch, TokenQueries
 

@@ -73,16 +73,6 @@ def test_join_is_its_definition(size):
 
 
 @every_size
-def test_change_of_phase_is_its_definition(size):
-    shape = (2, size[0], size[1] // 2 + 1, 3)
-    assert_same_function(
-        lambda p, c: _kernels.change_phase(p, c, size[1]),
-        lambda p, c: spectral.change_phase(p, c, size[1]),
-        [noise(*shape), noise(*shape, seed=1)],
-    )
-
-
-@every_size
 def test_parts_are_the_fft(size):
     x = noise(2, *size, 3)
     real, imaginary = _kernels.to_parts(x).unbind(1)
@@ -97,7 +87,7 @@ def test_set_needs_the_definitions_alone(monkeypatch):
         torch.nn.init.normal_(p, std=0.3)
     results = []
     for source in (_kernels, spectral):
-        for name in ("split_spectrum", "change_phase", "join_spectrum"):
+        for name in ("split_spectrum", "join_spectrum"):
             monkeypatch.setattr(tokens, name, getattr(source, name))
         given = x.clone().requires_grad_()
         refined = refiner(given, 5)

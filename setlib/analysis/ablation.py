@@ -125,7 +125,7 @@ def train_together(
     trained = {}
     for style, own in groups.items():
         shared = crops if isinstance(crops, RandomCrops) or (crops and kind(crops.style) == style) else None
-        if shared is None and first.train.views and not all(is_finished(run) for run in own.values()):
+        if shared is None and first.train.views and not all(is_finished(run.path) for run in own.values()):
             models = (build_segmenter(run.experiment, backbone) for run in own.values())  # not kept
             shared = keep_crops(models, RandomCrops(source, first))
         for name, run in own.items():

@@ -43,7 +43,7 @@ def phase_picture(x: Tensor) -> Tensor:
 def log_amplitude_picture(x: Tensor, axes: spectral.Axes = spectral.PIXELS) -> Tensor:
     """log(1 + amplitude) of the full spectrum, zero frequency in the middle, averaged over channels; (B, h, w)."""
     amplitude = torch.fft.fft2(x.float(), dim=axes, norm="ortho").abs()
-    return torch.fft.fftshift(amplitude, dim=axes).log1p().mean(spectral.CHANNEL_AXIS[axes])
+    return torch.fft.fftshift(amplitude, dim=axes).log1p().mean(3 if axes == spectral.GRID else 1)
 
 
 def radial_profile(images: Tensor, bins: int = 32) -> tuple[Tensor, Tensor]:

@@ -24,13 +24,13 @@ from setlib.analysis.probe import Lens, fit_lenses
 from setlib.analysis.spectra import PARTS, compare
 from setlib.analysis.tokens import Attention, Intervened, Reading, read_tokens
 from setlib.backbone import FrozenBackbone
-from setlib.checkpoint import FILES, load_segmenter
+from setlib.checkpoint import FILES, is_finished, load_segmenter
 from setlib.data import domains
 from setlib.data.augment import fit, resize, to_tensor
 from setlib.data.decode import read_picture
 from setlib.data.labels import IGNORE, ClassSet
 from setlib.distributed import default_device
-from setlib.files import PROJECT, write_atomic
+from setlib.files import PROJECT, shown, write_atomic
 from setlib.metric import iou_per_class, mean_iou, pixel_counts
 from setlib.refiners import build_refiner
 from setlib.run import Run
@@ -187,12 +187,12 @@ class Material:
     def runs(self) -> list[str]:
         """The trained runs in this run's folder and beside it, its own first."""
         paths = [self.run.path, *sorted(self.run.path.glob("*/")), *sorted(self.run.path.parent.glob("*/"))]
-        return [shown(p) for p in dict.fromkeys(paths) if all((p / "model" / name).is_file() for name in FILES)]
+        return [shown(path, PROJECT) for path in dict.fromkeys(paths) if is_finished(path)]
 
     def own(self) -> str:
         """This run itself, if it is trained and has tokens that attend; else ""."""
         refiner = build_refiner(self.experiment.model.refiner, (1,), 1, 2, 1)
-        return shown(self.run.path) if refiner.branches() and shown(self.run.path) in self.runs() else ""
+        return shown(self.run.path, PROJECT) if refiner.branches() and is_finished(self.run.path) else ""
 
     def spaces(self, run: str = "") -> list[str]:
         """What can be compared: "pixels", and every layer as "layer 9" where there is a backbone."""
@@ -202,12 +202,11 @@ class Material:
 
     def layer_of(self, space: str, run: str) -> int:
         """The number of a layer; 0 for the pixels."""
-        if space == "pixels":
-            return 0
-        last = self.backbone(run).num_layers
-        if space not in self.spaces(run):
+        spaces = self.spaces(run)
+        if space not in spaces:
+            last = self.backbone(run).num_layers  # where there is no backbone, this says why
             raise ValueError(f"Unknown space '{space}': expected pixels or layer 1 to layer {last}.")
-        return int(space.removeprefix("layer "))
+        return spaces.index(space)
 
     def refiner(self, run: str) -> Refiner:
         """That of a run's model; without a run one that refines nothing."""
@@ -361,9 +360,3 @@ def find_folder(folder: str | Path) -> Path:
         return path if path.is_dir() else PROJECT / path
     except (RuntimeError, OSError):
         raise ValueError(f"There is no folder {str(folder)[:80]}.") from None
-
-
-def shown(path: Path) -> str:
-    """A folder as a line of code names it: from the project's folder where it lies below it."""
-    path = Path(path).absolute()
-    return path.relative_to(PROJECT).as_posix() if path.is_relative_to(PROJECT) else str(path)

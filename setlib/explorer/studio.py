@@ -276,7 +276,8 @@ class Studio(Material):
         else:
             chart = plots.distances(self.distances(run, *places), chosen=space)
             about = "distance by layer (0: equal; amplitude 0.69: a factor of two; phase 1: unrelated)"
-        moves = {part: _moved(x, y, part) for part in PARTS}
+        length = x.norm(dim=-1).mean().clamp(min=1e-12)
+        moves = {part: ((swap_spectrum(x, y, part) - x).norm(dim=-1)[0] / length).numpy() for part in PARTS}
         high, patch = max(float(move.max()) for move in moves.values()), self.backbone(run).patch_size if layer else 1
         bottom = [
             Panel(plots.over_grey(top[0].picture, move, 0, high, patch), f"where the other's {part} changes {space}")
@@ -455,12 +456,6 @@ def _phases(maps: Sequence[Tensor], layer: int, names: Sequence[str], band: tupl
     called = f"channel {channel}" if layer else ("red", "green", "blue")[channel]
     values = [spectra.phase_picture(one - one.mean())[0].numpy() for one in (m[..., channel] for m in maps)]
     return plots.spectrum_row(values, [f"phase ({called}), {name}" for name in names], is_phase=True, band=band)
-
-
-def _moved(x: Tensor, y: Tensor, part: str) -> np.ndarray:
-    """How far each place of x moves when it takes y's amplitude or phase, in units of the mean length of x."""
-    moved = (swap_spectrum(x, y, part) - x).norm(dim=-1)[0]
-    return (moved / x.norm(dim=-1).mean().clamp(min=1e-12)).numpy()
 
 
 def _whole(share: float) -> str:

@@ -23,9 +23,9 @@ from setlib.analysis.spectra import PARTS
 from setlib.analysis.transplant import SPANS
 from setlib.explorer.controls import NOTES, WIDE, Picture, Upload, buttons, offer, sentence, titled, with_own_keys
 from setlib.explorer.guess import Guess  # noqa: F401  (notebooks name it so)
-from setlib.explorer.material import find_folder, shown
+from setlib.explorer.material import find_folder
 from setlib.explorer.studio import ALL, HIGHEST, MEASURES, Studio
-from setlib.files import STATIC
+from setlib.files import PROJECT, STATIC, shown
 from setlib.plots import WIDTH, Board
 
 DOMAINS = ("content", "style", "first", "second", "domain")  # controls that name one
@@ -84,7 +84,7 @@ class Explorer:
                 said[name] = np.round(value, 3).tolist()
         if "run" in said:
             run = said["run"].strip().strip("'\"")  # as it is pasted
-            said["run"] = run and shown(find_folder(run))
+            said["run"] = run and shown(find_folder(run), PROJECT)
         return said
 
     def arguments(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class Explorer:
     def line(self) -> str:
         """One line of Python that makes the picture shown."""
         given = ", ".join(f"{key}={value!r}" for key, value in self.arguments().items())
-        return f"from setlib import Studio; Studio.open({shown(self.studio.run.path)!r}).{self.view}({given})"
+        return f"from setlib import Studio; Studio.open({shown(self.studio.run.path, PROJECT)!r}).{self.view}({given})"
 
     def update(self, _: Any = None) -> None:
         """Draws what the controls say."""
@@ -161,7 +161,7 @@ class Explorer:
         name = next(name for name in names if not (self.studio.run.path / f"{name}.png").exists())
         path = self.studio.keep(f"{name}.png", self.board().png(self.line()))
         self.studio.keep(f"{name}.py", f"{self.line()}.savefig({path.name!r})\n{self.kept.value}\n")
-        self.say(f"Saved {shown(path)}, and the lines of Python that make it beside it.")
+        self.say(f"Saved {shown(path, PROJECT)}, and the lines of Python that make it beside it.")
 
     @contextlib.contextmanager
     def _quietly(self) -> Iterator[None]:
