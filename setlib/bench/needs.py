@@ -39,10 +39,10 @@ def needs(experiment: Experiment, folder: Path, ablates: bool = False) -> tuple[
         for variant in settings.variants:
             refiner, *options = variant.split()
             variants[variant] = experiment.override(*settings.overrides, f"model.refiner={refiner}", *options)
-    rows = [["", "here", "needed"], weights]
+    rows, data = [["", "here", "needed"], weights], next(iter(variants.values())).data
     for source, targets in pairs:
         for text, role in [(source, "source"), *((target, "target") for target in targets)]:
-            row = [text, _pictures(text, role, experiment.data, problems), ""]
+            row = [text, _pictures(text, role, data, problems), ""]
             rows += [row] if row not in rows else []
     memory, learned, seconds = {"memory": 0.0, "GPU memory": 0.0}, 0.0, 0.0
     for variant, one in tqdm(variants.items(), desc="a step of each", leave=False):
@@ -99,7 +99,7 @@ def one_step(experiment: Experiment) -> dict[str, float]:
     settings, constants.HF_HUB_OFFLINE = experiment.train, True  # nothing is fetched
     step, model, frozen = own_step(experiment, kept=bool(settings.views))
     step()
-    seconds = statistics.median(timings(step, 2, 1.0)) * settings.accumulate
+    seconds = statistics.median(timings(step, 1, 1.0)) * settings.accumulate
     kept = sum(x.nbytes for x in (frozen.hidden, *frozen.maps.values())) / len(frozen.hidden) if frozen else 0
     learns = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     on_gpu = torch.cuda.max_memory_allocated() if HAS_GPU else 0

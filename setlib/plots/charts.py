@@ -226,7 +226,7 @@ def forest(rows: Sequence[Mapping]) -> Figure | None:
             ax.plot(row["mean"], place, "D", color=colour, markersize=5)
         ax.set_yticks(range(len(variants)), variants if number % wide == 0 else [""] * len(variants))
         ax.set_ylim(len(variants) - 0.5, -0.5)
-        ax.set_title(short_name(domain).replace(" -> ", "\n-> "), loc="left")
+        ax.set_title(short_name(domain).replace(" -> ", "\n-> ").replace(", ", ",\n"), loc="left")
         ax.grid(True, axis="x")
     made.supxlabel(f"mIoU above {rows[0]['baseline']} (points)", fontsize=9)
     return made

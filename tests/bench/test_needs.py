@@ -1,5 +1,6 @@
 """The dry run: what a training needs is told, what is missing is named, nothing is trained, fetched or written."""
 
+import json
 import random
 import sys
 from pathlib import Path
@@ -55,6 +56,13 @@ def test_what_is_missing_is_named_and_the_rest_is_told(sets, capsys, monkeypatch
     assert "40,000 steps: 11:06:40" in told and "3 pictures" in told
 
 
+def test_a_backbone_that_nobody_knows_is_not_fetched(sets, capsys, monkeypatch):
+    monkeypatch.setattr(needs, "hub_answers", lambda address: True)
+    code, told, error = dry(capsys, "train", "--profile", "smoke", *SMALL, "model.backbone=nobody/none")
+    assert code == 1 and "not here" in told and "training in all" in told
+    assert "no step can be taken here (ValueError: nobody/none is neither a folder here nor in the cache" in error
+
+
 def step_of_no_time(experiment: Experiment) -> dict[str, float]:
     """In a process of its own."""
     return {"seconds": 1.0, "memory": 1e9, "GPU memory": 0.0, "learns": 1e8}
@@ -78,9 +86,25 @@ def test_an_ablation_counts_all_its_trainings(sets, capsys):
     assert code == 0 and told.count("20 steps x 3: ") == 2 and not (sets / "runs").exists()
 
 
+def test_the_study_for_a_gpu_runs_small_and_tells_all_in_one_file(tmp_path, capsys):
+    tiny = ["model.backbone=tiny-random", "model.refined_layers=3,4", "model.feature_layers=1,2,3,4", "train.views=8"]
+    small = [*SMALL, *tiny, "train.steps=1", "ablation.seeds=0", "ablation.overrides=data.eval_images=1"]
+    transfers = "ablation.transfers=scenes:game -> scenes:night,scenes:snow -> scenes:fog"
+    words = ["ablate", "--profile", "gpu-10min", "--run", str(tmp_path), *small, "train.warmup=0", transfers]
+    assert cli.main(words) == 0 and "set-style" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "ablation" / "differences.json").read_text())
+    assert {(row["variant"], row["domain"].partition(" ->")[0]) for row in rows} == {
+        (variant, source) for variant in ("rein", "set", "set-style") for source in ("scenes:game", "scenes:snow")
+    }
+    asked = Experiment.build("gpu-10min")
+    assert (asked.train.steps, len(asked.ablation.seeds), asked.model.backbone) == (3000, 5, "dinov2-small-saliency")
+    assert [source for source, _ in asked.transfers] == ["scenes:game", "camvid:day-train@camvid"]
+
+
 @pytest.mark.parametrize("options", [(), ("train.views=0", "train.accumulate=2"), ("model.backbone=dinov2-small",)])
 def test_a_step_has_its_numbers(options, monkeypatch):
     monkeypatch.setattr(gpu, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(needs.constants, "HF_HUB_OFFLINE", False)  # and put back
     if "dinov2" in str(options):
         options += ("data.height=28", "data.width=28", "model.feature_layers=", "model.refined_layers=")
     found = needs.one_step(Experiment.build("smoke", overrides=["train.batch_size=2", *options]))
