@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -73,8 +74,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     argument("--only", metavar="NN", default=[], help="notebooks to run, for example 01 03", **many)
     dry = {"dest": "call", "action": "store_const", "const": dry_run, "help": "say what it needs and what is here only"}
     add("train", train_command, *everything)("--dry", **dry)
-    argument = add("evaluate", evaluate_command, options, target)
-    argument("run", metavar="RUN")
+    add("evaluate", evaluate_command, options, target)("run", metavar="RUN")
     argument = add("predict", predict_command, options)
     argument("run", metavar="RUN", help="run folder")
     argument("images", metavar="IMAGE", nargs="+", type=Path)
@@ -107,8 +107,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     argument = add("export", export_command)
     argument("run", metavar="RUN", help="run folder with the refiner rein or set-released, or none")
     argument("--out", metavar="FILE.pth", type=Path, required=True)
-    argument = add("verify", verify_command)
-    argument("files", metavar="FILE.npz", nargs="+", type=Path)
+    add("verify", verify_command)("files", metavar="FILE.npz", nargs="+", type=Path)
     argument = add("bench", bench_command)
     argument("--only", metavar="NAME", default=[], help="benches to run; default: all", **many)
     argument("--json", metavar="FILE", type=Path, help="write the rows to a file too")
@@ -123,8 +122,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def open_run(args: argparse.Namespace) -> setlib.Run:
-    """The run folder of these options, after everything that can be checked at once is checked.
+def open_run(args: argparse.Namespace, folder: Path | None = None) -> setlib.Run:
+    """The run folder of these options, or another one, after everything that can be checked at once is checked.
 
     Raises ValueError for an unknown backbone, a refiner that is unknown or lacks a package, a domain that cannot be
     used, and a folder of another configuration.
@@ -148,7 +147,7 @@ def open_run(args: argparse.Namespace) -> setlib.Run:
             domains.load(specs[0].text, experiment.data, role="source")
         if args.command != "train":  # training never opens a target
             check_labelled(targets, replace(experiment.data, source=source))
-    return setlib.Run.open(args.run, experiment)
+    return setlib.Run.open(folder or args.run, experiment)
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -233,7 +232,8 @@ def dry_run(args: argparse.Namespace) -> int:
     from setlib.bench.needs import needs
     from setlib.run import default_run_folder
 
-    rows, problems = needs(experiment, Path(args.run or default_run_folder(experiment)), args.command == "ablate")
+    run = setlib.Run(args.run or default_run_folder(experiment), experiment)
+    rows, problems = needs(run, partial(open_run, args), args.command == "ablate")
     print(text_table(rows))
     return max([fail(f"{problem}.", 1) for problem in problems], default=0)
 

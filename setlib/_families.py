@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,10 +26,34 @@ class _Caught(Exception):
 
 
 def first_input(model: PreTrainedModel, layer: nn.Module, pixels: Tensor, grid: Grid) -> tuple[Tensor, Arguments]:
-    """What a model hands to its first layer: all tokens, and the other arguments, which every layer gets."""
+    """What a model hands to its first layer, at any size: all tokens, and the other arguments, which every layer gets.
+
+    Its own forward runs so far; families differ in what they must be told.
+    """
+    known = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {}
+    if "interpolate_pos_encoding" in known:  # CLIP, SigLIP, ViT, MAE: fit the position embedding
+        options["interpolate_pos_encoding"] = True
+    if "noise" in known:  # MAE: do not shuffle the patches
+        options["noise"] = torch.arange(grid[0] * grid[1], device=pixels.device).expand(len(pixels), -1)
+    maps = {name: p for name, p in model.named_parameters() if name.endswith("pos_embed") and p.dim() == 4}
+    checks: list[Any] = [module for module in model.modules() if maps and hasattr(module, "image_size")]
+    for module in checks:  # SAM refuses other sizes unless it is told
+        module.image_size = tuple(pixels.shape[-2:])
+    resized = {  # SAM's map of positions (1, H, W, C), as Rein's released conversion resizes it
+        name: F.interpolate(p.permute(0, 3, 1, 2), grid, mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+        for name, p in maps.items()
+        if p.shape[1:3] != grid
+    }
+    if "spatial_shapes" in known:  # SigLIP 2 with any aspect takes patches, not pictures
+        side = model.config.patch_size
+        pixels = pixels.unfold(2, side, side).unfold(3, side, side)
+        pixels = pixels.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # (B, N, p*p*3)
+        shapes = torch.tensor(grid, device=pixels.device).expand(len(pixels), 2)
+        options |= {"spatial_shapes": shapes, "pixel_attention_mask": None}
     hook = layer.register_forward_pre_hook(_Caught.throw, with_kwargs=True)
     try:
-        _call(model, pixels, grid)
+        torch.func.functional_call(model, resized, (pixels,), options)
     except _Caught as caught:
         (hidden, *args), kwargs = caught.args
         return hidden, (tuple(args), kwargs)
@@ -60,24 +82,6 @@ def run_layer(layer: nn.Module, hidden: Tensor, arguments: Arguments, prompts: T
     return hidden[:, count:] if count else hidden
 
 
-def _call(model: PreTrainedModel, pixels: Tensor, grid: Grid) -> object:
-    """The model's own forward, at any size: families differ in what they must be told."""
-    known = inspect.signature(model.forward).parameters
-    options: dict[str, Any] = {}
-    if "interpolate_pos_encoding" in known:  # CLIP, SigLIP, ViT, MAE: fit the position embedding
-        options["interpolate_pos_encoding"] = True
-    if "noise" in known:  # MAE: do not shuffle the patches
-        options["noise"] = torch.arange(grid[0] * grid[1], device=pixels.device).expand(len(pixels), -1)
-    if "spatial_shapes" in known:  # SigLIP 2 with any aspect takes patches, not pictures
-        side = model.config.patch_size
-        pixels = pixels.unfold(2, side, side).unfold(3, side, side)
-        pixels = pixels.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # (B, N, p*p*3)
-        shapes = torch.tensor(grid, device=pixels.device).expand(len(pixels), 2)
-        options |= {"spatial_shapes": shapes, "pixel_attention_mask": None}
-    with _fitted(model, grid, (pixels.shape[-2], pixels.shape[-1])) as parameters:
-        return torch.func.functional_call(model, parameters, (pixels,), options)
-
-
 def patch_convolution(model: nn.Module) -> nn.Conv2d | None:
     """The convolution that cuts a picture into patches."""
     return next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
@@ -93,29 +97,6 @@ def find_layers(model: nn.Module) -> tuple[nn.Module, ...]:
         if has_norm and len(column) == (expected or len(column)):
             return tuple(column)
     raise ValueError(f"{type(model).__name__} has no column of equal layers: expected a plain vision transformer.")
-
-
-@contextlib.contextmanager
-def _fitted(model: nn.Module, grid: Grid, size: tuple[int, int]) -> Iterator[dict[str, Tensor]]:
-    """Parameters to run the model with at another size than its own.
-
-    SAM keeps a map of positions (1, H, W, C), which is resized as Rein's released conversion does, and refuses other
-    sizes unless its patch embedding is told.
-    """
-    maps = {name: p for name, p in model.named_parameters() if name.endswith("pos_embed") and p.dim() == 4}
-    checks: list[Any] = [module for module in model.modules() if maps and hasattr(module, "image_size")]
-    before = [module.image_size for module in checks]
-    for module in checks:
-        module.image_size = size
-    try:
-        yield {
-            name: F.interpolate(p.permute(0, 3, 1, 2), grid, mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
-            for name, p in maps.items()
-            if p.shape[1:3] != grid
-        }
-    finally:
-        for module, own in zip(checks, before, strict=True):
-            module.image_size = own
 
 
 def hash_weights(model: nn.Module) -> str:

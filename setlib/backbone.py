@@ -81,10 +81,9 @@ class FrozenBackbone(nn.Module):
         """A copy whose model `adapt(model, layers)` has changed, layers in order; the backbone itself without one."""
         if adapt is None:
             return self
-        original = self.fingerprint
         twin = copy.deepcopy(self)
+        twin.fingerprint = self.fingerprint
         adapt(twin.model, twin._layers)
-        twin.fingerprint = original
         return twin
 
     def forward(
@@ -135,11 +134,10 @@ class FrozenBackbone(nn.Module):
 
         def step(number: int, hidden: Tensor) -> Tensor:
             """One frozen layer, unless it is done, and the refiner behind it."""
-            own = refiner if number in refined else None
-            prompts = own.prompts(number) if own is not None and own.prompts else None
+            prompts = refiner.prompts(number) if refiner is not None and refiner.prompts and number in refined else None
             if number > done:
                 hidden = _refine(run_layer(self._layers[number - 1], hidden, arguments, prompts), style, number, grid)
-            return _refine(hidden, own, number, grid)
+            return _refine(hidden, refiner, number, grid)
 
         for number in range(max(done, 1), max(wanted) + 1):  # layer `done` has run, its refiner has not
             learns = torch.is_grad_enabled() and (hidden.requires_grad or number in refined)

@@ -111,21 +111,16 @@ def on_stop(act: Callable[[int, object], object]) -> Iterator[None]:
     """Calls `act` at the first SIGINT or SIGTERM; from the second on all is as before. Ignored signals stay ignored."""
     caught = threading.current_thread() is threading.main_thread()  # only there can they be
     kinds = [kind for kind in STOPS if caught and signal.getsignal(kind) not in (signal.SIG_IGN, None)]
+    with contextlib.ExitStack() as before:
 
-    def first(number: int, frame: object) -> None:
-        restore()
-        os.write(2, b"\nstopping; once more: at once\n")
-        act(number, frame)
+        def first(number: int, frame: object) -> None:
+            before.close()
+            os.write(2, b"\nstopping; once more: at once\n")
+            act(number, frame)
 
-    def restore() -> None:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-    before = {kind: signal.signal(kind, first) for kind in kinds}
-    try:
+        for kind in kinds:
+            before.callback(signal.signal, kind, signal.signal(kind, first))
         yield
-    finally:
-        restore()
 
 
 def outlive_stops(_: int) -> None:

@@ -37,18 +37,23 @@ class Run:
         if os.environ.get("RANK", "0") != "0" or (stored.is_file() and load_json(stored) == content):
             return run  # of several processes the first one writes
         with alone(run.path / LOCK):
-            if stored.is_file():
-                new, old = experiment.flat(), cls.load(run.path).experiment.flat()
-                other = [key for key in new if _one_folder(new[key]) != _one_folder(old[key])]
-                other = [key for key in other if not key.startswith(SAME_NUMBERS)]
-                differing = [f"{key} is {old[key]}, not {new[key]}" for key in other[:3]]
-                if differing and any(file.name != stored.name for file in run.path.glob("[!.]*")):  # made with it
-                    raise ValueError(
-                        f"Run folder {run.path} holds another configuration ({'; '.join(differing)}): "
-                        "choose another with --run, or the same options."
-                    )
+            run.check_same()
             run.write_json(stored.name, content)
         return run
+
+    def check_same(self) -> None:
+        """Raises ValueError if the folder holds what another configuration made."""
+        if not (self.path / "experiment.json").is_file():
+            return
+        new, old = self.experiment.flat(), self.load(self.path).experiment.flat()
+        other = [key for key in new if _one_folder(new[key]) != _one_folder(old[key])]
+        other = [key for key in other if not key.startswith(SAME_NUMBERS)]
+        differing = [f"{key} is {old[key]}, not {new[key]}" for key in other[:3]]
+        if differing and any(file.name != "experiment.json" for file in self.path.glob("[!.]*")):  # made with it
+            raise ValueError(
+                f"Run folder {self.path} holds another configuration ({'; '.join(differing)}): "
+                "choose another with --run, or the same options."
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> Run:

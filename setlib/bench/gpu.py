@@ -93,7 +93,7 @@ def own_step(experiment: Experiment, kept: bool) -> tuple[Step, Segmenter, Froze
     """A training step of an experiment on random images, its model, and, if kept, features of its frozen layers."""
     settings, data = experiment.train, experiment.data
     model = build_segmenter(experiment, backbone(experiment.model.backbone, experiment.model.patch_size)).train()
-    images, labels = random_batch(settings.batch_size // settings.accumulate, data.height, data.width)
+    images, labels = random_batch(max(1, settings.batch_size // settings.accumulate), data.height, data.width)
     frozen = SharedFeatures([model])(images) if kept else None
     return training_step(model, images, labels, frozen), model, frozen
 

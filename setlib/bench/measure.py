@@ -22,6 +22,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 from tqdm import tqdm
 
@@ -199,13 +200,9 @@ def _peak(prepare: Callable[[], Step]) -> int:
         ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: from 64 kB on what is freed goes back to the system
     _prepare(prepare)
     gc.collect()
-    before = _resident("VmRSS")
+    before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
     _step()
-    return max(_resident("VmHWM") - before, 0)
-
-
-def _resident(field: str) -> int:
-    """A size of this process in bytes, by the system's name of it."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return max(peak - before, 0)

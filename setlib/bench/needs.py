@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
+import tempfile
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import psutil
@@ -16,20 +19,26 @@ import torch
 from huggingface_hub import constants
 from tqdm import tqdm
 
+from setlib.analysis import ablation
 from setlib.bench.gpu import own_step
 from setlib.bench.measure import FRESH, HAS_GPU, timings
 from setlib.data import domains
+from setlib.distributed import accelerator
 from setlib.experiment import Data, Experiment
-from setlib.files import hub_answers, peak_bytes
-from setlib.weights.presets import find_preset, hub_id, is_here
+from setlib.files import cure, hub_answers, peak_bytes
+from setlib.run import Run
+from setlib.weights.presets import check_name, find_preset, hub_id, is_here
+
+Rows = list[list[str]]
 
 
-def needs(experiment: Experiment, folder: Path, ablates: bool = False) -> tuple[list[list[str]], list[str]]:
+def needs(run: Run, start: Callable[[Path], Run], ablates: bool) -> tuple[Rows, list[str]]:
     """Rows of what, what is here and what is needed, with a header; and what stands in the way.
 
-    folder: of the run, which need not be there. ablates: all trainings of `experiment.ablation`, not the one.
+    run: its folder need not be there. start: opens it elsewhere, with all that is checked then. ablates: all trainings
+    of its ablation, not the one.
     """
-    problems: list[str] = []
+    experiment, problems = run.experiment, list[str]()
     weights, fetched = _weights(experiment.model.backbone, problems)
     pairs, times = [(experiment.data.source, experiment.data.targets)], 1
     variants = {experiment.model.refiner: experiment}
@@ -44,41 +53,57 @@ def needs(experiment: Experiment, folder: Path, ablates: bool = False) -> tuple[
         for text, role in [(source, "source"), *((target, "target") for target in targets)]:
             row = [text, _pictures(text, role, data, problems), ""]
             rows += [row] if row not in rows else []
-    memory, learned, seconds = {"memory": 0.0, "GPU memory": 0.0}, 0.0, 0.0
-    for variant, one in tqdm(variants.items(), desc="a step of each", leave=False):
+    if not problems and not any(name.startswith("hub:") for name, _, _ in rows):  # these would be fetched
+        with tempfile.TemporaryDirectory() as place:
+            try:
+                run.check_same()
+                started = start(Path(place))
+                _ = ablates and ablation.plan(started)
+            except (ValueError, OSError) as error:
+                problems.append(str(error).rstrip("."))
+    if fetched is not None:
+        rows += _steps(run.path, variants, times, fetched, problems)
+    return rows, list(dict.fromkeys(problems))
+
+
+def _steps(folder: Path, variants: dict[str, Experiment], times: int, fetched: float, problems: list[str]) -> Rows:
+    """A row of a step of each variant, which is trained so many times, and rows of what all of them need."""
+    rows, memory, disk, seconds = [], 0.0, fetched, 0.0
+    for variant, experiment in tqdm(variants.items(), desc="a step of each", leave=False):
         try:
             with FRESH() as process:
-                step = process.submit(one_step, one).result()
-        except (RuntimeError, MemoryError, ValueError) as error:  # a process that was killed is a RuntimeError too
-            problems.append(f"{variant}: no step can be taken here ({type(error).__name__}: {error})")
-            continue
-        took = times * one.train.steps * step["seconds"]
-        steps = f"{one.train.steps:,} steps" + f" x {times}" * (times > 1)
-        rows.append([variant, f"{step['seconds']:.2f} s a step", f"{steps}: {tqdm.format_interval(took)}"])
-        memory = {kind: max(most, step[kind]) for kind, most in memory.items()}
-        learned += (times + 6) * step["learns"]  # models; two checkpoints with AdamW's averages while one is written
-        seconds += took
+                step = process.submit(one_step, experiment).result()
+        except (RuntimeError, MemoryError, ValueError) as error:
+            full = "MemoryError" if isinstance(error, BrokenProcessPool) else f"{type(error).__name__}: {error}"
+            problems.append(f"{variant}: {cure(full, 'train') or error}".rstrip("."))
+            return rows
+        took = times * experiment.train.steps * step["seconds"]
+        needed = f"{experiment.train.steps:,} steps x {times}: {tqdm.format_interval(took)}"
+        rows.append([variant, f"{step['seconds']:.2f} s a step", needed])
+        memory, seconds = max(memory, step["memory"]), seconds + took
+        disk += (times + 6) * step["learns"]  # models; two checkpoints with AdamW's averages while one is written
     on_disk = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    free = {"memory": psutil.virtual_memory().available, "disk": shutil.disk_usage(on_disk).free}
-    free |= {"GPU memory": torch.cuda.mem_get_info()[0]} if HAS_GPU else {}
-    for kind, here in free.items():
-        needed = (memory | {"disk": fetched + learned})[kind]
+    if folder.is_file() or not os.access(on_disk, os.W_OK):
+        problems.append(f"{folder} cannot be made or written: choose another folder with --run")
+    free = torch.cuda.mem_get_info()[0] if HAS_GPU else psutil.virtual_memory().available
+    for kind, here, needed in (("memory", free, memory), ("disk", shutil.disk_usage(on_disk).free, disk)):
         rows.append([kind, f"{here / 1e9:.1f} GB", f"{needed / 1e9:.2f} GB"])
         if needed > here:
-            problems.append(f"{kind}: {needed / 1e9:.1f} GB are needed, {here / 1e9:.1f} GB are free")
-    return [*rows, ["training in all", "", tqdm.format_interval(seconds)]], problems
+            problems.append(f"{kind}: {needed / 1e9:.2f} GB are needed, {here / 1e9:.2f} GB are free")
+    return [*rows, ["training in all", "", tqdm.format_interval(seconds)]]
 
 
-def _weights(name: str, problems: list[str]) -> tuple[list[str], float]:
-    """The row of a backbone, and the bytes that are fetched."""
+def _weights(name: str, problems: list[str]) -> tuple[list[str], float | None]:
+    """The row of a backbone, and the bytes that are fetched; None where nobody knows its shape."""
     if is_here(name) or os.path.exists(os.path.expanduser(name)):
         return [name, "on this machine", ""], 0.0
-    known, hub = find_preset(name), f"{constants.ENDPOINT}/{hub_id(name)}/resolve/main/config.json"
+    check_name(name)
+    if not (known := find_preset(name)):
+        problems.append(f"{name} is not on this machine: fetch it first, then what it needs can be told")
+        return [name, "not here", "size and licence: on its page"], None
+    hub, size = f"{constants.ENDPOINT}/{hub_id(name)}/resolve/main/config.json", 4e6 * known.millions
     if "/" in hub_id(name) and (constants.HF_HUB_OFFLINE or not hub_answers(hub)):
         problems.append(f"{name} is not on this machine, and {constants.ENDPOINT} does not answer")
-    if known is None:
-        return [name, "not here", "its size and licence are on its page"], 0.0
-    size = 4e6 * known.millions
     return [name, "not here", f"{size / 1e9:.2f} GB are fetched; licence: {known.licence}"], size
 
 
@@ -95,12 +120,13 @@ def _pictures(text: str, role: str, data: Data, problems: list[str]) -> str:
 
 
 def one_step(experiment: Experiment) -> dict[str, float]:
-    """Of a training: seconds of a step; bytes of memory, on the GPU too, with kept crops; bytes of what learns."""
+    """Of a training: seconds of a step; bytes of memory, the GPU's or with all kept crops; bytes of what learns."""
     settings, constants.HF_HUB_OFFLINE = experiment.train, True  # nothing is fetched
     step, model, frozen = own_step(experiment, kept=bool(settings.views))
+    accelerator(model)  # refuses a batch that it cannot part
     step()
     seconds = statistics.median(timings(step, 1, 1.0)) * settings.accumulate
     kept = sum(x.nbytes for x in (frozen.hidden, *frozen.maps.values())) / len(frozen.hidden) if frozen else 0
+    memory = torch.cuda.max_memory_allocated() if HAS_GPU else peak_bytes() + settings.views * kept
     learns = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    on_gpu = torch.cuda.max_memory_allocated() if HAS_GPU else 0
-    return {"seconds": seconds, "memory": peak_bytes() + settings.views * kept, "GPU memory": on_gpu, "learns": learns}
+    return {"seconds": seconds, "memory": memory, "learns": learns}
