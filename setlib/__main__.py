@@ -455,8 +455,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args = parse(argv)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.command not in SHARED:
-            raise ValueError(f"{args.command} works in one process: accelerate launch is for train and evaluate.")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (args.command not in SHARED or args.call is dry_run):
+            raise ValueError("This works in one process: accelerate launch is for train and evaluate, without --dry.")
         if missing := [name for name in PACKAGES if find_spec(name) is None]:
             raise ModuleNotFoundError(name=missing[0])
         with on_stop(signal.default_int_handler):

@@ -26,10 +26,7 @@ class _Caught(Exception):
 
 
 def first_input(model: PreTrainedModel, layer: nn.Module, pixels: Tensor, grid: Grid) -> tuple[Tensor, Arguments]:
-    """What a model hands to its first layer, at any size: all tokens, and the other arguments, which every layer gets.
-
-    Its own forward runs so far; families differ in what they must be told.
-    """
+    """What a model hands to its first layer, at any size: all tokens, and the arguments that every layer gets."""
     known = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {}
     if "interpolate_pos_encoding" in known:  # CLIP, SigLIP, ViT, MAE: fit the position embedding
@@ -38,6 +35,7 @@ def first_input(model: PreTrainedModel, layer: nn.Module, pixels: Tensor, grid: 
         options["noise"] = torch.arange(grid[0] * grid[1], device=pixels.device).expand(len(pixels), -1)
     maps = {name: p for name, p in model.named_parameters() if name.endswith("pos_embed") and p.dim() == 4}
     checks: list[Any] = [module for module in model.modules() if maps and hasattr(module, "image_size")]
+    before = [module.image_size for module in checks]
     for module in checks:  # SAM refuses other sizes unless it is told
         module.image_size = tuple(pixels.shape[-2:])
     resized = {  # SAM's map of positions (1, H, W, C), as Rein's released conversion resizes it
@@ -59,6 +57,8 @@ def first_input(model: PreTrainedModel, layer: nn.Module, pixels: Tensor, grid: 
         return hidden, (tuple(args), kwargs)
     finally:
         hook.remove()
+        for module, own in zip(checks, before, strict=True):
+            module.image_size = own
     raise ValueError(f"{type(model).__name__} does not call its first layer: expected a plain ViT.")
 
 

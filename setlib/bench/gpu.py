@@ -48,9 +48,6 @@ STEPS_IN_ALL, CARDS = 40_000, (24, 80)  # of the paper's training; GB of cards t
 NO_FIT, NOT_REACHED = "does not fit", "not reached"
 
 
-# Steps
-
-
 @functools.cache
 def backbone(name: str, patch_size: int = 0) -> FrozenBackbone:
     """A backbone on the device, one for all that ask; a DINOv2 of a preset's shape with random weights if not here."""
@@ -155,8 +152,7 @@ def compared(refiner: str, *options: str) -> dict:
 def answer(model: Segmenter, device: torch.device) -> dict[str, Tensor]:
     """Features, loss and gradients of a model for random images on a device, on the CPU.
 
-    The loss is the per-pixel head's; a mask head's draws its points on the device, the mean of its masks takes its
-    place.
+    A mask head's loss draws its points on the device: the mean of its masks takes its place.
     """
     model.to(device).zero_grad()
     images, labels = (x.to(device) for x in random_batch(2, 64, 96))
@@ -193,11 +189,7 @@ def measure() -> list[dict]:
 
 
 def paper_rows(kind: str, crop: int, precision: str, end: float) -> list[dict]:
-    """Rows of every refiner with each of BATCHES.
-
-    A step's row says how long the paper's training would take with so many images at once; that with the most says how
-    many would fill a card, by its memory and that of a single one.
-    """
+    """Rows of every refiner with each of BATCHES; a step's say what the paper's training takes and what fits a card."""
     rows, most = [], BATCHES[0]
     for batch, refiner in product(BATCHES, REFINERS):
         size = f"{kind}, DINOv2-{BACKBONE}, B={batch}, {crop} x {crop}, {precision}"
@@ -209,8 +201,8 @@ def paper_rows(kind: str, crop: int, precision: str, end: float) -> list[dict]:
     for many, one in zip(rows, rows[-len(REFINERS) :], strict=False):
         each = (many["peak_bytes"] - one["peak_bytes"]) / (most - 1)
         for card in CARDS if kind == "step" and each > 0 and one["peak_bytes"] else ():
-            number = int((card * 1e9 - one["peak_bytes"]) / each) + 1
-            many["note"] += f"; {number} images would fill {card} GB"
+            number = max(0, int((card * 1e9 - one["peak_bytes"]) // each) + 1)
+            many["note"] += f"; {card} GB hold {number}"
     return rows
 
 

@@ -1,7 +1,6 @@
 """What a training needs, told before it starts: weights, pictures, disk, memory, time. Nothing is trained or fetched.
 
-Memory and time are those of a step on random pictures, taken in a process of its own. Weights that are not on this
-machine are random there.
+Memory and time are a step's, on random pictures in a process of its own; weights that are not here are random there.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from setlib.analysis import ablation
 from setlib.bench.gpu import own_step
 from setlib.bench.measure import FRESH, HAS_GPU, timings
 from setlib.data import domains
+from setlib.data.crops import held_out
 from setlib.distributed import accelerator
 from setlib.experiment import Data, Experiment
 from setlib.files import cure, hub_answers, peak_bytes
@@ -35,8 +35,7 @@ Rows = list[list[str]]
 def needs(run: Run, start: Callable[[Path], Run], ablates: bool) -> tuple[Rows, list[str]]:
     """Rows of what, what is here and what is needed, with a header; and what stands in the way.
 
-    run: its folder need not be there. start: opens it elsewhere, with all that is checked then. ablates: all trainings
-    of its ablation, not the one.
+    start: opens the run elsewhere, with all that is checked then. ablates: all trainings of its ablation, not the one.
     """
     experiment, problems = run.experiment, list[str]()
     weights, fetched = _weights(experiment.model.backbone, problems)
@@ -58,7 +57,10 @@ def needs(run: Run, start: Callable[[Path], Run], ablates: bool) -> tuple[Rows, 
             try:
                 run.check_same()
                 started = start(Path(place))
-                _ = ablates and ablation.plan(started)
+                if ablates:
+                    ablation.plan(started)
+                elif experiment.train.validate_on:
+                    held_out(experiment, domains.load(experiment.data.source, data, role="source"))
             except (ValueError, OSError) as error:
                 problems.append(str(error).rstrip("."))
     if fetched is not None:
@@ -86,11 +88,14 @@ def _steps(folder: Path, variants: dict[str, Experiment], times: int, fetched: f
     if folder.is_file() or not os.access(on_disk, os.W_OK):
         problems.append(f"{folder} cannot be made or written: choose another folder with --run")
     free = torch.cuda.mem_get_info()[0] if HAS_GPU else psutil.virtual_memory().available
-    for kind, here, needed in (("memory", free, memory), ("disk", shutil.disk_usage(on_disk).free, disk)):
+    for kind, here, needed in (
+        ("GPU memory" if HAS_GPU else "memory", free, memory),
+        ("disk", shutil.disk_usage(on_disk).free, disk),
+    ):
         rows.append([kind, f"{here / 1e9:.1f} GB", f"{needed / 1e9:.2f} GB"])
         if needed > here:
             problems.append(f"{kind}: {needed / 1e9:.2f} GB are needed, {here / 1e9:.2f} GB are free")
-    return [*rows, ["training in all", "", tqdm.format_interval(seconds)]]
+    return [*rows, ["steps in all", "", tqdm.format_interval(seconds)]]
 
 
 def _weights(name: str, problems: list[str]) -> tuple[list[str], float | None]:
@@ -127,6 +132,7 @@ def one_step(experiment: Experiment) -> dict[str, float]:
     step()
     seconds = statistics.median(timings(step, 1, 1.0)) * settings.accumulate
     kept = sum(x.nbytes for x in (frozen.hidden, *frozen.maps.values())) / len(frozen.hidden) if frozen else 0
+    kept += 4 * experiment.data.height * experiment.data.width  # the crop itself and its labels
     memory = torch.cuda.max_memory_allocated() if HAS_GPU else peak_bytes() + settings.views * kept
     learns = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return {"seconds": seconds, "memory": memory, "learns": learns}

@@ -202,11 +202,12 @@ class Material:
 
     def layer_of(self, space: str, run: str) -> int:
         """The number of a layer; 0 for the pixels."""
-        spaces = self.spaces(run)
-        if space not in spaces:
-            last = self.backbone(run).num_layers  # where there is no backbone, this says why
+        if space == "pixels":
+            return 0
+        last = self.backbone(run).num_layers
+        if space not in self.spaces(run):
             raise ValueError(f"Unknown space '{space}': expected pixels or layer 1 to layer {last}.")
-        return spaces.index(space)
+        return int(space.removeprefix("layer "))
 
     def refiner(self, run: str) -> Refiner:
         """That of a run's model; without a run one that refines nothing."""

@@ -129,9 +129,14 @@ def test_what_does_not_fit_or_fails_or_is_not_reached_is_a_row(small, monkeypatc
     monkeypatch.setattr(gpu, "timed", found)
     rows = gpu.paper_rows("step", 32, "float32", end=float("inf"))
     assert made == [(refiner, batch) for batch in (2, 1) for refiner in gpu.REFINERS]
-    many = "40,000 steps of 2: 11.1 h; 11 images would fill 24 GB; 39 images would fill 80 GB"
+    many = "40,000 steps of 2: 11.1 h; 24 GB hold 11; 80 GB hold 39"
     one, failed = "40,000 steps of 2: 22.2 h", "RuntimeError: CUFFT_INTERNAL_ERROR in a plan"
     assert [row["note"] for row in rows] == [many, many, "does not fit", failed, one, one, one, failed]
+    monkeypatch.setattr(
+        gpu, "timed", lambda prepare, images: {"seconds": 1.0, "peak_bytes": int(2.8e10 + 2e9 * images)}
+    )
+    notes = [row["note"] for row in gpu.paper_rows("step", 32, "float32", end=float("inf"))]
+    assert notes[0].endswith("; 24 GB hold 0; 80 GB hold 26")  # one image is 30 GB
     rows = gpu.paper_rows("step", 32, "float32", end=0.0)
     assert [row["note"] for row in rows] == ["not reached"] * 2 * len(gpu.REFINERS)
 

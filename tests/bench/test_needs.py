@@ -67,7 +67,7 @@ def test_what_is_missing_is_named_and_the_rest_is_told(sets, capsys, monkeypatch
 def test_a_backbone_that_nobody_knows_is_not_fetched(sets, capsys, monkeypatch):
     monkeypatch.setattr(needs, "hub_answers", lambda address: True)
     code, told, error = dry(capsys, "train", "--profile", "smoke", *SMALL, "model.backbone=nobody/none")
-    assert code == 1 and "not here" in told and "training in all" not in told
+    assert code == 1 and "not here" in told and "steps in all" not in told
     assert error == "error: nobody/none is not on this machine: fetch it first, then what it needs can be told.\n"
 
 
@@ -77,6 +77,7 @@ REFUSED = [
     ("train", ["train.batch_size=3", "train.accumulate=2"], "train.batch_size (3) must be a multiple of 2"),
     ("train", ["train.batch_size=2", "train.accumulate=3"], "train.batch_size (2) must be a multiple of 3"),
     ("train", ["data.eval_edges=nope=960"], "unknown data set 'nope'"),
+    ("train", ["train.validate_every=2", "train.validate_on=gtav:val@nowhere"], "source's own data set scenes"),
     ("ablate", ["ablation.variants=none,none"], "has 'none' twice"),
     ("ablate", ["ablation.variants=none,set data.source=scenes:fog"], "which all variants must share"),
 ]
@@ -121,7 +122,13 @@ def test_an_ablation_counts_all_its_trainings(sets, capsys, monkeypatch):
 
 
 def test_the_study_for_a_gpu_runs_small_and_tells_all_in_one_file(tmp_path, capsys):
-    tiny = ["model.backbone=tiny-random", "model.refined_layers=3,4", "model.feature_layers=1,2,3,4", "train.views=8"]
+    tiny = [
+        "model.backbone=tiny-random",
+        "model.refined_layers=3,4",
+        "model.feature_layers=1,2,3,4",
+        "train.views=8",
+        "data.train_images=4",
+    ]
     small = [*SMALL, *tiny, "train.steps=1", "ablation.seeds=0", "ablation.overrides=data.eval_images=1"]
     transfers = "ablation.transfers=scenes:game -> scenes:night,scenes:snow -> scenes:fog"
     words = ["ablate", "--profile", "gpu-10min", "--run", str(tmp_path), *small, "train.warmup=0", transfers]
