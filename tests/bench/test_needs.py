@@ -77,7 +77,7 @@ REFUSED = [
     ("train", ["train.batch_size=3", "train.accumulate=2"], "train.batch_size (3) must be a multiple of 2"),
     ("train", ["train.batch_size=2", "train.accumulate=3"], "train.batch_size (2) must be a multiple of 3"),
     ("train", ["data.eval_edges=nope=960"], "unknown data set 'nope'"),
-    ("train", ["train.validate_every=2", "train.validate_on=gtav:val@nowhere"], "source's own data set scenes"),
+    ("train", ["train.validate_every=2", "train.validate_on=gtav:val@nowhere"], "folder nowhere does not exist"),
     ("ablate", ["ablation.variants=none,none"], "has 'none' twice"),
     ("ablate", ["ablation.variants=none,set data.source=scenes:fog"], "which all variants must share"),
 ]
