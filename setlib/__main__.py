@@ -72,7 +72,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     everything = (profile, options, made, target)
     argument = add("run", run_command, *everything)
     argument("--only", metavar="NN", default=[], help="notebooks to run, for example 01 03", **many)
-    dry = {"dest": "call", "action": "store_const", "const": dry_run, "help": "say what it needs and what is here only"}
+    dry = {"dest": "call", "action": "store_const", "const": dry_run, "help": "only say what it needs and what is here"}
     add("train", train_command, *everything)("--dry", **dry)
     add("evaluate", evaluate_command, options, target)("run", metavar="RUN")
     argument = add("predict", predict_command, options)
