@@ -241,8 +241,7 @@ def measure(
     left = [layer for layer in range(backbone.num_layers + 1) if layer not in kept.about["done"]]
     if not left:
         return kept
-    layouts = asked["layouts"]
-    streets = Streets(backbone, styled_scenes(data, layouts, styles))
+    streets = Streets(backbone, styled_scenes(data, asked["layouts"], styles))
     works = len(left) + 2 * len({*left} & {*swapped}) * (len(transplant.PARTS) + len(transplant.SPANS))
     with alone(run.path / f".{folder}{LOCK}"), tqdm(total=works, desc="premise", unit="measurement") as bar:
         beliefs = _beliefs(run, streets, readout)
@@ -251,7 +250,7 @@ def measure(
         for layer in left:
             bar.set_postfix(layer=layer or "pixels")
             features = streets.after(layer)
-            found = [factorial.share_rows(features, layouts), [], []]
+            found = [factorial.share_rows(features, streets.layouts), [], []]
             bar.update()
             if layer in swapped:
                 found[1] = yardstick(features, streets, bar.update)

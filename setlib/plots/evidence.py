@@ -11,7 +11,6 @@ from itertools import product
 import numpy as np
 import pandas
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure as AnyFigure
 from matplotlib.patches import Rectangle
 
 from setlib.plots.board import WIDTH
@@ -41,7 +40,7 @@ def heat_maps(
     high: float = 1,
     colours: str = "viridis",
     doubtful: Mapping[str, pandas.DataFrame] | None = None,
-) -> AnyFigure:
+) -> Figure:
     """Tables side by side on one scale, in percent; NaN is empty. doubtful: which cells stand in brackets, by panel."""
     first = next(iter(panels.values()))
     made = Figure((WIDTH / 100, 0.25 * len(first) + 1.4), layout="constrained")
@@ -67,7 +66,7 @@ def heat_maps(
     return made
 
 
-def share_maps(rows: Sequence[Mapping], factors: Sequence[str] = ("style", "content")) -> AnyFigure:
+def share_maps(rows: Sequence[Mapping], factors: Sequence[str] = ("style", "content")) -> Figure:
     """The headline: shares of style and content in amplitude and phase, layers by bands, on one scale."""
     frame = pandas.DataFrame(rows)
     chosen = {f"{part}: {factor}": (part, factor) for part in frame["part"].unique() for factor in factors}
@@ -83,7 +82,7 @@ def atlas(
     value: str = "closed",
     label: str = "of the way (%)",
     chosen: tuple[str, int, str] | None = None,
-) -> AnyFigure:
+) -> Figure:
     """What a transplant does by layer and band, amplitude beside phase.
 
     In brackets: what carries no style, because its interval, or what it closes beyond its placebo, reaches 0.
@@ -102,7 +101,7 @@ def atlas(
     return made
 
 
-def accuracy_maps(rows: Sequence[Mapping], values: Sequence[str] = ("domain", "classes")) -> AnyFigure:
+def accuracy_maps(rows: Sequence[Mapping], values: Sequence[str] = ("domain", "classes")) -> Figure:
     """How well amplitude alone, and phase alone, tell two domains apart and know the classes (`probe.tell_apart`)."""
     panels = {
         f"{part}: {value}": _frame([{**row, value: row[value] / 100} for row in rows if row["part"] == part], value)
@@ -143,7 +142,7 @@ PLACEBO_NAMES, PLACEBO_MARKS = ("random basis", "shuffled patches", "channel axi
 
 
 @quiet
-def transplant_curves(rows: Sequence[Mapping], value: str, label: str, scale: float = 100) -> AnyFigure:
+def transplant_curves(rows: Sequence[Mapping], value: str, label: str, scale: float = 100) -> Figure:
     """One value of the atlas by layer, a panel a band: amplitude and phase (solid) beside their placebos (dashed)."""
     bands = list(dict.fromkeys(row["band"] for row in rows))
     made = Figure((WIDTH / 100, 2.4), layout="constrained")
